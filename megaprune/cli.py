@@ -1,0 +1,66 @@
+"""The console command ``megaprune <verb>``; each file in tools/ is one verb of it."""
+
+import importlib
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+from megaprune.errors import MegapruneError, UsageError
+
+VERBS = {
+    "prune": "prune and heal a model",
+    "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
+    "benchmark": "speed ratios, measured side by side",
+}
+
+# How long other ranks wait for the launcher to end them, once rank 0 has printed the error that all of them met.
+_WAIT_FOR_LAUNCHER_SECONDS = 60
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Runs a verb and exits: 0, or 1 or 2 with one line on stderr (see `megaprune.errors`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if verb is None:
+        if not words or words[0] not in VERBS:
+            _usage(words)
+        verb = words.pop(0)
+    _quieten()
+    try:
+        run = getattr(importlib.import_module("megaprune.verbs"), verb)
+        run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+    except MegapruneError as error:
+        _fail(verb, error)
+
+
+def _usage(words: Sequence[str]) -> None:
+    if words and words[0] not in ("-h", "--help"):
+        print(f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(UsageError.exit_status)
+    print("usage: megaprune <verb> [flags]\n")
+    for verb, description in VERBS.items():
+        print(f"  {verb:<12}{description}")
+    print("\nmegaprune <verb> --help shows the flags of a verb.")
+    sys.exit(0)
+
+
+def _fail(verb: str, error: MegapruneError) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost.
+        time.sleep(_WAIT_FOR_LAUNCHER_SECONDS)
+    else:
+        print(f"{verb}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # Not sys.exit: the process groups' threads could keep a failed rank waiting for the others.
+    sys.stdout.flush()
+    os._exit(error.exit_status)
+
+
+def _quieten() -> None:
+    """Libraries' chatter would bury the run's own lines."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,0 +1,336 @@
+"""The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from megaprune.errors import UsageError
+
+SEARCHES = ("e3",)
+ONE_SHOT = ("kl-init", "random", "manual")
+WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers")
+
+
+def flag(help: str, default: Any = None, **metadata: Any) -> Any:
+    """A field with its help text."""
+    metadata = {"help": help, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The model to prune."""
+
+    _argument_group_name = "model"
+    hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
+    trust_remote_code: bool = flag("let the tokenizer run code that comes with the model", False)
+
+
+@dataclass
+class DataConfig:
+    """Text or chat to search, recover and validate on."""
+
+    _argument_group_name = "data"
+    train_data: list[str] = flag(
+        "training data: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, folders of these, or hub dataset ids", []
+    )
+    valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
+    text_key: str = flag("key of the text in each row", "text")
+    messages_key: str = flag("key of the chat messages in each row", "messages")
+    seq_length: int = flag("tokens in a training window", 4096)
+    calibration_samples: int = flag("training windows on which layers are scored before the search", 40)
+    data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
+
+
+@dataclass
+class PruneConfig:
+    """What to prune."""
+
+    _argument_group_name = "what to prune"
+    method: Literal["e3", "kl-init", "random", "manual"] = flag(
+        "e3: learned mask search; kl-init: its initial scores alone; random: a control; manual: --prune-layers", "e3"
+    )
+    num_layers_to_prune: int | None = flag("how many layers go")
+    prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers")
+    prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
+
+
+@dataclass
+class SearchConfig:
+    """The search for the layers that stay."""
+
+    _argument_group_name = "search"
+    search_iters: int | None = flag("iterations of search within --train-iters (default: a tenth)")
+    mask_lr: float = flag("learning rate of the layer scores (Adam)", 0.05)
+    gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
+    gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
+    protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
+
+
+@dataclass
+class RecoveryConfig:
+    """Training of what is left."""
+
+    _argument_group_name = "recovery"
+    train_iters: int | None = flag("iterations of search and recovery together; 0 changes no weight")
+    lr: float = flag("peak learning rate", 1e-4)
+    min_lr: float = flag("learning rate at the end", 0.0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag("decay", "cosine")
+    lr_warmup_iters: int = flag("iterations of linear warm-up", 0)
+    micro_batch_size: int = flag("windows in one forward pass of one replica", 1)
+    global_batch_size: int | None = flag("windows in one iteration (default: one micro-batch per replica)")
+    clip_grad: float = flag("largest gradient norm; 0 clips nothing", 1.0)
+    weight_decay: float = flag("weight decay", 0.01)
+    seed: int = flag("seed of data order, noise and random choices", 1234)
+    bf16: bool = flag("train in bf16 with fp32 optimizer state (default: fp32)", False)
+
+
+@dataclass
+class DistillationConfig:
+    """Learning from the original model."""
+
+    _argument_group_name = "distillation"
+    distill_loss: Literal["adaptive", "kl", "ce"] = flag(
+        "adaptive: KL on the teacher's top k, weighted by its entropy; kl: unweighted; ce: no teacher", "adaptive"
+    )
+    distill_tail: Literal["renormalised", "rest", "full"] = flag(
+        "the tokens beyond the teacher's top k: left out, one bucket of all of them, or the student's full softmax",
+        "rest",
+    )
+    distill_top_k: int = flag("teacher logits per token", 10)
+    teacher: Literal["online"] = flag("online: the original model beside the student", "online")
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over processes."""
+
+    _argument_group_name = "parallelism"
+    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
+    pipeline_model_parallel_size: int = flag("pipeline stages", 1)
+    context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1)
+    sequence_parallel: bool = flag("split activations along the sequence among tensor-parallel ranks", False)
+    pipeline_model_parallel_layout: str | None = flag(
+        "layout of the original model's stages, as in Ettt|tttL (default: balanced); the pruned model is balanced anew"
+    )
+
+
+@dataclass
+class EngineConfig:
+    """How Megatron-Core computes."""
+
+    _argument_group_name = "engine"
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag("layer implementation", "auto")
+    use_distributed_optimizer: bool = flag("shard the optimizer's state over data-parallel ranks", False)
+    recompute_granularity: Literal["selective", "full"] | None = flag("activation recomputation")
+
+
+@dataclass
+class RunConfig:
+    """Where the run goes, and how it is watched."""
+
+    _argument_group_name = "run"
+    save: str | None = flag("run folder: the pruned model, the report, plots and checkpoints")
+    save_interval: int | None = flag("iterations between checkpoints")
+    exit_on_signal: bool = flag("on SIGTERM, save a checkpoint and exit", True)
+    log_interval: int = flag("iterations between log lines", 10)
+    tensorboard_dir: str | None = flag("TensorBoard folder (default: SAVE/tensorboard)")
+    wandb_project: str | None = flag("Weights & Biases project to log to")
+    max_shard_size: str = flag("largest safetensors file of the export", "5GB")
+    dry_run: bool = flag("check everything, print the plan, and stop", False)
+
+
+GROUPS = (
+    ModelConfig,
+    DataConfig,
+    PruneConfig,
+    SearchConfig,
+    RecoveryConfig,
+    DistillationConfig,
+    ParallelConfig,
+    EngineConfig,
+    RunConfig,
+)
+
+
+@dataclass
+class Config:
+    """A pruning run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its flag's name."""
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    @property
+    def search_iters(self) -> int:
+        """Iterations of search: none for methods that don't search."""
+        if self.prune.method not in SEARCHES:
+            return 0
+        chosen = self.search.search_iters
+        return max(1, round(self.recovery.train_iters / 10)) if chosen is None else chosen
+
+
+class Parser(HfArgumentParser):
+    """argparse over the dataclasses, with errors of one line."""
+
+    def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
+        super().__init__(list(groups), allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
+    """The run that a command line asks for.
+
+    Raises:
+        UsageError: a flag or a recipe is wrong; names it.
+    """
+    parser = Parser(GROUPS, prog=prog, description="Prunes and heals a model: HF folder in, pruned HF folder out.")
+    parser.add_argument("--config", help="YAML recipe: flags by name; a flag on the command line wins")
+    argv = list(argv)
+    recipe_path = _recipe_path(argv)
+    if recipe_path is not None:
+        argv = [*_recipe_arguments(Path(recipe_path), parser, argv), *argv]
+    *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config = Config(**dict(zip((f.name for f in fields(Config)), groups, strict=True)))
+    _check(config)
+    return config
+
+
+def _recipe_path(argv: Sequence[str]) -> str | None:
+    for position, word in enumerate(argv):
+        if word == "--config":
+            if position + 1 == len(argv):
+                raise UsageError("--config needs the path of a YAML recipe")
+            return argv[position + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _recipe_arguments(path: Path, parser: Parser, argv: Sequence[str]) -> list[str]:
+    """The recipe as arguments, so that it is checked and converted like the command line that overrides it."""
+    if not path.is_file():
+        raise UsageError(f"--config {path} does not exist")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path} must map flags to values")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    arguments: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config {path}: unknown key {key!r}; keys are the flags' names, see --help")
+        overridden = name in WHAT_TO_PRUNE and given & set(WHAT_TO_PRUNE)
+        if value is None or value == [] or overridden:
+            continue
+        arguments.append(f"--{name}")
+        if name == "prune_layers" and isinstance(value, list):
+            arguments.append(",".join(map(str, value)))
+        elif isinstance(value, list):
+            arguments.extend(map(str, value))
+        else:
+            arguments.append(str(value))
+    return arguments
+
+
+def pruned_layers_of(text: str) -> list[int]:
+    """``3,7,9`` as layers.
+
+    Raises:
+        UsageError: it is not a list of numbers.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--prune-layers {text!r} is not a list of layer numbers such as 3,7,9") from None
+
+
+def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
+    """How many layers of a model of ``num_layers`` are to go."""
+    if config.prune_layers is not None:
+        return len(pruned_layers_of(config.prune_layers))
+    if config.num_layers_to_prune is not None:
+        return config.num_layers_to_prune
+    return round(config.prune_ratio * num_layers)
+
+
+def _check(config: Config) -> None:
+    """Everything that can be known before the model and the data are looked at."""
+    for name, value in (("--hf-model", config.model.hf_model), ("--save", config.run.save)):
+        if not value:
+            raise UsageError(f"{name} is required")
+    _check_what_to_prune(config.prune)
+    if config.recovery.train_iters is None:
+        raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
+    _check_ranges(config)
+    _check_iterations(config)
+    training = config.recovery.train_iters > 0
+    if not config.data.train_data and (training or config.prune.method == "kl-init"):
+        raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
+
+
+def _check_what_to_prune(prune: PruneConfig) -> None:
+    given = ["--" + name.replace("_", "-") for name in WHAT_TO_PRUNE if getattr(prune, name) is not None]
+    if len(given) != 1:
+        every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
+        raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
+    if (prune.method == "manual") != (prune.prune_layers is not None):
+        raise UsageError("--prune-layers and --method manual go together")
+    if prune.prune_ratio is not None and not 0 < prune.prune_ratio < 1:
+        raise UsageError(f"--prune-ratio {prune.prune_ratio} is not between 0 and 1")
+    if prune.num_layers_to_prune is not None and prune.num_layers_to_prune < 1:
+        raise UsageError(f"--num-layers-to-prune {prune.num_layers_to_prune} is less than 1")
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_1 = (
+        *("seq_length", "calibration_samples", "micro_batch_size", "global_batch_size", "distill_top_k"),
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("save_interval", "log_interval"),
+    )
+    at_least_0 = ("train_iters", "lr", "min_lr", "lr_warmup_iters", "clip_grad", "weight_decay", "seed")
+    values = config.flat()
+    for names, least in ((at_least_1, 1), (at_least_0, 0)):
+        for name in names:
+            # written so that NaN fails too
+            if values[name] is not None and not values[name] >= least:
+                raise UsageError(f"--{name.replace('_', '-')} {values[name]} is less than {least}")
+    if config.recovery.min_lr > config.recovery.lr:
+        raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
+
+
+def _check_iterations(config: Config) -> None:
+    train_iters = config.recovery.train_iters
+    if config.prune.method in SEARCHES:
+        if train_iters == 0:
+            raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
+        if not 1 <= config.search_iters <= train_iters:
+            raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
+    elif config.search.search_iters:
+        raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
+    if train_iters and config.recovery.lr_warmup_iters >= train_iters:
+        raise UsageError(
+            f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"
+        )

@@ -1,0 +1,172 @@
+"""Megatron-Core 0.16.1 on the CPU with gloo: every patch that this takes, each with its reason.
+
+The core assumes CUDA in four ways: it names the device, it uses CUDA's streams and events, it keeps CUDA RNG states,
+and it tells dtypes by the names of CUDA tensor types. The patches map each onto its CPU counterpart, the way vendors'
+``transfer_to_npu`` modules do. This module is imported only where there is no CUDA.
+"""
+
+import contextlib
+import functools
+import os
+import resource
+import types
+from typing import Any
+
+import torch
+import torch.utils._device
+
+NAME = "cpu"
+BACKEND = "gloo"
+
+_CPU = torch.device("cpu")
+_FACTORIES = [
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "rand", "randn", "randint"),
+    *("empty_like", "zeros_like", "ones_like"),
+]
+
+
+def bind_local_device(local_rank: int) -> None:
+    """All processes of a host share its CPU: nothing to bind."""
+
+
+def synchronize() -> None:
+    """CPU work is done when the call returns."""
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.cache
+def prepare_megatron() -> None:
+    """Patches torch and Megatron-Core so that the core runs here. Call before the first import of megatron."""
+    # `jit_fuser` is torch.compile: no compiler can be assumed on a laptop, and warm-up would cost more than it gives.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    _map_device_names()
+    _map_streams_and_events()
+    _map_rng_states()
+    _map_tensor_types()
+    _patch_core()
+
+
+def _map_device_names() -> None:
+    """0.16.1 passes ``torch.cuda.current_device()`` and ``device="cuda"`` to factories, and calls ``.cuda()``."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.memory_allocated = lambda *args, **kwargs: 0
+    cuda.reset_peak_memory_stats = lambda *args, **kwargs: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    # `with torch.device(...)` knows the factories by identity: let it learn the originals, which the wrappers call.
+    torch.utils._device._device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)
+
+
+def _on_cpu(function: Any) -> Any:
+    """Wraps a torch function so that the device "cuda" means the CPU."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if any(isinstance(a, str) and a.startswith("cuda") for a in args):
+            args = tuple("cpu" if isinstance(a, str) and a.startswith("cuda") else a for a in args)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class _Stream:
+    """Stands in for CUDA's stream: CPU work is in order and done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> "_Event":
+        return event or _Event()
+
+
+class _Event:
+    """Stands in for CUDA's event, which has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _map_streams_and_events() -> None:
+    """Schedules, dispatchers and DDP of 0.16.1 order their copies by streams and events."""
+    cuda: Any = torch.cuda
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.Stream = _Stream  # a class: libraries name it in annotations
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.Event = _Event
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx = types.SimpleNamespace(range_push=lambda *args: None, range_pop=lambda *args: None)
+    torch.Tensor.record_stream = lambda self, *args: None
+
+
+def _map_rng_states() -> None:
+    """The RNG tracker of 0.16.1 keeps CUDA generator states: here the CPU's serve."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = cuda.set_rng_state
+
+
+def _map_tensor_types() -> None:
+    """The optimizers of 0.16.1 compare ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and its like."""
+    for name in ("Float", "BFloat16", "Half", "Int", "Long", "Byte", "Bool", "Double"):
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = cuda_type
+
+
+def _patch_core() -> None:
+    import megatron.core.optimizer.optimizer as optimizer
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    # 0.16.1 reaches for torch.cuda.default_generators, which is empty without CUDA.
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+    # 0.16.1 scales gradients by the multi-tensor kernels of Transformer Engine or apex; its stand-in asserts CUDA.
+    optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+
+    # The all-to-all dispatcher of 0.16.1 brings its split sizes to the host only if they were on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+
+
+def _clip_grad_by_total_norm(
+    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if coefficient < 1.0 and grads:
+        torch._foreach_mul_(grads, coefficient)

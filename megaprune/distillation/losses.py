@@ -1,0 +1,279 @@
+"""Token losses for recovery and search, over a vocabulary that tensor parallelism may have split.
+
+Every function takes logits of shape [s, b, V/tp] (any leading dimensions will do; fp32, bf16 or fp16,
+computed in fp32; fp64 stays fp64): this rank's contiguous columns of a padded vocabulary. Losses have the
+leading shape, [s, b], in nats, and are the same on every tensor-parallel rank. Gradients follow Megatron's
+convention: every rank of the group computes the same loss from the shared values, so that a sum over the
+group in the forward pass is the identity in the backward pass. Padding columns have no influence and get
+no gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaprune.errors import MegapruneError, UsageError
+
+Tail = Literal["renormalised", "rest", "full"]
+LossKind = Literal["adaptive", "kl", "ce"]
+
+# Ranking takes about 20 bytes a logit. Done in blocks of rows of this many logits, it takes some 300 MB.
+_RANKED_AT_ONCE = 2**24
+# A student's mass on the rest of the vocabulary counts as e^-80 of the top k's at least: it is 0 if k is all.
+_MIN_REST = -80.0
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the vocabulary this rank's logits are."""
+
+    start: int
+    """Global index of the first local column."""
+    size: int
+    """Local columns, padding included; the same on every rank."""
+    valid: int
+    """Local columns that are real tokens; they come first. 0 where a rank holds nothing but padding."""
+    group: dist.ProcessGroup | None = None
+    """The tensor-parallel group whose shards make up the vocabulary; None if this shard is all of it."""
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Local columns of global `indices`, and whether each is here (where not, the column is any)."""
+        local = indices - self.start
+        return local.clamp(0, self.size - 1), (local >= 0) & (local < self.valid)
+
+    def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """`values`, reduced over the shards in place."""
+        if self.group is not None:
+            dist.all_reduce(values, op=op, group=self.group)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The shards' `values`, [..., n] each, side by side: [..., n * tp]."""
+        if self.group is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What stays of a teacher's forward pass, for every token."""
+
+    indices: Tensor
+    """[..., k] int64, global vocabulary indices, by falling logit."""
+    logits: Tensor
+    """[..., k] fp32."""
+    logsumexp: Tensor
+    """[...], over the whole vocabulary."""
+    entropy: Tensor
+    """[...], nats, of the teacher's full distribution."""
+
+
+def vocab_logsumexp(logits: Tensor, shard: VocabShard) -> Tensor:
+    """[..., V/tp] to [...]: the logsumexp over the whole vocabulary. Differentiable."""
+    none = torch.empty(*logits.shape[:-1], 0, dtype=torch.long, device=logits.device)
+    return _PickedAndOthers.apply(logits, none, shard)[1]
+
+
+def gather_logits(logits: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
+    """The logits at global vocabulary `indices` [..., k]: [..., k], fp32. Differentiable.
+
+    An index outside the real vocabulary (-100, padding) gives 0: its loss is for the caller to mask.
+    """
+    local, here = shard.locate(indices)
+    picked = logits.gather(-1, local).to(_compute_dtype(logits))
+    return _SumOverShards.apply(picked.masked_fill(~here, 0.0), shard)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """Next-token cross-entropy, [...], against `labels` [...], global indices.
+
+    A label outside the real vocabulary gives a finite number without meaning: the loss mask is to cover it.
+    """
+    picked, others = _PickedAndOthers.apply(logits, labels.unsqueeze(-1), shard)
+    # -log(e^picked / (e^picked + e^others)), exact for likely labels too.
+    return -F.logsigmoid(picked.squeeze(-1) - others)
+
+
+@torch.no_grad()
+def teacher_targets(logits: Tensor, k: int, shard: VocabShard) -> TeacherTargets:
+    """The teacher's top k, logsumexp and entropy (E3-Pruner keeps k = 10).
+
+    The same indices in the same order at every layout: equal logits, common in bf16, go by lower index.
+    `k` is at most the real vocabulary; UsageError if it isn't and that can be seen from one rank.
+    """
+    if shard.group is None and k > shard.valid:
+        raise UsageError(f"--distill-top-k: {k} is more than the vocabulary's {shard.valid} tokens; lower it")
+    indices, top_logits = _top_k(logits, k, shard)
+    logsumexp = vocab_logsumexp(logits, shard)
+    probabilities = (logits[..., : shard.valid] - logsumexp.unsqueeze(-1)).exp_()
+    entropy = shard.reduce(torch.special.entr(probabilities, out=probabilities).sum(-1))
+    return TeacherTargets(indices, top_logits, logsumexp, entropy)
+
+
+def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: VocabShard, tail: Tail) -> Tensor:
+    """KL(teacher || student) of every token, [...], from the teacher's top k (E3-Pruner, adaptive KD).
+
+    What the tokens beyond the top k count for is `tail`:
+    - "renormalised": nothing; teacher and student are both softmaxed over the k (the paper's form).
+    - "rest": one more outcome, whose probability is all the rest, on both sides.
+    - "full": the student's probabilities are those of its full softmax; the teacher's sum to 1 over the k.
+    """
+    if tail == "renormalised":
+        student = gather_logits(student_logits, targets.indices, shard).log_softmax(-1)
+        return _kl(targets.logits.log_softmax(-1), student)
+
+    # The student's distribution over its picked logits and, as one logit, all others: its softmax is exact
+    # however near 0 or 1 the mass of the top k is, and so is its gradient.
+    picked, others = _PickedAndOthers.apply(student_logits, targets.indices, shard)
+    others = torch.maximum(others, picked.logsumexp(-1) + _MIN_REST)
+    student = torch.cat([picked, others.unsqueeze(-1)], dim=-1).log_softmax(-1)
+    if tail == "full":
+        return _kl(targets.logits.log_softmax(-1), student[..., :-1])
+    if tail == "rest":
+        return _kl(_teacher_with_rest(targets), student)
+    raise MegapruneError(f"unknown tail {tail!r} of the distillation loss: give renormalised, rest or full")
+
+
+def full_kl(reference_logits: Tensor, logits: Tensor, shard: VocabShard) -> Tensor:
+    """KL(reference || model) of every token over the whole vocabulary, [...].
+
+    Differentiable in `logits`, not in `reference_logits`. Rounding may leave a zero KL at about -1e-6.
+    """
+    reference = reference_logits.detach()[..., : shard.valid]
+    # Once to fp32, so that the two parts of the gradient, which nearly cancel, meet before they are rounded.
+    logits = logits.to(_compute_dtype(logits))
+    reference_logsumexp = vocab_logsumexp(reference_logits.detach(), shard)
+    probabilities = (reference - reference_logsumexp.unsqueeze(-1)).exp_()
+    expected = (probabilities * (reference - logits[..., : shard.valid])).sum(-1)
+    return _SumOverShards.apply(expected, shard) - (reference_logsumexp - vocab_logsumexp(logits, shard))
+
+
+@torch.no_grad()
+def top1(logits: Tensor, shard: VocabShard) -> Tensor:
+    """The most likely token of every position, [...] global index; of equals, the lower."""
+    return _top_k(logits, 1, shard)[0].squeeze(-1)
+
+
+def token_weights(kind: LossKind, loss_mask: Tensor, targets: TeacherTargets | None) -> Tensor:
+    """The weight of every token's loss, shaped as `loss_mask` (1 = counts), [s, b].
+
+    "adaptive" weighs by the teacher's entropy H (E3-Pruner's adaptive KD); "kl" and "ce" all alike. The loss
+    is to be divided by the sum of the weights over the global batch, which makes the weights H / mean H.
+    """
+    if kind != "adaptive":
+        return loss_mask
+    if targets is None:
+        raise MegapruneError("--distill-loss adaptive weighs tokens by the teacher's entropy: it needs a teacher")
+    return targets.entropy * loss_mask
+
+
+class _PickedAndOthers(torch.autograd.Function):
+    """The logits at `indices` [..., k], distinct, and the logsumexp [...] of all others.
+
+    Together they are all that the losses need of the vocabulary. The backward pass recomputes the softmax
+    from the logits as they came, in one fp32 buffer, and rounds the finished gradient to their dtype once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, indices: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+        dtype = _compute_dtype(logits)
+        local, here = shard.locate(indices)
+        picked = logits.gather(-1, local).to(dtype).masked_fill_(~here, 0.0)
+        others = _exclude(logits.to(dtype, copy=True), local, here, shard)
+        # Finite even where no column is left, so that nothing below computes inf - inf.
+        peak = others.amax(-1).clamp_min_(torch.finfo(dtype).min)
+        peak = shard.reduce(peak, dist.ReduceOp.MAX)
+        total = shard.reduce(others.sub_(peak.unsqueeze(-1)).exp_().sum(-1))
+        logsumexp = peak + total.clamp_min_(torch.finfo(dtype).tiny).log_()
+        ctx.save_for_backward(logits, indices, logsumexp)
+        ctx.shard = shard
+        return shard.reduce(picked), logsumexp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_picked: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, None, None]:
+        logits, indices, logsumexp = ctx.saved_tensors
+        local, here = ctx.shard.locate(indices)
+        grad = _exclude(logits - logsumexp.unsqueeze(-1), local, here, ctx.shard).exp_()
+        grad.mul_(grad_logsumexp.unsqueeze(-1))
+        grad.scatter_add_(-1, local, grad_picked.masked_fill(~here, 0.0))
+        return grad.to(logits.dtype), None, None
+
+
+class _SumOverShards(torch.autograd.Function):
+    """Sum over the tensor-parallel group; the identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, shard: VocabShard) -> Tensor:
+        return shard.reduce(values.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _exclude(values: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> Tensor:
+    """Puts -inf, in place, into padding columns and the columns `local` that are `here`."""
+    values[..., shard.valid :] = -torch.inf
+    # Added and not set: an index of another shard is clamped onto a column that must stay as it is.
+    excluded = torch.zeros_like(local, dtype=values.dtype).masked_fill_(here, -torch.inf)
+    return values.scatter_add_(-1, local, excluded)
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Sum of p (log p - log q) over the last dimension, from log-probabilities."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _teacher_with_rest(targets: TeacherTargets) -> Tensor:
+    """Log-probabilities [..., k + 1]: of the top k, and of all the rest together."""
+    # Rounding, or a cache in 16 bits, may put the mass of the top k at 1 and beyond: the rest is below eps.
+    eps = torch.finfo(targets.logits.dtype).eps
+    log_mass = (targets.logits.logsumexp(-1) - targets.logsumexp).clamp_max(-eps)
+    rest = targets.logsumexp + _log1mexp(log_mass)
+    return torch.cat([targets.logits, rest.unsqueeze(-1)], dim=-1).log_softmax(-1)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012)."""
+    return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def _top_k(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Global indices [..., k] int64 and fp32 logits [..., k] of the k largest; of equals the lower index."""
+    rows = logits.reshape(-1, shard.size)
+    blocks = rows.split(max(1, _RANKED_AT_ONCE // shard.size))
+    local = torch.cat([_top_keys(_ranking_keys(block, shard), k) for block in blocks])
+    keys = _top_keys(shard.gather(local), k).reshape(*logits.shape[:-1], k)
+    bits = (keys >> 32).int()
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return 0xFFFFFFFF - (keys & 0xFFFFFFFF), bits.view(torch.float32)
+
+
+def _ranking_keys(logits: Tensor, shard: VocabShard) -> Tensor:
+    """[n, size] logits to [n, valid] int64 that order by logit, then by falling index; no two are equal.
+
+    The upper half is the bits of the fp32 logit, those of negative numbers flipped: so integers order as
+    floats do.
+    """
+    real = logits[:, : shard.valid].float() + 0.0  # -0 becomes 0, its equal
+    bits = real.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = torch.arange(shard.start, shard.start + shard.valid, device=logits.device)
+    return ordered.long().bitwise_left_shift_(32).add_(0xFFFFFFFF - columns)
+
+
+def _top_keys(keys: Tensor, k: int) -> Tensor:
+    """The k largest of [n, m] keys, falling; made up to k with the lowest key if m < k."""
+    top = keys.topk(min(k, keys.shape[-1]), dim=-1).values
+    return F.pad(top, (0, k - top.shape[-1]), value=torch.iinfo(torch.int64).min)

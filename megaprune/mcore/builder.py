@@ -1,0 +1,193 @@
+"""Builds one rank's part of a model: configuration, layer specs, gates."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megaprune import device
+from megaprune.distillation.losses import VocabShard
+from megaprune.errors import MegapruneError, UsageError
+from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
+from megaprune.mcore.local_layers import RMSNorm, ScaledDotProductAttention
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import layout_string
+from megaprune.models import Architecture
+from megaprune.weights.shards import padded_vocab_size
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How Megatron-Core runs the model: everything that leaves the numbers as they are (up to rounding)."""
+
+    sizes: ParallelSizes
+    transformer_engine: bool = False
+    bf16: bool = False
+    recompute_granularity: str | None = None
+    seq_length: int = 4096
+
+
+class LogitsModel(GPTModel):
+    """A GPT model whose loss is computed outside: given labels it hands on the logits, [s, b, vocab / tp], as they
+    are, without the copy to [b, s, vocab / tp] that the core makes when there are none."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
+    """Checks that the model can be cut as the flags ask.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if world_size % sizes.model:
+        raise UsageError(
+            f"{world_size} processes can't be shared out over --tensor-model-parallel-size {sizes.tensor} x "
+            f"--pipeline-model-parallel-size {sizes.pipeline} x --context-parallel-size {sizes.context}: the number "
+            f"of processes must be a multiple of {sizes.model}"
+        )
+    for what, number in (
+        ("attention heads", arch.transformer["num_attention_heads"]),
+        ("key-value heads", arch.query_groups),
+        ("MLP columns", arch.transformer["ffn_hidden_size"]),
+    ):
+        if number % sizes.tensor:
+            raise UsageError(f"--tensor-model-parallel-size {sizes.tensor} does not divide the model's {number} {what}")
+    if sizes.sequence_parallel and sizes.tensor == 1:
+        raise UsageError("--sequence-parallel needs --tensor-model-parallel-size > 1")
+
+
+def transformer_config(arch: Architecture, stages: Sequence[int], options: EngineOptions) -> TransformerConfig:
+    """Megatron-Core's configuration of a model whose pipeline stages hold ``stages`` layers each.
+
+    Raises:
+        MegapruneError: the stages don't hold every layer.
+    """
+    if sum(stages) != arch.num_layers:
+        raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers of {arch.num_layers}")
+    sizes = options.sizes
+    recompute: dict[str, Any] = {}
+    if options.recompute_granularity:
+        recompute["recompute_granularity"] = options.recompute_granularity
+    if options.recompute_granularity == "full":
+        recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
+    fused = options.transformer_engine
+    return TransformerConfig(
+        **arch.transformer,
+        **recompute,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        context_parallel_size=sizes.context,
+        sequence_parallel=sizes.sequence_parallel,
+        pipeline_model_parallel_layout=layout_string(stages) if sizes.pipeline > 1 else None,
+        pipeline_dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        bf16=options.bf16,
+        deallocate_pipeline_outputs=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # every weight is loaded: time and memory for random ones would be wasted
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        # the fused kernels below come with Transformer Engine or apex
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=fused,
+        apply_rope_fusion=fused,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=fused,
+    )
+
+
+def build_model(
+    arch: Architecture, stages: Sequence[int], options: EngineOptions, gate: LayerGate | None = None
+) -> GPTModel:
+    """This rank's part of the model, with undefined weights, on the run's device.
+
+    Args:
+        stages: number of layers on each pipeline stage.
+        gate: the mask that the layers obey; None builds plain layers.
+    """
+    config = transformer_config(arch, stages, options)
+    model = LogitsModel(
+        config,
+        _block_spec(config, options.transformer_engine, gated=gate is not None),
+        vocab_size=padded_vocab_size(arch.vocab_size, options.sizes.tensor),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rotary_base,
+        scatter_embedding_sequence_parallel=options.sizes.sequence_parallel,
+    )
+    _scale_rope(model.rotary_pos_emb, arch)
+    expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
+    if len(model.decoder.layers) != expected:
+        raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
+    for layer in model.decoder.layers if gate is not None else ():
+        layer.gate = gate
+    return model.to(device.torch_device())
+
+
+def vocab_shard(arch: Architecture) -> VocabShard:
+    """Which columns of the vocabulary this rank's logits are."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    size = padded_vocab_size(arch.vocab_size, group.size()) // group.size()
+    start = group.rank() * size
+    valid = min(max(arch.vocab_size - start, 0), size)
+    return VocabShard(start, size, valid, group if group.size() > 1 else None)
+
+
+def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:
+    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself."""
+    return Float16Module(model.config, model) if options.bf16 else model
+
+
+def _block_spec(config: TransformerConfig, transformer_engine: bool, gated: bool) -> TransformerBlockSubmodules:
+    spec = get_gpt_decoder_block_spec(config, transformer_engine, normalization="RMSNorm")
+    spec = copy.deepcopy(spec)  # the core shares one spec among all layers
+    for layer in spec.layer_specs:
+        if gated:
+            layer.module = GatedTransformerLayer
+        if not transformer_engine:
+            parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+            parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+            attention.core_attention = ScaledDotProductAttention
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if not transformer_engine:
+        spec.layer_norm = RMSNorm
+    return spec
+
+
+def _scale_rope(rope: RotaryEmbedding, arch: Architecture) -> None:
+    """Sets the scaled frequencies: GPTModel itself takes the factor only, with LLaMA 3.1's other numbers."""
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return
+    if scaling.rope_type == "linear":
+        rope.inv_freq = rope.inv_freq / scaling.factor
+        return
+    rope.inv_freq = rope._apply_scaling(
+        rope.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )

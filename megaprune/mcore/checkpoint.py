@@ -1,0 +1,100 @@
+"""Checkpoints of a run: saved whole or not at all, loaded at any parallel layout, and loaded into a pruned model by
+renaming layers, with dist_checkpointing as the resharding engine."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+from megaprune.errors import MegapruneError
+from megaprune.mcore.trainer import Trainer
+
+_LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
+_FOLDER = re.compile(r"^iter_(\d{7})$")
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        # every layer under a key of its own, so that pruning is a renaming of keys
+        "non_homogeneous_layers": True,
+        "singleton_local_shards": False,
+        # optimizer states in the shape of the model's parameters: these reshard, and follow the renaming
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a run's checkpoints folder."""
+    if not folder.is_dir():
+        return None
+    found = sorted(path for path in folder.iterdir() if _FOLDER.match(path.name))
+    return found[-1] if found else None
+
+
+def save(folder: Path, iteration: int, trainer: Trainer, state: dict[str, Any]) -> Path:
+    """Saves model, optimizer and the run's own state under ``iter_<iteration>``, then drops older ones. Collective.
+
+    The folder gets its name only when every rank has written its part.
+    """
+    final = folder / f"iter_{iteration:07d}"
+    aside = folder / f"{final.name}.tmp"
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(trainer) | {"state": state}, str(aside))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        if final.exists():  # an earlier save of the same iteration: the new one takes its place
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        for path in folder.iterdir():
+            if path != final and _FOLDER.match(path.name.removesuffix(".tmp")):
+                shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The run's own state in a checkpoint.
+
+    Raises:
+        MegapruneError: the checkpoint can't be read.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
+    except Exception as error:  # the core raises its own kinds, which all mean the same here
+        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to start from the one before") from error
+
+
+def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None = None) -> None:
+    """Loads model and optimizer, whatever the layout that saved them. Collective.
+
+    Args:
+        kept_layers: the layers of the saved model of which this trainer's model consists; None means all.
+    """
+    wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    trainer.model.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
+    model = trainer.model.sharded_state_dict(metadata=_metadata())
+    if kept_layers is not None:
+        for entry in nested_values(model):
+            if isinstance(entry, ShardedBase):
+                entry.key = _LAYER_KEY.sub(lambda m: f"{m[1]}{kept_layers[int(m[2])]}{m[3]}", entry.key)
+    # The optimizer names its states after the model's keys, and so follows the renaming.
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
+    return {"model": model, "optimizer": optimizer}

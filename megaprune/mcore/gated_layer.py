@@ -1,0 +1,101 @@
+"""The gate on a transformer layer: ``x + m * (layer(x) - x)``, E3-Pruner's mask.
+
+The mask is sampled once per step outside the layers and handed to them as a leaf, so that its gradient adds up over
+micro-batches, works under activation recompute, and is reduced over the ranks once.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+
+class LayerGate:
+    """The mask that all gated layers of one model share. Closed (no mask) at first: layers run as they are.
+
+    Args:
+        skip_masked_backward: leave out the backward pass of layers whose mask is 0. Exact; False computes it plainly,
+            for comparison.
+    """
+
+    def __init__(self, skip_masked_backward: bool = True) -> None:
+        self.skip_masked_backward = skip_masked_backward
+        self.mask: Tensor | None = None
+        self._values: list[float] = []
+
+    def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
+        """Takes the mask [num_layers] of the next passes; None removes it."""
+        if mask is None:
+            self.mask = None
+            return
+        self._values = mask.tolist()  # read once per step, so that no layer waits for the device
+        self.mask = mask.detach().to(device=device, dtype=torch.float32).clone().requires_grad_()
+
+    def value(self, layer: int) -> float:
+        """The mask of one layer as a number."""
+        return self._values[layer]
+
+    def take_gradient(self) -> Tensor:
+        """The gradient of the mask gathered on this rank, [num_layers]."""
+        assert self.mask is not None
+        return torch.zeros_like(self.mask) if self.mask.grad is None else self.mask.grad
+
+
+class _Gate(torch.autograd.Function):
+    """``x + m * (y - x)`` with the mask's gradient ``<dL/dout, y - x>``.
+
+    For m = 1 the output is y itself and for m = 0 it is x, so that a masked model equals the pruned one bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, value: float) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.value = value
+        if value == 1.0:
+            return y.view_as(y)
+        if value == 0.0:
+            return x.view_as(x)
+        return torch.lerp(x, y, value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, y = ctx.saved_tensors
+        need_x, need_y, need_mask, _ = ctx.needs_input_grad
+        grad_mask = torch.sum(grad.float() * (y.float() - x.float())) if need_mask else None
+        grad_x = _scaled(grad, 1.0 - ctx.value) if need_x else None
+        grad_y = _scaled(grad, ctx.value) if need_y else None
+        return grad_x, grad_y, grad_mask, None
+
+
+def _scaled(grad: Tensor, factor: float) -> Tensor | None:
+    if factor == 0.0:
+        return None
+    return grad if factor == 1.0 else grad * factor
+
+
+class GatedTransformerLayer(TransformerLayer):
+    """A transformer layer behind its gate. ``gate`` is set after the model is built; None leaves the layer as it is."""
+
+    gate: LayerGate | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """hidden_states [s, b, h] (its sequence shard under sequence parallelism) to the same shape."""
+        gate = self.gate
+        if gate is None or gate.mask is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        layer = self.layer_number - 1
+        value = gate.value(layer)
+        if value == 0.0 and not torch.is_grad_enabled():
+            return hidden_states, kwargs.get("context")
+        if value == 0.0 and gate.skip_masked_backward:
+            # d out/dx is the identity and the mask's gradient needs only y: no graph, no kept activations.
+            with torch.no_grad():
+                y, context = super().forward(hidden_states.detach(), *args, **kwargs)
+            y = y.detach()
+        else:
+            y, context = super().forward(hidden_states, *args, **kwargs)
+        out = _Gate.apply(hidden_states, y, gate.mask[layer], value)
+        # The pipeline frees the outputs that it has sent, and refuses views.
+        return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True), context

@@ -1,0 +1,152 @@
+"""Process groups: setting them up, and agreeing across them."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megaprune import device
+from megaprune.errors import MegapruneError
+from megaprune.weights.shards import TensorParallel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """The sizes of Megatron's process groups; data parallelism takes what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+
+def world_size() -> int:
+    """Processes in this run, known before the groups exist."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's global rank, known before the groups exist."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
+    """Joins the process group (alone where there is no launcher) and sets up Megatron's groups."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    device.bind_local_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        # A lone process needs no port, and so can't collide with another run on this host.
+        store = dist.HashStore() if world_size() == 1 else None
+        dist.init_process_group(
+            device.BACKEND,
+            rank=rank() if store else -1,
+            world_size=1 if store else -1,
+            store=store,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        context_parallel_size=sizes.context,
+    )
+    # Nothing in a run draws from the global generators (no dropout; weights are loaded); the core wants them seeded.
+    model_parallel_cuda_manual_seed(1)
+
+
+def shut_down() -> None:
+    """Leaves the groups."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def tensor_parallel() -> TensorParallel:
+    """This rank's place among its tensor-parallel ranks."""
+    return TensorParallel(
+        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    )
+
+
+def data_parallel_rank() -> int:
+    """This rank's place among the replicas of the model."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """How many replicas of the model there are."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def raise_together(error: MegapruneError | None) -> None:
+    """Raises on every rank the first error that any rank met, so that none is left waiting in a collective."""
+    errors: list[MegapruneError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for met in errors:
+        if met is not None:
+            raise met
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(int(flag), device=device.torch_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    dist.barrier()
+
+
+def from_last_stage(value: T) -> T:
+    """A value known on the last pipeline stage, on every stage of this pipeline."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes the logits."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
+    """All-reduces a tensor in place over the replicas of the model (and their context-parallel parts)."""
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return value
+
+
+def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+    """The gradient of the mask over the whole run, bit for bit the same on every rank.
+
+    A layer's entry is non-zero only on its pipeline stage (sum over PP). Under sequence parallelism each
+    tensor-parallel rank holds the part of its tokens (sum over TP); otherwise all hold the same (mean). The loss is
+    a mean over replicas (mean over DP); context-parallel ranks scale theirs by their number, as Megatron's DDP
+    expects.
+
+    Args:
+        grad: [num_layers] on this rank.
+    """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    replicas = dist.get_world_size() // (tp * pp)
+    total = grad.to(torch.float64)
+    dist.all_reduce(total)
+    total = total / (replicas * (1 if sequence_parallel else tp))
+    # Backends promise equal sums, not equal bits, on all ranks; the scores must never drift apart.
+    dist.broadcast(total, src=0)
+    return total.float().cpu()

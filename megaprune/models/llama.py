@@ -1,0 +1,29 @@
+"""LLaMA 2, 3, 3.1 and later dense text models (``model_type: llama``)."""
+
+from megaprune.errors import MegapruneError
+from megaprune.models.tables import (
+    GQA_LAYER_RULES,
+    MODEL_RULES,
+    Architecture,
+    Family,
+    HFConfig,
+    gqa_architecture,
+    prune_dense_config,
+)
+
+
+def _architecture(config: HFConfig) -> Architecture:
+    if config.get("attention_bias"):
+        raise MegapruneError("llama: attention_bias true is not supported")
+    return gqa_architecture(config)
+
+
+FAMILY = Family(
+    model_type="llama",
+    architecture=_architecture,
+    model_rules=MODEL_RULES,
+    layer_rules=GQA_LAYER_RULES,
+    prune_config=prune_dense_config,
+    # Early conversions of LLaMA 2 store RoPE's frequencies, which every reader computes.
+    ignored=(r"rotary_emb\.inv_freq$",),
+)

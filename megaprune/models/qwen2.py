@@ -1,0 +1,18 @@
+"""Qwen2 and Qwen2.5 dense models (``model_type: qwen2``): bias on query, key and value; small ones tie embeddings."""
+
+from megaprune.models.tables import (
+    GQA_LAYER_RULES,
+    MODEL_RULES,
+    QKV_BIAS_RULES,
+    Family,
+    gqa_architecture,
+    prune_dense_config,
+)
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture=lambda config: gqa_architecture(config, add_qkv_bias=True),
+    model_rules=MODEL_RULES,
+    layer_rules=GQA_LAYER_RULES + QKV_BIAS_RULES,
+    prune_config=prune_dense_config,
+)

@@ -1,0 +1,138 @@
+"""The README.md of a pruned model, and what megaprune reads back from one."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from megaprune.report.run_report import Report, ideal_speedup, layer_ranges, measured_losses, perplexity
+
+CARD_NAME = "README.md"
+
+
+def model_card(report: Report, *, source_name: str, command: str, license: str | None = None) -> str:
+    """The model card of the pruned model, as Hugging Face's README.md with YAML front matter.
+
+    Args:
+        report: report.json's contents.
+        source_name: the source model's hub id, or the path of its folder, of which only the name is shown.
+        command: the command line that made the model.
+        license: the source's licence identifier, where known; a pruned model inherits it.
+    """
+    base_model = _public_name(source_name)
+    front_matter = yaml.safe_dump(
+        _metadata(report, base_model, license), sort_keys=False, default_flow_style=None, width=100
+    )
+    before = report["num_layers"] + len(report["pruned_layers"])
+    return f"""---
+{front_matter}---
+
+# {base_model}, pruned to {report["num_layers"]} of {before} layers
+
+This model is `{base_model}` without {len(report["pruned_layers"])} of its transformer layers.
+They were chosen with the method `{report["method"]}` of megaprune, which then removed them and
+{_training_clause(report)}. It is an ordinary checkpoint of its architecture and needs no special code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
+```
+
+## What changed
+
+| | source | pruned |
+| --- | ---: | ---: |
+| layers | {before} | {report["num_layers"]} |
+| parameters | {report["params_before"]:,} | {report["params_after"]:,} |
+
+- kept layers (source indices, from 0): {layer_ranges(report["kept_layers"])}
+- removed layers: {layer_ranges(report["pruned_layers"])}
+- ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
+{_quality(report)}
+## How it was made
+
+- training tokens: {report["tokens_seen"]:,}, in windows of {report["seq_length"]:,}
+- seed: {report["seed"]}
+- versions: {", ".join(f"{name} {version}" for name, version in report["versions"].items())}
+
+```bash
+{command}
+```
+"""
+
+
+def read_seq_length(hf_dir: str | Path) -> int | None:
+    """`megaprune.seq_length` from the card of the model in `hf_dir`: the window that it was trained with.
+
+    None where there is no card, no front matter, or none that megaprune wrote.
+    """
+    card = Path(hf_dir) / CARD_NAME
+    if not card.is_file():
+        return None
+    match = re.match(r"---\r?\n(.*?\n)---\s*$", card.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
+    try:
+        metadata = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    ours = metadata.get("megaprune") if isinstance(metadata, dict) else None
+    seq_length = ours.get("seq_length") if isinstance(ours, dict) else None
+    return seq_length if isinstance(seq_length, int) and seq_length > 0 else None
+
+
+def _public_name(source_name: str) -> str:
+    """A hub id as it is; of a local path the last part, since the rest is the author's disk."""
+    path = Path(source_name)
+    try:
+        validate_repo_id(source_name)
+    except HFValidationError:
+        return path.resolve().name
+    return path.resolve().name if path.is_dir() else source_name
+
+
+def _metadata(report: Report, base_model: str, license: str | None) -> dict[str, Any]:
+    return {
+        **({"license": license} if license else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base_model,
+        "tags": ["megaprune", "layer-pruning"],
+        "megaprune": {
+            "method": report["method"],
+            "kept_layers": report["kept_layers"],
+            "seq_length": report["seq_length"],
+        },
+    }
+
+
+def _training_clause(report: Report) -> str:
+    if report["tokens_seen"]:
+        return f"trained the model on {report['tokens_seen']:,} tokens"
+    return "left every remaining weight as it was"
+
+
+def _quality(report: Report) -> str:
+    losses = measured_losses(report["valid"])
+    if not losses:
+        return ""
+    names = {"teacher": "source", "pruned": "pruned, before recovery", "recovered": "this model"}
+    if "recovered" not in losses:
+        names["pruned"] = names["recovered"]
+    rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]
+    return "\n".join(
+        [
+            "",
+            "## Quality",
+            "",
+            f"Next-token cross-entropy on held-out text, windows of {report['seq_length']:,} tokens.",
+            "",
+            "| model | loss (nats) | perplexity |",
+            "| --- | ---: | ---: |",
+            *rows,
+            "",
+        ]
+    )

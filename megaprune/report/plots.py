@@ -1,0 +1,186 @@
+"""The plots of one run: loss, layer scores over the search, kept layers over the search.
+
+Everything is drawn from `metrics.jsonl`'s records (`megaprune.training.metrics`), so a plot can be made anew
+from a finished run. Figures are plain `Figure` objects: pyplot's global state isn't touched and no display
+is needed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from megaprune.report.files import whole_file
+from megaprune.report.run_report import measured_losses
+
+BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
+MASK_COLOURS = ListedColormap([PALE, BLUE])
+SMOOTHING = 0.9  # weight of the past in the loss curve's moving average
+DPI = 160
+
+Record = dict[str, Any]
+
+
+def write_plots(
+    records: Sequence[Record],
+    plots_dir: str | Path,
+    kept_layers: Sequence[int],
+    valid: dict[str, dict[str, float]] | None = None,
+) -> list[Path]:
+    """Writes the plots that the records allow and returns their paths.
+
+    `loss.png` where anything was trained; `layer_scores.png` and `kept_layers.png` where the search logged
+    scores and masks. See the functions below for the arguments.
+    """
+    plots_dir = Path(plots_dir)
+    written = []
+    if records:
+        written.append(plot_loss(records, plots_dir / "loss.png", valid))
+    if _with(records, "scores"):
+        written.append(plot_scores(records, plots_dir / "layer_scores.png", kept_layers))
+    if _with(records, "mask"):
+        written.append(plot_kept_layers(records, plots_dir / "kept_layers.png", kept_layers))
+    return written
+
+
+def plot_loss(records: Sequence[Record], path: str | Path, valid: dict[str, dict[str, float]] | None = None) -> Path:
+    """Training loss over iterations and tokens, search and recovery told apart.
+
+    Args:
+        records: one per iteration, at least one.
+        valid: `report.json`'s mean cross-entropies on held-out text in nats. They get a panel of their own:
+            the training loss may be a divergence from the teacher, and then the two don't compare.
+    """
+    points = measured_losses(valid or {})
+    figure = Figure(figsize=(8, 3.8), dpi=DPI, layout="constrained")
+    if points:
+        axes, panel = figure.subplots(1, 2, width_ratios=(3.4, 1))
+        _draw_valid(panel, points)
+    else:
+        axes = figure.subplots()
+    _draw_loss(axes, records)
+    return _save(figure, path)
+
+
+def plot_scores(records: Sequence[Record], path: str | Path, kept_layers: Sequence[int]) -> Path:
+    """Every layer's score at every iteration of the search (E3-Pruner, Figure 7a).
+
+    Args:
+        records: those with `scores` are drawn, at least one; the rest is left out.
+        kept_layers: source indices of the layers in the pruned model, marked at the right edge.
+    """
+    records = _with(records, "scores")
+    scores = np.array([record["scores"] for record in records], dtype=float).T  # [layers, iterations]
+    figure, axes, strip = _layer_figure(len(scores))
+    image = axes.imshow(np.ma.masked_invalid(scores), cmap="viridis", **_layer_image(records))
+    axes.set_title("Layer scores over the search")
+    _mark_kept(strip, len(scores), kept_layers)
+    figure.colorbar(image, ax=strip, label="score (higher = keep)", fraction=0.9, aspect=30, pad=0.5)
+    return _save(figure, path)
+
+
+def plot_kept_layers(records: Sequence[Record], path: str | Path, kept_layers: Sequence[int]) -> Path:
+    """The mask at every iteration of the search (E3-Pruner, Figure 7b). Arguments as in `plot_scores`."""
+    records = _with(records, "mask")
+    mask = np.array([record["mask"] for record in records], dtype=float).T  # [layers, iterations]
+    figure, axes, strip = _layer_figure(len(mask))
+    colours = MASK_COLOURS if np.isin(mask, (0, 1)).all() else "Blues"
+    axes.imshow(mask, cmap=colours, vmin=0, vmax=1, **_layer_image(records))
+    axes.set_title("Layers in the sampled mask over the search (dark = kept)")
+    _mark_kept(strip, len(mask), kept_layers)
+    return _save(figure, path)
+
+
+def _with(records: Sequence[Record], key: str) -> list[Record]:
+    return [record for record in records if record.get(key)]
+
+
+def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
+    iterations = np.array([record["iteration"] for record in records])
+    tokens = np.array([record["tokens"] for record in records])
+    loss = np.array([record["loss"] for record in records], dtype=float)
+    search = np.array([record["stage"] == "search" for record in records])
+    for stage, colour, of_stage in (("search", ORANGE, search), ("recovery", BLUE, ~search)):
+        if of_stage.any():
+            x, y = iterations[of_stage], loss[of_stage]
+            axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+            marker = "o" if len(x) == 1 else None
+            axes.plot(x, _smooth(y), color=colour, linewidth=1.8, marker=marker, label=stage)
+    if search.any() and not search.all():
+        axes.axvline(iterations[search][-1] + 0.5, color=GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel="iteration", ylabel="training loss (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color=PALE)
+    axes.legend(frameon=False, loc="upper right")
+    axes.spines[["right"]].set_visible(False)
+    per_iteration = tokens[-1] / iterations[-1]
+    top = axes.secondary_xaxis("top", functions=(lambda x: x * per_iteration, lambda x: x / per_iteration))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
+    names, losses = list(points), list(points.values())
+    colours = {"teacher": GREY, "pruned": ORANGE, "recovered": BLUE}
+    bars = axes.bar(names, losses, color=[colours[name] for name in names], width=0.65)
+    axes.bar_label(bars, fmt="%.3f", padding=2)
+    axes.set(title="validation (nats)", ylim=(0, max(losses) * 1.12))
+    axes.set_yticks([])
+    axes.tick_params(axis="x", rotation=30, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average without the bias towards the first value; steps over missing values."""
+    smoothed, total, weight = np.empty_like(values), 0.0, 0.0
+    for index, value in enumerate(values):
+        if np.isfinite(value):
+            total = SMOOTHING * total + (1 - SMOOTHING) * value
+            weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed[index] = total / weight if weight else np.nan
+    return smoothed
+
+
+def _layer_figure(num_layers: int) -> tuple[Figure, Axes, Axes]:
+    """A figure with one row per layer, and a thin strip at its right for the layers kept in the end."""
+    height = min(max(0.15 * num_layers + 1.2, 3.2), 10)
+    figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained")
+    axes, strip = figure.subplots(1, 2, width_ratios=(40, 1), sharey=True)
+    axes.set(xlabel="iteration", ylabel="layer of the source model")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure, axes, strip
+
+
+def _layer_image(records: Sequence[Record]) -> dict[str, Any]:
+    """imshow's placing of a [layers, iterations] matrix: layer 0 at the bottom, cells centred on integers."""
+    num_layers = len(records[0].get("scores") or records[0]["mask"])
+    first, last = records[0]["iteration"], records[-1]["iteration"]
+    return {
+        "aspect": "auto",
+        "origin": "lower",
+        "extent": (first - 0.5, last + 0.5, -0.5, num_layers - 0.5),
+    }
+
+
+def _mark_kept(strip: Axes, num_layers: int, kept_layers: Sequence[int]) -> None:
+    kept = np.isin(np.arange(num_layers), kept_layers)[:, None]
+    extent = (0, 1, -0.5, num_layers - 0.5)
+    strip.imshow(kept, cmap=MASK_COLOURS, vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent)
+    strip.set_xticks([])
+    strip.tick_params(axis="y", left=False)
+    strip.set_title("kept", fontsize=9)
+    size = 8 if num_layers <= 40 else 6
+    for layer in kept_layers:
+        strip.text(1.25, layer, str(layer), va="center", fontsize=size, color=BLUE)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    with whole_file(path) as aside:
+        figure.savefig(aside)
+    return Path(path)

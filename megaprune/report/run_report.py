@@ -1,0 +1,145 @@
+"""report.json: what a run did and what came of it, and the table printed at its end."""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megaprune import __version__
+from megaprune.report.files import write_json
+
+MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
+OUTPUTS = (
+    ("pruned model", "hf"),
+    ("LoRA adapter", "adapter"),
+    ("report", "report.json"),
+    ("plots", "plots"),
+    ("metrics", "metrics.csv"),
+)
+
+Report = dict[str, Any]
+
+
+def build_report(
+    *,
+    method: str,
+    num_source_layers: int,
+    kept_layers: Sequence[int],
+    scores: Sequence[float] | None,
+    params_before: int,
+    params_after: int,
+    tokens_seen: int,
+    seed: int,
+    stages: dict[str, dict[str, float]],
+    valid: dict[str, dict[str, float]],
+    seq_length: int,
+) -> Report:
+    """The contents of report.json.
+
+    Args:
+        method: what `--method` said.
+        kept_layers: source indices, from 0, of the layers in the pruned model.
+        scores: one per source layer, higher = keep; None where the method scores no single layers.
+        stages: {name: {"seconds": s, "tokens": n}} in the order run.
+        valid: {"teacher" | "pruned" | "recovered": {"loss": nats}}, those measured; {} for no `--valid-data`.
+        seq_length: tokens of one training window.
+    """
+    kept = sorted(kept_layers)
+    return {
+        "method": method,
+        "num_layers": len(kept),
+        "kept_layers": kept,
+        "pruned_layers": sorted(set(range(num_source_layers)) - set(kept)),
+        "scores": None if scores is None else list(scores),
+        "params_before": params_before,
+        "params_after": params_after,
+        "tokens_seen": tokens_seen,
+        "seed": seed,
+        "seq_length": seq_length,
+        "stages": stages,
+        "valid": valid,
+        "versions": versions(),
+    }
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Writes report.json, whole or not at all; numbers that aren't finite become null."""
+    write_json(path, report)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a run's numbers."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
+    return {"megaprune": __version__, **packages, "python": platform.python_version()}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def measured_losses(valid: dict[str, dict[str, float]]) -> dict[str, float]:
+    """report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
+    losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
+    return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+
+
+def ideal_speedup(report: Report) -> float:
+    """L / (L - p): the speed-up if time were spent in layers alone."""
+    return (report["num_layers"] + len(report["pruned_layers"])) / report["num_layers"]
+
+
+def result_table(report: Report, run_dir: str | Path | None = None) -> str:
+    """The plain-text table that a run ends with: no trailing newline, under 100 columns except for paths.
+
+    Args:
+        run_dir: what exists there of a run's outputs is listed with its path.
+    """
+    lines = [_headline(report), "", *_model_rows(report), ""]
+    facts = [
+        ("kept layers", layer_ranges(report["kept_layers"])),
+        ("pruned layers", layer_ranges(report["pruned_layers"])),
+        ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
+        ("tokens seen", f"{report['tokens_seen']:,}"),
+    ]
+    times = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in report["stages"].items())
+    if times:
+        facts.append(("time", times))
+    if run_dir is not None:
+        found = [(name, Path(run_dir) / place) for name, place in OUTPUTS]
+        facts += [(name, str(path)) for name, path in found if path.exists()]
+    return "\n".join(lines + [f"{name:<16}{value}" for name, value in facts])
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"; "none" for no layers."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def _headline(report: Report) -> str:
+    before = report["num_layers"] + len(report["pruned_layers"])
+    return (
+        f"{report['method']}: {before} -> {report['num_layers']} layers, "
+        f"{report['params_before']:,} -> {report['params_after']:,} parameters, seed {report['seed']}"
+    )
+
+
+def _model_rows(report: Report) -> list[str]:
+    losses = measured_losses(report["valid"])
+    rows = [f"{'model':<12}{'layers':>8}{'parameters':>20}{'valid loss':>13}{'perplexity':>14}"]
+    for name in MODELS if losses else ("teacher", "pruned"):
+        layers, params = report["num_layers"], report["params_after"]
+        if name == "teacher":
+            layers, params = layers + len(report["pruned_layers"]), report["params_before"]
+        loss = losses.get(name)
+        numbers = ("-", "-") if loss is None else (f"{loss:.4f}", f"{perplexity(loss):,.2f}")
+        rows.append(f"{name:<12}{layers:>8}{params:>20,}{numbers[0]:>13}{numbers[1]:>14}")
+    return rows

@@ -1,0 +1,1 @@
+"""Which layers stay. Pure tensors: no Megatron, no process groups, no files."""

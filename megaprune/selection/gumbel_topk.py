@@ -1,0 +1,216 @@
+"""The Gumbel-TopK mask search of E3-Pruner, after the relaxation of Ploetz and Roth (2018)."""
+
+import hashlib
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaprune.errors import MegapruneError, UsageError
+from megaprune.selection.one_shot import top_layers
+from megaprune.selection.selector import check_num_kept
+
+
+def gumbel_topk_mask(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask with exactly k ones whose gradient is that of a soft top-k.
+
+    `scores` and `noise` are [n]; computed in fp32 (fp64 if given). With a = scores + noise, k times:
+    p = softmax(a / temperature), a <- a + log(1 - p); soft is the sum of the p. The logarithm is added
+    before the temperature divides: after it, one item could be picked twice.
+
+    Returns (mask, soft), both [n]: soft sums to k; mask is soft's top k in the forward pass (of equals,
+    the lower index) and soft in the backward pass (straight-through). With k = 0 or k = n there is no
+    choice, and both are constants without a graph.
+    """
+    if not 0 <= k <= len(scores):
+        raise MegapruneError(f"cannot keep {k} of {len(scores)} layers")
+    if temperature <= 0:
+        raise UsageError(f"--gumbel-temperature: {temperature} is not positive")
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if k in (0, len(scores)):
+        constant = torch.full_like(scores, float(k > 0), dtype=dtype, requires_grad=False)
+        return constant, constant.clone()
+
+    perturbed = scores.to(dtype) + noise.to(dtype)
+    soft = torch.zeros_like(perturbed)
+    for _ in range(k):
+        soft = soft + torch.softmax(perturbed / temperature, dim=0)
+        perturbed = perturbed + _log_complement(perturbed / temperature)
+
+    chosen = torch.sort(soft.detach(), descending=True, stable=True).indices[:k]
+    hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
+    # In this order the added term is exactly 0, and the mask exactly 0 or 1.
+    return hard + (soft - soft.detach()), soft
+
+
+def _log_complement(logits: Tensor) -> Tensor:
+    """log(1 - softmax(logits)), [n] with n > 1, always finite.
+
+    As the others' share of the total: in fp32, 1 - p is 0 for an item that leads by 17, and a clamped
+    logarithm would let an item that leads by more than the clamp be picked again.
+    """
+    n = len(logits)
+    itself = torch.eye(n, dtype=torch.bool, device=logits.device)
+    others = logits.expand(n, n).masked_fill(itself, -torch.inf).logsumexp(1)
+    return others - logits.logsumexp(0)
+
+
+def gumbel_noise(num_layers: int, seed: int, step: int) -> Tensor:
+    """[num_layers] fp32 standard Gumbel noise that depends on its arguments alone, not on earlier draws."""
+    # The CPU generator takes 32 bits of its seed, so the pair has to be mixed into 32 bits.
+    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    uniform = torch.rand(num_layers, dtype=torch.float64, generator=generator)
+    return (-(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()).float()
+
+
+class GumbelTopK:
+    """A Selector: learns one score a layer, drawing a Gumbel-TopK mask a step (E3-Pruner).
+
+    `init_scores` is [num_layers] (see `scores_from_kl`). Over the `num_steps` of the search the temperature
+    falls linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) the number
+    of kept layers falls linearly from all to `num_kept`. Layers in `protected` are always kept and take no
+    part in the relaxation. `lr` is that of the scores' own Adam. Raises UsageError for settings out of
+    range, MegapruneError for scores that are not finite.
+    """
+
+    def __init__(
+        self,
+        init_scores: Tensor,
+        num_kept: int,
+        protected: Set[int],
+        num_steps: int,
+        temperature: float = 1.0,
+        anneal: float = 0.9,
+        lr: float = 0.05,
+        seed: int = 0,
+        ramp: float = 1.0,
+    ) -> None:
+        self.num_layers = len(init_scores)
+        self.num_kept = num_kept
+        check_num_kept(self.num_layers, num_kept, protected)
+        _check_settings(num_steps, temperature, anneal, lr, ramp)
+        if not init_scores.isfinite().all():
+            raise MegapruneError("the initial scores of the search are not all finite")
+
+        self._protected = frozenset(protected)
+        self._free = torch.tensor([i for i in range(self.num_layers) if i not in protected], dtype=torch.long)
+        self._num_steps = num_steps
+        self._ramp_steps = max(1, round(ramp * num_steps))
+        self._temperature = temperature
+        self._anneal = anneal
+        self._lr = lr
+        self._seed = seed
+        self._scores = init_scores.detach().cpu().float().clone().requires_grad_()
+        self._optimizer = torch.optim.Adam([self._scores], lr=lr)
+
+    @property
+    def scores(self) -> Tensor:
+        """[num_layers] fp32 on the CPU, detached; higher is kept. Protected layers keep their first score."""
+        return self._scores.detach().clone()
+
+    def num_kept_at(self, step: int) -> int:
+        """How many layers this step's mask keeps: all at step 0, `num_kept` from the last ramp step on."""
+        if step >= self._ramp_steps - 1:
+            return self.num_kept
+        num_pruned = self.num_layers - self.num_kept
+        # Rounded to nearest, in integers.
+        intervals = self._ramp_steps - 1
+        return self.num_layers - (2 * num_pruned * step + intervals) // (2 * intervals)
+
+    def temperature(self, step: int) -> float:
+        """The start temperature times 1 - anneal * step / num_steps."""
+        return self._temperature * (1 - self._anneal * step / self._num_steps)
+
+    def mask(self, step: int) -> Tensor:
+        """[num_layers] fp32 on the CPU, detached: this step's draw, `num_kept_at(step)` ones."""
+        return self._draw(step).detach()
+
+    def update(self, mask_grad: Tensor, step: int) -> None:
+        """One Adam step on the scores from `mask_grad`, [num_layers], the gradient at `mask(step)`.
+
+        Where the mask of this step was no choice (all free layers kept, or none) nothing moves. Raises
+        MegapruneError if the gradient is not finite.
+        """
+        if not mask_grad.isfinite().all():
+            raise MegapruneError(
+                f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
+            )
+        if self._num_free_kept_at(step) in (0, len(self._free)):
+            return
+        # Drawn anew: the noise is a function of the step and the scores have not moved, so it is the same
+        # graph as the mask's, and nothing has to be held, or saved, between the two calls.
+        with torch.enable_grad():
+            mask = self._draw(step)
+        self._optimizer.zero_grad()
+        mask.backward(mask_grad.detach().to("cpu", torch.float32))
+        self._optimizer.step()
+
+    def kept_layers(self) -> list[int]:
+        """The protected layers and the best of the others by score, without noise, ascending."""
+        return top_layers(self.scores, self.num_kept, self._protected)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores, Adam's moments, and the settings that the trajectory depends on."""
+        adam = self._optimizer.state.get(self._scores) or self._fresh_adam_state()
+        return {
+            "scores": self.scores,
+            "adam": {name: value.clone() for name, value in adam.items()},
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a saved search. Raises MegapruneError if it had other settings."""
+        saved = state["settings"]
+        for name, value in self._settings().items():
+            if saved.get(name) != value:
+                raise MegapruneError(
+                    f"cannot resume: the saved search has {name} = {saved.get(name)}, this run asks for "
+                    f"{value}; give the saved run's flags again, or another --save"
+                )
+        with torch.no_grad():
+            self._scores.copy_(state["scores"])
+        self._optimizer.state[self._scores] = {name: value.clone() for name, value in state["adam"].items()}
+
+    def _draw(self, step: int) -> Tensor:
+        """This step's mask, [num_layers], with its graph to the scores where it has one."""
+        if not 0 <= step < self._num_steps:
+            raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
+        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free]
+        scores = self._scores[self._free]
+        free_mask, _ = gumbel_topk_mask(scores, self._num_free_kept_at(step), self.temperature(step), noise)
+        return torch.ones(self.num_layers).index_copy(0, self._free, free_mask)
+
+    def _num_free_kept_at(self, step: int) -> int:
+        return self.num_kept_at(step) - len(self._protected)
+
+    def _fresh_adam_state(self) -> dict[str, Tensor]:
+        zeros = torch.zeros(self.num_layers)
+        return {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "num_kept": self.num_kept,
+            "protected": sorted(self._protected),
+            "num_steps": self._num_steps,
+            "ramp_steps": self._ramp_steps,
+            "temperature": self._temperature,
+            "anneal": self._anneal,
+            "lr": self._lr,
+            "seed": self._seed,
+        }
+
+
+def _check_settings(num_steps: int, temperature: float, anneal: float, lr: float, ramp: float) -> None:
+    for flag, value, valid, remedy in [
+        ("--search-iters", num_steps, num_steps >= 1, "give at least 1"),
+        ("--gumbel-temperature", temperature, temperature > 0, "give a number above 0, such as 1.0"),
+        ("--gumbel-anneal", anneal, 0 <= anneal < 1, "give a number from 0 to below 1, such as 0.9"),
+        ("--mask-lr", lr, lr > 0, "give a number above 0, such as 0.05"),
+    ]:
+        if not valid:
+            raise UsageError(f"{flag}: cannot be {value}; {remedy}")
+    if not 0 < ramp <= 1:
+        raise MegapruneError(f"the ramp cannot be {ramp}: it is a share of the search, above 0 and at most 1")

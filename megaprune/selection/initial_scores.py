@@ -1,0 +1,40 @@
+"""Where a search starts: scores from the harm that each layer's removal does (E3-Pruner, initial scores)."""
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+from megaprune.errors import MegapruneError
+
+# Nats per token. Below it a measured KL is fp32 rounding, of either sign, its logarithm an outlier.
+MIN_KL = 1e-6
+
+
+def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0) -> Tensor:
+    """Scores, higher = keep, from `kl[l]` = KL(original || model without layer l) in nats per token.
+
+    Both are [num_layers]; the result is fp32 on the CPU. The paper takes the KLs as they are; ours are
+    logarithms, standardised over the unprotected layers to mean 0 and standard deviation `scale`, because
+    the KLs' outliers drown the Gumbel noise (standard deviation 1.28) that the search explores with.
+    Protected layers, whose KL need not have been measured, get the highest score. Raises MegapruneError
+    if an unprotected layer's KL is not finite.
+    """
+    kl = kl.detach().cpu().double()
+    free = [layer for layer in range(len(kl)) if layer not in protected]
+    scores = torch.zeros(len(kl))
+    if not free:
+        return scores
+    for layer in free:
+        if not kl[layer].isfinite():
+            raise MegapruneError(
+                f"the KL without layer {layer} is {kl[layer].item()}, not a finite number: check the source "
+                "weights, and that the calibration data has tokens"
+            )
+    logs = kl[free].clamp_min(MIN_KL).log()
+    deviation = logs.std(correction=0)
+    # Logarithms of equal KLs may differ by rounding alone, which must not be blown up to `scale`.
+    standardised = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)
+    scores[free] = (scale * standardised).float()
+    scores[sorted(protected)] = scores[free].max()
+    return scores

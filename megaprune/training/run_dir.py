@@ -1,0 +1,80 @@
+"""The folder of a run: what stands where, and whose run it is."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaprune.config import Config, EngineConfig, ParallelConfig, RunConfig
+from megaprune.errors import MegapruneError
+from megaprune.report.files import write_json
+
+# How a run is spread out, computed and watched may change when it goes on; what it computes may not.
+_MAY_CHANGE = {
+    *ParallelConfig.__dataclass_fields__,
+    *EngineConfig.__dataclass_fields__,
+    *RunConfig.__dataclass_fields__,
+    *("micro_batch_size", "data_cache_path", "trust_remote_code"),
+}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """``--save``."""
+
+    path: Path
+
+    @property
+    def hf(self) -> Path:
+        """The pruned model; it appears last, so it says that the run is done."""
+        return self.path / "hf"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def data_cache(self) -> Path:
+        return self.path / "data-cache"
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "run.json"
+
+    def check(self, config: Config) -> None:
+        """Checks that the folder is free, or holds this very run.
+
+        Raises:
+            MegapruneError: it holds something else; names the setting that differs.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise MegapruneError(f"--save {self.path} is a file: choose a folder")
+        if not self._settings.is_file():
+            if any(self.path.iterdir()):
+                raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
+            return
+        saved = json.loads(self._settings.read_text())
+        for name, value in _fixed_settings(config).items():
+            if name in saved and saved[name] != value:
+                raise MegapruneError(
+                    f"--save {self.path} holds a run with another --{name.replace('_', '-')} ({saved[name]}, now "
+                    f"{value}): choose another folder, or repeat that run's command to go on with it"
+                )
+
+    def begin(self, config: Config) -> None:
+        """Makes the folder and marks it as this run's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self._settings, _fixed_settings(config))
+
+
+def _fixed_settings(config: Config) -> dict[str, object]:
+    return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}

@@ -1,0 +1,259 @@
+"""Everything that a run needs and that can be refused, gathered before anything is written."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaprune import device
+from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
+from megaprune.errors import MegapruneError, UsageError
+from megaprune.mcore import parallel
+from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.mcore.trainer import OptimizerOptions
+from megaprune.models import Architecture
+from megaprune.selection.one_shot import manual_layers
+from megaprune.selection.selector import check_num_kept, protected_layers
+from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
+from megaprune.training.run_dir import RunDir
+from megaprune.weights.source import HFSource
+from megaprune.weights.writer import parse_size
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A checked run: the model, the layers in question, the engine and the batch."""
+
+    config: Config
+    source: HFSource
+    arch: Architecture
+    num_kept: int
+    protected: frozenset[int]
+    manual: list[int] | None
+    sizes: ParallelSizes
+    engine: EngineOptions
+    optimizer: OptimizerOptions
+    global_batch_size: int
+    run_dir: RunDir
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        return self.global_batch_size * self.config.data.seq_length
+
+    def stages(self) -> list[int]:
+        """Layers of the original model on each pipeline stage."""
+        layout = self.config.parallel.pipeline_model_parallel_layout
+        if layout is not None:
+            return stages_of(layout, self.sizes.pipeline, self.arch.num_layers)
+        return self.stages_of_layers(range(self.arch.num_layers))
+
+    def stages_of_layers(self, kept_layers: Sequence[int]) -> list[int]:
+        """Layers of a pruned model on each pipeline stage, balanced by what they cost."""
+        costs = self.source.layer_costs()
+        return balanced_stages([costs[layer] for layer in kept_layers], self.sizes.pipeline, self.source.output_cost())
+
+
+@dataclass(frozen=True)
+class Data:
+    """The packed datasets of a run, as this replica sees them."""
+
+    config: Config
+    train: PackedDataset | None
+    valid: PackedDataset | None
+
+    def calibration_batches(self) -> list[Batch]:
+        """This replica's share of the calibration windows."""
+        ids = calibration_ids(len(self.train), self.config.data.calibration_samples, self.config.recovery.seed)
+        return list(batches_for(self.train, ids, **self._dealt()))
+
+    def valid_batches(self) -> list[Batch]:
+        """This replica's share of the validation windows; each token counts once."""
+        return list(eval_batches(self.valid, **self._dealt())) if self.valid else []
+
+    def _dealt(self) -> dict[str, int]:
+        return dict(
+            micro_batch_size=self.config.recovery.micro_batch_size,
+            dp_rank=parallel.data_parallel_rank(),
+            dp_size=parallel.data_parallel_size(),
+        )
+
+
+def prepare(config: Config) -> Setup:
+    """Checks the run against its model and its processes. Reads headers only; writes nothing.
+
+    Raises:
+        MegapruneError: what was asked can't be done.
+        UsageError: flags that don't fit the model or the processes.
+    """
+    run_dir = RunDir(Path(config.run.save))
+    run_dir.check(config)
+    parse_size(config.run.max_shard_size)
+    source = HFSource(resolve_hf_model(config.model.hf_model))
+    source.check_names()
+    arch = source.family.architecture(source.config)
+    sizes = ParallelSizes(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        config.parallel.context_parallel_size,
+        config.parallel.sequence_parallel,
+    )
+    check_parallel_sizes(arch, sizes, parallel.world_size())
+    transformer_engine = device.use_transformer_engine(config.engine.transformer_impl)
+    _check_sequence(config, arch, sizes)
+    manual, protected, num_kept = _layers(config, arch)
+    setup = Setup(
+        config=config,
+        source=source,
+        arch=arch,
+        num_kept=num_kept,
+        protected=protected,
+        manual=manual,
+        sizes=sizes,
+        engine=EngineOptions(
+            sizes, transformer_engine, config.recovery.bf16, config.engine.recompute_granularity, config.data.seq_length
+        ),
+        optimizer=_optimizer_options(config),
+        global_batch_size=_global_batch_size(config, sizes),
+        run_dir=run_dir,
+    )
+    setup.stages()
+    setup.stages_of_layers(range(num_kept))
+    return setup
+
+
+def prepare_data(setup: Setup, tokenizer: Any) -> Data:
+    """Tokenises the data on rank 0, or maps what is cached. Collective.
+
+    Raises:
+        MegapruneError: the data can't be used; on every rank, with nothing left behind.
+    """
+    config = setup.config
+    cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
+
+    def load() -> Data:
+        common = dict(
+            seq_length=config.data.seq_length,
+            text_key=config.data.text_key,
+            messages_key=config.data.messages_key,
+            cache_dir=cache,
+        )
+        train = valid = None
+        if config.data.train_data:
+            train = prepare_dataset(config.data.train_data, tokenizer, flag="--train-data", **common)
+            if config.prune.method not in ("random", "manual"):
+                calibration_ids(len(train), config.data.calibration_samples, config.recovery.seed)
+        if config.data.valid_data:
+            valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
+        return Data(config, train, valid)
+
+    error, data = None, None
+    if parallel.rank() == 0:
+        with _leaving_nothing_behind(setup.run_dir.path):
+            try:
+                data = load()
+            except MegapruneError as met:
+                error = met
+    parallel.raise_together(error)
+    return data or load()
+
+
+def load_tokenizer(setup: Setup) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        MegapruneError: the folder holds none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            setup.source.folder, trust_remote_code=setup.config.model.trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MegapruneError(f"{setup.source.folder} holds no tokenizer that can be loaded: {reason}") from None
+
+
+def resolve_hf_model(name: str) -> Path:
+    """The folder of ``--hf-model``: itself, or the download of a hub id.
+
+    Raises:
+        MegapruneError: there is neither.
+    """
+    folder = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if folder.is_dir() or looks_like_path:
+        if not folder.is_dir():
+            raise MegapruneError(f"--hf-model {name} does not exist: give an HF model folder or a hub id (owner/name)")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # no network, no such model, no access: the hub's own word says which
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MegapruneError(f"--hf-model {name} is no folder here, and the hub does not give it: {reason}") from None
+
+
+def _layers(config: Config, arch: Architecture) -> tuple[list[int] | None, frozenset[int], int]:
+    """The user's own choice of kept layers if there is one, the protected layers, and how many stay."""
+    if config.prune.method == "manual":
+        manual = manual_layers(arch.num_layers, pruned_layers_of(config.prune.prune_layers))
+        return manual, frozenset(), len(manual)
+    num_pruned = num_layers_to_prune(config.prune, arch.num_layers)
+    if num_pruned == 0:
+        raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {arch.num_layers} layers rounds to none")
+    protected = protected_layers(config.search.protect_layers, arch.num_layers)
+    check_num_kept(arch.num_layers, arch.num_layers - num_pruned, protected)
+    return None, protected, arch.num_layers - num_pruned
+
+
+def _check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:
+    seq_length = config.data.seq_length
+    if seq_length > arch.max_position_embeddings:
+        raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
+    if sizes.sequence_parallel and seq_length % sizes.tensor:
+        raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
+    if sizes.context > 1:
+        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
+
+
+def _global_batch_size(config: Config, sizes: ParallelSizes) -> int:
+    replicas = parallel.world_size() // sizes.model
+    per_step = config.recovery.micro_batch_size * replicas
+    size = config.recovery.global_batch_size or per_step
+    if size % per_step:
+        raise UsageError(
+            f"--global-batch-size {size} is not a multiple of --micro-batch-size "
+            f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
+        )
+    return size
+
+
+def _optimizer_options(config: Config) -> OptimizerOptions:
+    recovery = config.recovery
+    return OptimizerOptions(
+        lr=recovery.lr,
+        min_lr=recovery.min_lr,
+        lr_decay_style=recovery.lr_decay_style,
+        lr_warmup_iters=recovery.lr_warmup_iters,
+        train_iters=recovery.train_iters,
+        weight_decay=recovery.weight_decay,
+        clip_grad=recovery.clip_grad,
+        distributed=config.engine.use_distributed_optimizer,
+    )
+
+
+@contextmanager
+def _leaving_nothing_behind(folder: Path) -> Iterator[None]:
+    """Removes a folder that the block made, if nothing but empty folders is in it."""
+    existed = folder.exists()
+    yield
+    if not existed and folder.exists() and not any(files for _, _, files in os.walk(folder)):
+        shutil.rmtree(folder)

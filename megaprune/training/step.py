@@ -1,0 +1,124 @@
+"""One training step: the teacher's targets, the student's pass, the gradients of weights and of the mask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaprune import device
+from megaprune.distillation.losses import (
+    LossKind,
+    Tail,
+    TeacherTargets,
+    VocabShard,
+    cross_entropy,
+    distillation_loss,
+    token_weights,
+)
+from megaprune.distillation.teachers import Teacher
+from megaprune.errors import MegapruneError
+from megaprune.mcore import parallel, passes
+from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.trainer import Trainer
+from megaprune.selection.selector import Selector
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured; the same on every rank."""
+
+    loss: float
+    lr: float
+    grad_norm: float | None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a step, and where its targets come from (None: the data alone)."""
+
+    kind: LossKind
+    tail: Tail
+    shard: VocabShard
+    teacher: Teacher | None
+
+
+def train_step(
+    trainer: Trainer, batches: Sequence[passes.MicroBatch], objective: Objective, iteration: int
+) -> StepResult:
+    """One step of recovery. Collective.
+
+    Raises:
+        MegapruneError: the loss is not finite.
+    """
+    trainer.zero_grad()
+    loss = _forward_backward(trainer, batches, objective, iteration)
+    lr, grad_norm = trainer.step(iteration)
+    return StepResult(loss, lr, grad_norm)
+
+
+def search_step(
+    trainer: Trainer,
+    batches: Sequence[passes.MicroBatch],
+    objective: Objective,
+    iteration: int,
+    selector: Selector,
+    gate: LayerGate,
+) -> StepResult:
+    """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
+
+    Raises:
+        MegapruneError: the loss is not finite.
+    """
+    trainer.zero_grad()
+    mask = selector.mask(iteration)
+    gate.set(mask, device.torch_device())
+    loss = _forward_backward(trainer, batches, objective, iteration)
+    sequence_parallel = trainer.model.config.sequence_parallel
+    mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), sequence_parallel)
+    gate.set(None)
+    selector.update(mask_grad, iteration)
+    lr, grad_norm = trainer.step(iteration)
+    return StepResult(loss, lr, grad_norm, mask)
+
+
+def _forward_backward(
+    trainer: Trainer, batches: Sequence[passes.MicroBatch], objective: Objective, iteration: int
+) -> float:
+    """Gathers gradients, and returns the loss of the global batch."""
+    targets = objective.teacher.targets(batches) if objective.teacher else []
+    weights: list[Tensor] = []
+    scale = 0.0
+    if parallel.is_last_stage():
+        weights = [_weights(batch, objective, targets, number) for number, batch in enumerate(batches)]
+        # Normalised over the global batch, not over a micro-batch: the same loss however the batch is cut. The
+        # schedule and DDP take means over micro-batches and replicas, which the scale undoes.
+        total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weights]).sum())
+        scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+    def loss(logits: Tensor, number: int) -> Tensor:
+        return (weights[number] * _token_losses(logits, batches[number], objective, targets, number)).sum() * scale
+
+    losses = passes.forward_backward(trainer.ddp, batches, loss)
+    mean = torch.zeros((), device=device.torch_device())
+    if losses:
+        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
+    value = parallel.from_last_stage(mean.item())
+    if not value < float("inf"):
+        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
+    return value
+
+
+def _weights(batch: passes.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int) -> Tensor:
+    loss_mask = batch.loss_mask.t().to(device.torch_device())
+    return token_weights(objective.kind, loss_mask, targets[number] if targets else None)
+
+
+def _token_losses(
+    logits: Tensor, batch: passes.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int
+) -> Tensor:
+    """[s, b] losses of the logits [s, b, vocab / tp]."""
+    if objective.kind == "ce":
+        return cross_entropy(logits, batch.labels.t().to(logits.device), objective.shard)
+    return distillation_loss(logits, targets[number], objective.shard, objective.tail)

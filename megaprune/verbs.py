@@ -1,0 +1,24 @@
+"""The verbs of the command line: parse, call."""
+
+from collections.abc import Sequence
+
+
+def prune(argv: Sequence[str], command: str) -> None:
+    """``tools/prune.py``"""
+    from megaprune.config import parse_config
+
+    config = parse_config(argv)
+    from megaprune.runner import run
+
+    run(config, command)
+
+
+def evaluate(argv: Sequence[str], command: str) -> None:
+    """``tools/evaluate.py``"""
+    from megaprune.config import Parser
+    from megaprune.evaluation.cli import EvaluateConfig, run
+
+    parser = Parser(
+        [EvaluateConfig], prog="evaluate.py", description="Loss of an HF model, and agreement with a teacher."
+    )
+    run(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0])

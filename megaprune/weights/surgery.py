@@ -1,0 +1,35 @@
+"""Layer removal as a renaming of tensors: no model is built, no number changes."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaprune.weights.source import INDEX, HFSource, renamed
+from megaprune.weights.writer import ShardWriter, finish_shards
+
+
+def write_pruned_weights(source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int) -> None:
+    """Copies every tensor that stays, bit for bit, under its new name."""
+    writer = ShardWriter(folder, max_shard_bytes)
+    for name in source.names:
+        new_name = renamed(name, kept_layers)
+        if new_name is not None:
+            writer.add(new_name, source.read(name))
+    finish_shards(folder, writer.close())
+
+
+def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Path) -> None:
+    """Writes config.json, edited from the source's own JSON, and copies what else the folder holds but the weights:
+    tokenizer, generation config, chat template."""
+    pruned = source.family.prune_config(source.config, kept_layers)
+    (folder / "config.json").write_text(json.dumps(pruned, indent=2) + "\n")
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and _belongs_beside(path):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _belongs_beside(path: Path) -> bool:
+    if path.name in ("config.json", "README.md", INDEX) or path.name.startswith("."):
+        return False
+    return path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken") or path.name.startswith("LICENSE")

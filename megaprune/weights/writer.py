@@ -1,0 +1,124 @@
+"""HF folders, written tensor by tensor, and visible only once they are whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megaprune.errors import MegapruneError
+from megaprune.weights.source import INDEX
+
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str, flag: str = "--max-shard-size") -> int:
+    """``5GB`` to bytes, with the decimal units of transformers.
+
+    Raises:
+        MegapruneError: the text is no positive size.
+    """
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = int(float(number) * _SIZES[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise MegapruneError(f"{flag} {text!r} is not a size such as 500MB or 5GB")
+    return size
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder beside ``final`` to write in; it takes the name of ``final`` when the block ends well.
+
+    Raises:
+        MegapruneError: ``final`` exists already.
+    """
+    if final.exists():
+        raise MegapruneError(f"{final} exists already: remove it or choose another folder")
+    aside = aside_folder(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    os.replace(aside, final)
+
+
+def aside_folder(final: Path) -> Path:
+    """Where the parts of ``final`` are gathered until it is whole."""
+    return final.with_name(final.name + ".tmp")
+
+
+@dataclass
+class WrittenShard:
+    """One closed safetensors file under its temporary name."""
+
+    file: str
+    names: list[str]
+    num_bytes: int
+
+
+@dataclass
+class ShardWriter:
+    """Collects tensors into safetensors files of bounded size, closing each as it fills.
+
+    Several writers (one for each pipeline stage) may share a folder; ``finish_shards`` then gives the files their
+    final names and writes the index.
+    """
+
+    folder: Path
+    max_shard_bytes: int
+    writer: int = 0
+    written: list[WrittenShard] = field(default_factory=list)
+    _pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    _pending_bytes: int = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes one tensor; it may be written later."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
+            self.close()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += num_bytes
+
+    def close(self) -> list[WrittenShard]:
+        """Writes what is pending, and returns every file so far."""
+        if self._pending:
+            file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
+            save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            self.written.append(WrittenShard(file, sorted(self._pending), self._pending_bytes))
+            self._pending, self._pending_bytes = {}, 0
+        return self.written
+
+
+def finish_shards(folder: Path, shards: list[WrittenShard]) -> None:
+    """Names the files as transformers does, and writes the index where there are several.
+
+    Raises:
+        MegapruneError: two files hold the same tensor.
+    """
+    if len(shards) == 1:
+        os.replace(folder / shards[0].file, folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / shard.file, folder / file)
+        for name in shard.names:
+            if name in weight_map:
+                raise MegapruneError(f"{name} was exported twice, to {weight_map[name]} and {file}")
+            weight_map[name] = file
+    index = {
+        "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,89 @@
+"""The model card, and what is read back from it."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from megaprune.report.model_card import model_card, read_seq_length
+
+COMMAND = "torchrun --nproc-per-node 2 tools/prune.py --config demo.yaml"
+
+
+def write_card(folder, text):
+    (folder / "README.md").write_text(text)
+    return folder
+
+
+def test_front_matter(report):
+    card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND, license="apache-2.0")
+    assert yaml.safe_load(card.split("---\n")[1]) == {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Qwen3-8B",
+        "tags": ["megaprune", "layer-pruning"],
+        "megaprune": {"method": "e3", "kept_layers": [0, 1, 2, 5, 7], "seq_length": 256},
+    }
+
+
+def test_the_hub_library_reads_it(report):
+    card = ModelCard(model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND))
+    assert card.data.base_model == "Qwen/Qwen3-8B"
+    assert card.data.license is None
+    assert card.text.lstrip().startswith("# Qwen/Qwen3-8B, pruned to 5 of 8 layers")
+
+
+def test_body_has_the_numbers_and_the_command(report):
+    card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
+    assert "- kept layers (source indices, from 0): 0-2, 5, 7\n- removed layers: 3-4, 6\n" in card
+    assert "| parameters | 8,000,000 | 5,600,000 |" in card
+    assert "| source | 2.0000 | 7.39 |\n| pruned, before recovery | 3.5000 | 33.12 |\n| this model | 2.2500" in card
+    assert f"```bash\n{COMMAND}\n```" in card
+
+
+def test_surgery_alone_is_told_as_such(report):
+    report |= {"tokens_seen": 0, "valid": {"teacher": {"loss": 2.0}, "pruned": {"loss": 3.5}}}
+    card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
+    assert "left every remaining weight as it was" in card
+    assert "| this model | 3.5000 | 33.12 |" in card
+
+
+def test_without_validation_there_is_no_quality_section(report):
+    report["valid"] = {}
+    assert "## Quality" not in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
+
+
+@pytest.mark.parametrize("shown", ["absolute", "relative"])
+def test_local_source_is_shown_by_its_name_alone(tmp_path, monkeypatch, report, shown):
+    folder = tmp_path / "private" / "my-model"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = model_card(report, source_name=str(folder) if shown == "absolute" else "private/my-model", command="")
+    assert "base_model: my-model\n" in card
+    assert "private" not in card
+
+
+def test_seq_length_round_trip(tmp_path, report):
+    card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
+    assert read_seq_length(write_card(tmp_path, card)) == 256
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# No front matter\n---\nmegaprune: {seq_length: 4}\n---\n",
+        "---\nlicense: mit\n---\n# Another's card",
+        "---\nmegaprune: text\n---\n",
+        "---\nmegaprune: {seq_length: many}\n---\n",
+        "---\nmegaprune: {seq_length: 4\n---\n",
+        "---\n- a list\n---\n",
+        "---\nnever closed\n",
+    ],
+)
+def test_cards_of_others_have_no_seq_length(tmp_path, text):
+    assert read_seq_length(write_card(tmp_path, text)) is None
+
+
+def test_no_card_has_no_seq_length(tmp_path):
+    assert read_seq_length(tmp_path) is None

@@ -1,0 +1,80 @@
+"""report.json's contents, its file, and the table at the end of a run."""
+
+import json
+import math
+
+import pytest
+
+from megaprune.report.files import whole_file
+from megaprune.report.run_report import layer_ranges, perplexity, result_table, write_report
+
+
+def test_layers_are_told_by_source_index(report):
+    assert report["num_layers"] == 5
+    assert report["kept_layers"] == [0, 1, 2, 5, 7]
+    assert report["pruned_layers"] == [3, 4, 6]
+
+
+def test_versions(report):
+    assert set(report["versions"]) == {"megaprune", "torch", "megatron-core", "transformers", "python"}
+
+
+def test_file_round_trip(tmp_path, report):
+    write_report(tmp_path / "run" / "report.json", report)
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.json"]
+
+
+def test_no_nan_in_the_file(tmp_path, report):
+    report["scores"][0] = math.inf
+    report["valid"]["pruned"]["loss"] = math.nan
+    write_report(tmp_path / "report.json", report)
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text)["valid"]["pruned"]["loss"] is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_result_table(tmp_path, report):
+    (tmp_path / "hf").mkdir()
+    lines = result_table(report, tmp_path).splitlines()
+    assert lines[0] == "e3: 8 -> 5 layers, 8,000,000 -> 5,600,000 parameters, seed 1234"
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:6]}
+    assert rows["teacher"] == ["8", "8,000,000", "2.0000", "7.39"]
+    assert rows["pruned"] == ["5", "5,600,000", "3.5000", "33.12"]
+    assert rows["recovered"] == ["5", "5,600,000", "2.2500", "9.49"]
+    facts = {line[:16].rstrip(): line[16:] for line in lines[7:]}
+    assert facts == {
+        "kept layers": "0-2, 5, 7",
+        "pruned layers": "3-4, 6",
+        "ideal speed-up": "1.60x",
+        "tokens seen": "1,228,800",
+        "time": "search 1.2 s, recovery 9.0 s",
+        "pruned model": str(tmp_path / "hf"),
+    }
+
+
+def test_result_table_without_validation(report):
+    report["valid"] = {}
+    table = result_table(report)
+    assert "recovered" not in table
+    assert "teacher            8           8,000,000            -             -" in table
+
+
+def test_layer_ranges():
+    assert layer_ranges([3, 1, 2, 9, 11, 12]) == "1-3, 9, 11-12"
+    assert layer_ranges([]) == "none"
+
+
+def test_perplexity_of_a_hopeless_loss():
+    assert perplexity(math.log(10)) == pytest.approx(10)
+    assert perplexity(1e4) == math.inf
