@@ -53,7 +53,7 @@ def run(config: Config, command: str) -> None:
             setup.run_dir.begin(config)
         parallel.barrier()
         PruningRun(setup, data, command).execute()
-    parallel.shut_down()
+    parallel.finish()
 
 
 def say(text: str) -> None:
@@ -285,7 +285,7 @@ class PruningRun:
         if stopping:
             self.metrics.close()
             say(f"stopped by SIGTERM at iteration {self.progress.iteration}: the same command goes on from here")
-            parallel.shut_down()
+            parallel.leave()
             raise SystemExit(0)
 
     # Export

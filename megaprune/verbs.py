@@ -8,9 +8,11 @@ def prune(argv: Sequence[str], command: str) -> None:
     from megaprune.config import parse_config
 
     config = parse_config(argv)
+    from megaprune.mcore import parallel
     from megaprune.runner import run
 
     run(config, command)
+    parallel.leave()
 
 
 def evaluate(argv: Sequence[str], command: str) -> None:

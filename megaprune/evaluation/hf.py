@@ -87,7 +87,7 @@ def evaluate_model(
         if teacher:
             teacher_model = load_model("--teacher", teacher, torch_dtype, device, trust_remote_code)
         batches = eval_batches(dataset, micro_batch_size=micro_batch_size, dp_rank=0, dp_size=1, limit=limit)
-        tokens, loss, kl, agreed = _totals(model, teacher_model, batches, hf_model)
+        tokens, loss, kl, agreed = _totals(model, teacher_model, batches)
     used_dtype = str(model.dtype).removeprefix("torch.")
     result = {"hf_model": hf_model, "data": list(data), "seq_length": seq_length, "dtype": used_dtype}
     result |= {"tokens": tokens, "loss": loss / tokens, "perplexity": perplexity(loss / tokens)}
@@ -135,7 +135,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 @torch.inference_mode()
-def _totals(model: Any, teacher: Any | None, batches: Iterable[Batch], name: str) -> tuple[int, float, float, float]:
+def _totals(model: Any, teacher: Any | None, batches: Iterable[Batch]) -> tuple[int, float, float, float]:
     """Sums over all predicted tokens: their number, cross-entropy, KL(teacher ‖ model), agreements."""
     tokens, sums = 0, [0.0, 0.0, 0.0]
     for batch in batches:
@@ -149,8 +149,10 @@ def _totals(model: Any, teacher: Any | None, batches: Iterable[Batch], name: str
         rows = zip(logits, teacher_logits, labels, wanted, strict=True)
         batch_sums = torch.stack([_row_sums(*row) for row in rows]).sum(0).tolist()
         if not all(map(math.isfinite, batch_sums)):
-            culprit = f"--hf-model {name}" if not math.isfinite(batch_sums[0]) else "--teacher"
-            raise MegapruneError(f"{culprit}: the loss isn't finite; its weights are damaged, or try --dtype fp32")
+            flag, culprit = ("--teacher", teacher) if math.isfinite(batch_sums[0]) else ("--hf-model", model)
+            raise MegapruneError(
+                f"{flag} {culprit.name_or_path}: the loss isn't finite; its weights are damaged, or try --dtype fp32"
+            )
         sums = [total + part for total, part in zip(sums, batch_sums, strict=True)]
         tokens += int(wanted.sum())
     if not tokens:

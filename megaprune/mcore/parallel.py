@@ -65,10 +65,15 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def shut_down() -> None:
-    """Leaves the groups."""
+def finish() -> None:
+    """Gives up Megatron's groups; others may be set up in their place."""
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def tensor_parallel() -> TensorParallel:

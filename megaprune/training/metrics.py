@@ -8,6 +8,7 @@ import csv
 import datetime
 import json
 import sys
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class _WeightsAndBiases:
         id_file = run_dir / "wandb_run_id"
         if start_iteration == 0 or not id_file.is_file():
             with whole_file(id_file) as aside:
-                aside.write_text(wandb.util.generate_id())
+                aside.write_text(uuid.uuid4().hex)
         try:
             self._run = wandb.init(project=project, dir=run_dir, id=id_file.read_text(), resume="allow")
         except wandb.errors.Error as error:

@@ -105,6 +105,10 @@ def prepare(config: Config) -> Setup:
     check_parallel_sizes(arch, sizes, parallel.world_size())
     transformer_engine = device.use_transformer_engine(config.engine.transformer_impl)
     _check_sequence(config, arch, sizes)
+    if config.distillation.distill_top_k > arch.vocab_size:
+        raise UsageError(
+            f"--distill-top-k {config.distillation.distill_top_k} is more than the vocabulary's {arch.vocab_size} tokens"
+        )
     manual, protected, num_kept = _layers(config, arch)
     setup = Setup(
         config=config,

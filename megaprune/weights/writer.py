@@ -95,9 +95,17 @@ class ShardWriter:
         if self._pending:
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
             save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            _apply_umask(self.folder / file)
             self.written.append(WrittenShard(file, sorted(self._pending), self._pending_bytes))
             self._pending, self._pending_bytes = {}, 0
         return self.written
+
+
+def _apply_umask(path: Path) -> None:
+    """safetensors makes files that only their owner may read, whatever the umask says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def finish_shards(folder: Path, shards: list[WrittenShard]) -> None:

@@ -151,7 +151,7 @@ def test_teacher_entropy_at_both_ends():
 
 
 def test_equal_logits_rank_by_lower_index():
-    logits = torch.tensor([1.0, 2.0, -1.0, 2.0, 0.0, -0.0, 1.0, -3.0, 1.0, -1.0, 2.0, *[9.0] * 5])
+    logits = torch.tensor([1.0, 2.0, -1.0, 2.0, -0.0, 0.0, 1.0, -3.0, 1.0, -1.0, 2.0, *[9.0] * 5])
     targets = teacher_targets(logits.bfloat16(), 11, SHARD)
     assert targets.indices.tolist() == [1, 3, 10, 0, 6, 8, 4, 5, 2, 9, 7]
     assert targets.logits.tolist() == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -3.0]

@@ -6,13 +6,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 WORDS = ["<eos>", *(f"w{index}" for index in range(31))]
+VOCAB_SIZE = len(WORDS)
 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """Saves a tiny random Qwen3 with a tokenizer of whole words and returns its folder."""
 
-    def make(seed, vocab_size=len(WORDS), **config):
+    def make(seed, vocab_size=VOCAB_SIZE, **config):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -32,9 +32,8 @@ def run_records(search, recovery, num_layers=4):
 def assert_drawn(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    assert pixels.shape[1] == 1280
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert image.width == 1280
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
 
 
 @pytest.mark.parametrize(("search", "recovery"), [(6, 20), (1, 1), (1, 0), (12, 0)])
