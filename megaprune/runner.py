@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import replace
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -48,11 +48,11 @@ def run(config: Config, command: str) -> None:
     if config.run.dry_run:
         say(plan(setup))
     else:
-        data = prepare_data(setup, tokenizer)
-        if parallel.rank() == 0:
-            setup.run_dir.begin(config)
-        parallel.barrier()
-        PruningRun(setup, data, command).execute()
+        with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
+            parallel.on_first_rank(lambda: setup.run_dir.begin(config))
+            pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
+            with closing(pruning_run.metrics):
+                pruning_run.execute()
     parallel.finish()
 
 
@@ -114,7 +114,6 @@ class PruningRun:
             student = self._build_student()
             self._recover(student, teacher)
         self._export(student)
-        self.metrics.close()
 
     # Selection
 
@@ -208,8 +207,7 @@ class PruningRun:
     def _build_student(self) -> Trainer:
         """The pruned model in training: from the checkpoint where there is one, else from the source."""
         kept = self.progress.kept_layers
-        arch = replace(self.setup.arch, transformer=self.setup.arch.transformer | {"num_layers": len(kept)})
-        model = build_model(arch, self.setup.stages_of_layers(kept), self.setup.engine)
+        model = build_model(self.setup.arch.pruned(kept), self.setup.stages_of_layers(kept), self.setup.engine)
         latest = checkpoint.latest(self.setup.run_dir.checkpoints)
         if latest is None:
             import_weights(model, self.setup.source, kept)
@@ -308,11 +306,13 @@ class PruningRun:
             write_pruned_config(setup.source, kept, aside)
             report = self._report()
             write_report(setup.run_dir.report, report)
-            for path in write_plots(read_metrics(setup.run_dir.path), setup.run_dir.plots, kept):
+            records = read_metrics(setup.run_dir.path)
+            for path in write_plots(records, setup.run_dir.plots, kept, report["valid"]):
                 self.metrics.figure(path.stem, path)
             card = model_card(report, source_name=self.config.model.hf_model, command=self.command)
             (aside / CARD_NAME).write_text(card)
             aside.rename(final)
+            self.metrics.close()
             print(result_table(report, setup.run_dir.path), flush=True)
         parallel.barrier()
 

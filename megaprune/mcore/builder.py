@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -22,7 +22,7 @@ from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
 from megaprune.mcore.local_layers import RMSNorm, ScaledDotProductAttention
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
-from megaprune.models import Architecture
+from megaprune.models import Architecture, RopeScaling
 from megaprune.weights.shards import padded_vocab_size
 
 
@@ -57,15 +57,38 @@ def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: i
             f"--pipeline-model-parallel-size {sizes.pipeline} x --context-parallel-size {sizes.context}: the number "
             f"of processes must be a multiple of {sizes.model}"
         )
-    for what, number in (
-        ("attention heads", arch.transformer["num_attention_heads"]),
-        ("key-value heads", arch.query_groups),
-        ("MLP columns", arch.transformer["ffn_hidden_size"]),
-    ):
-        if number % sizes.tensor:
-            raise UsageError(f"--tensor-model-parallel-size {sizes.tensor} does not divide the model's {number} {what}")
+    fields = arch.transformer
+    divided = [
+        ("--tensor-model-parallel-size", sizes.tensor, "attention heads", fields["num_attention_heads"]),
+        ("--tensor-model-parallel-size", sizes.tensor, "key-value heads", arch.query_groups),
+        ("--tensor-model-parallel-size", sizes.tensor, "MLP columns", fields["ffn_hidden_size"]),
+    ]
+    if arch.num_experts:
+        divided += [
+            ("--expert-model-parallel-size", sizes.expert, "experts", arch.num_experts),
+            ("--expert-tensor-parallel-size", sizes.expert_tensor, "expert columns", fields["moe_ffn_hidden_size"]),
+        ]
+    for flag, size, what, number in divided:
+        if number % size:
+            raise UsageError(f"{flag} {size} does not divide the model's {number} {what}")
+    _check_expert_sizes(arch, sizes, world_size)
     if sizes.sequence_parallel and sizes.tensor == 1:
         raise UsageError("--sequence-parallel needs --tensor-model-parallel-size > 1")
+
+
+def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
+    experts = sizes.expert * sizes.expert_tensor
+    if experts == 1:
+        if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
+            raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
+        return
+    if not arch.num_experts:
+        raise UsageError("--expert-model-parallel-size and --expert-tensor-parallel-size are for models with experts")
+    if (world_size // sizes.pipeline) % experts:
+        raise UsageError(
+            f"--expert-model-parallel-size {sizes.expert} x --expert-tensor-parallel-size {sizes.expert_tensor} does "
+            f"not divide the {world_size // sizes.pipeline} processes of a pipeline stage"
+        )
 
 
 def transformer_config(arch: Architecture, stages: Sequence[int], options: EngineOptions) -> TransformerConfig:
@@ -83,9 +106,10 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
-    return TransformerConfig(
+    return (MLATransformerConfig if arch.mla else TransformerConfig)(
         **arch.transformer,
         **recompute,
+        **(_expert_fields(options) if arch.num_experts else {}),
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
@@ -111,7 +135,28 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
         persist_layer_norm=fused,
+        transformer_impl="transformer_engine" if options.transformer_engine else "local",
     )
+
+
+def _expert_fields(options: EngineOptions) -> dict[str, Any]:
+    """How experts run: all-to-all, routed in fp32, and trained by the loss alone."""
+    return dict(
+        expert_model_parallel_size=options.sizes.expert,
+        expert_tensor_parallel_size=options.sizes.expert_tensor,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=options.transformer_engine,
+        moe_router_dtype="fp32",
+        # Load balancing would pull the student, and a frozen router's bias, away from the teacher.
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_bias_update_rate=0.0,
+    )
+
+
+def uses_transformer_engine(model: GPTModel) -> bool:
+    """Whether the model was built on Transformer Engine's layers."""
+    return model.config.transformer_impl == "transformer_engine"
 
 
 def build_model(
@@ -136,7 +181,8 @@ def build_model(
         rotary_base=arch.rotary_base,
         scatter_embedding_sequence_parallel=options.sizes.sequence_parallel,
     )
-    _scale_rope(model.rotary_pos_emb, arch)
+    if arch.rope_scaling is not None:
+        _scale_rope(model.rotary_pos_emb, arch.rope_scaling)
     expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
     if len(model.decoder.layers) != expected:
         raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
@@ -169,18 +215,17 @@ def _block_spec(config: TransformerConfig, transformer_engine: bool, gated: bool
             parts, attention = layer.submodules, layer.submodules.self_attention.submodules
             parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
             attention.core_attention = ScaledDotProductAttention
-            if config.qk_layernorm:
+            if config.multi_latent_attention:
+                attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            elif config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not transformer_engine:
         spec.layer_norm = RMSNorm
     return spec
 
 
-def _scale_rope(rope: RotaryEmbedding, arch: Architecture) -> None:
+def _scale_rope(rope: RotaryEmbedding, scaling: RopeScaling) -> None:
     """Sets the scaled frequencies: GPTModel itself takes the factor only, with LLaMA 3.1's other numbers."""
-    scaling = arch.rope_scaling
-    if scaling is None:
-        return
     if scaling.rope_type == "linear":
         rope.inv_freq = rope.inv_freq / scaling.factor
         return

@@ -1,6 +1,7 @@
 """Process groups: setting them up, and agreeing across them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -24,6 +25,8 @@ class ParallelSizes:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
     sequence_parallel: bool = False
 
     @property
@@ -60,6 +63,8 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
     )
     # Nothing in a run draws from the global generators (no dropout; weights are loaded); the core wants them seeded.
     model_parallel_cuda_manual_seed(1)
@@ -83,6 +88,13 @@ def tensor_parallel() -> TensorParallel:
     )
 
 
+def expert_tensor_parallel() -> TensorParallel:
+    """This rank's place among those that share the weights of its experts."""
+    return TensorParallel(
+        parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()
+    )
+
+
 def data_parallel_rank() -> int:
     """This rank's place among the replicas of the model."""
     return parallel_state.get_data_parallel_rank()
@@ -100,6 +112,18 @@ def raise_together(error: MegapruneError | None) -> None:
     for met in errors:
         if met is not None:
             raise met
+
+
+def on_first_rank(action: Callable[[], T]) -> T | None:
+    """What the action gives on rank 0, which alone runs it; None elsewhere. Where it is refused, every rank is."""
+    error, result = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except MegapruneError as met:
+            error = met
+    raise_together(error)
+    return result
 
 
 def any_rank(flag: bool) -> bool:

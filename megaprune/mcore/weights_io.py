@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,33 +12,52 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megaprune.errors import MegapruneError
-from megaprune.mcore.parallel import raise_together, tensor_parallel
-from megaprune.models import WeightRule
-from megaprune.weights.shards import merge_shards, read_shard
+from megaprune.mcore.builder import uses_transformer_engine
+from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
+from megaprune.models import Shard, WeightRule
+from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
 from megaprune.weights.source import HFSource, renamed
 from megaprune.weights.writer import ShardWriter, finish_shards
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
+_LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)|(\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 
-def global_parameters(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters under the names that they have in the whole model, whatever the pipeline stage."""
-    for name, parameter in model.named_parameters():
+def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and routers' biases under the names that they have in the whole model, whatever this rank's pipeline
+    stage and experts."""
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
+    for name, weight in chain(model.named_parameters(), buffers):
         match = _LAYER.match(name)
         if match:
             layer = model.decoder.layers[int(match.group(2))].layer_number - 1
             name = f"{match.group(1)}{layer}{match.group(3)}"
-        yield name, parameter
+        yield _with_global_expert(name, model), weight
 
 
-def rules_by_parameter(source: HFSource) -> dict[str, WeightRule]:
-    """The rule of each Megatron parameter of the source model, under its local and its Transformer Engine name."""
+def _with_global_expert(name: str, model: GPTModel) -> str:
+    def globalised(match: re.Match[str]) -> str:
+        local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        first = local * parallel_state.get_expert_model_parallel_rank()
+        before, index, after = (match[1], match[2], match[3]) if match[1] else (match[4], match[5], "")
+        return f"{before}{first + int(index)}{after}"
+
+    return _LOCAL_EXPERT.sub(globalised, name)
+
+
+def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
+    """The rule of each Megatron parameter of the source model, by its name under the layer spec in use."""
     rules: dict[str, WeightRule] = {}
     for rule in source.family.rules(source.config):
+        if transformer_engine:
+            rule = replace(rule, megatron=rule.te or rule.megatron, shard=rule.te_shard or rule.shard)
         rules[rule.megatron] = rule
-        if rule.te:
-            rules[rule.te] = rule
     return rules
+
+
+def _cut(rule: WeightRule) -> TensorParallel:
+    """This rank's place among the ranks that share the rule's parameter."""
+    return expert_tensor_parallel() if rule.expert else tensor_parallel()
 
 
 @torch.no_grad()
@@ -49,13 +70,13 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
     Raises:
         MegapruneError: a weight is missing, has another shape, or is not finite. Raised on every rank.
     """
-    arch, tp = source.family.architecture(source.config), tensor_parallel()
-    rules = rules_by_parameter(source)
+    arch = source.family.architecture(source.config)
+    rules = rules_by_parameter(source, uses_transformer_engine(model))
     error = None
     try:
-        for name, parameter in global_parameters(model):
-            shard = read_shard(rules[_source_name(name, kept_layers)], source, arch, tp)
-            hf_name = rules[_source_name(name, kept_layers)].hf[0]
+        for name, parameter in global_weights(model):
+            rule = rules[_source_name(name, kept_layers)]
+            shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {hf_name} has the wrong shape: its part for {name} is {tuple(shard.shape)}, "
@@ -75,23 +96,22 @@ def export_weights(
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
-    Each pipeline stage writes its own files (by its first tensor-parallel rank of the first replica), into a folder
-    that all can see.
+    Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
+    them), into a folder that all can see.
     """
     arch = source.family.architecture(source.config)
-    rules = rules_by_parameter(source)
+    rules = rules_by_parameter(source, uses_transformer_engine(model))
     error, shards = None, []
-    writes = tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    writer = ShardWriter(folder, max_shard_bytes, parallel_state.get_pipeline_model_parallel_rank())
+    writer = ShardWriter(folder, max_shard_bytes, dist.get_rank())
     try:
-        for name, parameter in global_parameters(model):
+        for name, parameter in global_weights(model):
             rule = rules[_source_name(name, kept_layers)]
-            parts = gather_over_tensor_parallel(parameter.detach())
-            if not (writes and rule.export):
+            parts = _gather_shards(parameter.detach(), rule)
+            if not (rule.export and _is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
                 writer.add(renamed(hf_name, kept_layers), tensor.to(source.dtype(hf_name)))
-        shards = writer.close() if writes else []
+        shards = writer.close()
     except OSError as met:
         error = MegapruneError(f"{folder} can't be written: {met}")
     raise_together(error)
@@ -105,20 +125,38 @@ def export_weights(
 @torch.no_grad()
 def round_to_source_dtype(model: GPTModel, source: HFSource, kept_layers: Sequence[int]) -> None:
     """Rounds the weights to what the export will hold, so that what is measured is what is shipped."""
-    rules = rules_by_parameter(source)
-    for name, parameter in global_parameters(model):
+    rules = rules_by_parameter(source, uses_transformer_engine(model))
+    for name, parameter in global_weights(model):
         dtype = source.dtype(rules[_source_name(name, kept_layers)].hf[0])
         parameter.copy_(parameter.to(dtype))
 
 
 def gather_over_tensor_parallel(shard: torch.Tensor) -> list[torch.Tensor]:
     """The shards of all tensor-parallel ranks, in order."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    return _gather(shard, parallel_state.get_tensor_model_parallel_group())
+
+
+def _gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
+    if rule.shard is Shard.COPY:
+        return [shard]
+    if rule.expert:
+        return _gather(shard, parallel_state.get_expert_tensor_parallel_group())
+    return gather_over_tensor_parallel(shard)
+
+
+def _gather(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
     if group.size() == 1:
         return [shard]
     parts = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(parts, shard.contiguous(), group=group)
     return parts
+
+
+def _is_first_holder(rule: WeightRule) -> bool:
+    """Whether this rank is the first of those that hold the rule's parameter, or a part of it."""
+    if rule.expert:
+        return expert_tensor_parallel().rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
+    return tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 def _source_name(name: str, kept_layers: Sequence[int] | None) -> str:

@@ -1,12 +1,21 @@
 """One file per family of models. A new family is a new file here, listed below, and nothing else."""
 
 from megaprune.errors import MegapruneError
-from megaprune.models import llama, qwen2, qwen3
-from megaprune.models.tables import Architecture, Family, HFConfig, Shard, WeightRule
+from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
+from megaprune.models.tables import Architecture, Family, HFConfig, RopeScaling, Shard, WeightRule
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+_ALL = (
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    deepseek_v3.FAMILY,
+    deepseek_v3.KIMI_K2,
+    pangu_ultra_moe.FAMILY,
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
-__all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "Shard", "WeightRule", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "Shard", "WeightRule", "family_of"]
 
 
 def family_of(config: HFConfig) -> Family:

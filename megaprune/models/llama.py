@@ -1,20 +1,19 @@
 """LLaMA 2, 3, 3.1 and later dense text models (``model_type: llama``)."""
 
-from megaprune.errors import MegapruneError
 from megaprune.models.tables import (
-    GQA_LAYER_RULES,
+    DENSE_LAYER_RULES,
     MODEL_RULES,
     Architecture,
     Family,
     HFConfig,
     gqa_architecture,
     prune_dense_config,
+    refuse_attention_bias,
 )
 
 
 def _architecture(config: HFConfig) -> Architecture:
-    if config.get("attention_bias"):
-        raise MegapruneError("llama: attention_bias true is not supported")
+    refuse_attention_bias(config)
     return gqa_architecture(config)
 
 
@@ -22,7 +21,7 @@ FAMILY = Family(
     model_type="llama",
     architecture=_architecture,
     model_rules=MODEL_RULES,
-    layer_rules=GQA_LAYER_RULES,
+    layer_rules=lambda arch, layer: DENSE_LAYER_RULES,
     prune_config=prune_dense_config,
     # Early conversions of LLaMA 2 store RoPE's frequencies, which every reader computes.
     ignored=(r"rotary_emb\.inv_freq$",),

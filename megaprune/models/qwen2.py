@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 dense models (``model_type: qwen2``): bias on query, key and value; small ones tie embeddings."""
 
 from megaprune.models.tables import (
-    GQA_LAYER_RULES,
+    DENSE_LAYER_RULES,
     MODEL_RULES,
     QKV_BIAS_RULES,
     Family,
@@ -13,6 +13,6 @@ FAMILY = Family(
     model_type="qwen2",
     architecture=lambda config: gqa_architecture(config, add_qkv_bias=True),
     model_rules=MODEL_RULES,
-    layer_rules=GQA_LAYER_RULES + QKV_BIAS_RULES,
+    layer_rules=lambda arch, layer: DENSE_LAYER_RULES + QKV_BIAS_RULES,
     prune_config=prune_dense_config,
 )

@@ -1,8 +1,7 @@
 """Qwen3 dense models (``model_type: qwen3``): RMSNorm on the query and key heads."""
 
-from megaprune.errors import MegapruneError
 from megaprune.models.tables import (
-    GQA_LAYER_RULES,
+    DENSE_LAYER_RULES,
     MODEL_RULES,
     QK_NORM_RULES,
     Architecture,
@@ -10,12 +9,12 @@ from megaprune.models.tables import (
     HFConfig,
     gqa_architecture,
     prune_dense_config,
+    refuse_attention_bias,
 )
 
 
 def _architecture(config: HFConfig) -> Architecture:
-    if config.get("attention_bias"):
-        raise MegapruneError("qwen3: attention_bias true is not supported")
+    refuse_attention_bias(config)
     return gqa_architecture(config, qk_layernorm=True)
 
 
@@ -23,6 +22,6 @@ FAMILY = Family(
     model_type="qwen3",
     architecture=_architecture,
     model_rules=MODEL_RULES,
-    layer_rules=GQA_LAYER_RULES + QK_NORM_RULES,
+    layer_rules=lambda arch, layer: DENSE_LAYER_RULES + QK_NORM_RULES,
     prune_config=prune_dense_config,
 )

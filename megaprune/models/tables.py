@@ -4,7 +4,7 @@ A family is data. The conversion engine (`megaprune.weights`) and the model buil
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -28,25 +28,28 @@ class Shard(Enum):
 class WeightRule:
     """One Megatron parameter and the HF tensors that it holds.
 
-    Names may contain ``{layer}``, the global layer index from 0. ``te`` is the parameter's name under Transformer
-    Engine's layer spec, where norms are fused into the linear layer behind them. A rule with ``export=False`` is a
-    second copy of tensors that another rule exports.
+    Names may contain ``{layer}``, the global layer index from 0, and ``{expert}``, the global expert index. Under
+    Transformer Engine's layer spec a parameter may have another name (``te``: norms are fused into the linear layer
+    behind them, experts are grouped) or be cut otherwise (``te_shard``). Parameters of routed experts (``expert``) are
+    cut over expert-tensor-parallel ranks. A rule with ``export=False`` is a second copy of tensors that another rule
+    exports.
     """
 
     megatron: str
     hf: tuple[str, ...]
     shard: Shard
     te: str | None = None
+    te_shard: Shard | None = None
+    expert: bool = False
     export: bool = True
 
-    def at(self, layer: int) -> "WeightRule":
-        """The rule of one layer."""
-        return WeightRule(
-            self.megatron.format(layer=layer),
-            tuple(name.format(layer=layer) for name in self.hf),
-            self.shard,
-            self.te and self.te.format(layer=layer),
-            self.export,
+    def at(self, layer: int, expert: int = 0) -> "WeightRule":
+        """The rule of one layer, and of one of its experts."""
+        return replace(
+            self,
+            megatron=self.megatron.format(layer=layer, expert=expert),
+            hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf),
+            te=self.te and self.te.format(layer=layer, expert=expert),
         )
 
 
@@ -72,6 +75,8 @@ class Architecture:
         rotary_base: RoPE's theta.
         rope_scaling: how RoPE is stretched, if it is.
         tied: the output layer shares the embedding's weight.
+        mla: multi-head latent attention (``transformer`` then holds keyword arguments of ``MLATransformerConfig``).
+        sandwich_norm: attention and MLP have a norm behind them too.
     """
 
     transformer: dict[str, Any]
@@ -80,6 +85,8 @@ class Architecture:
     rotary_base: float
     rope_scaling: RopeScaling | None = None
     tied: bool = False
+    mla: bool = False
+    sandwich_norm: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +94,23 @@ class Architecture:
 
     @property
     def query_groups(self) -> int:
-        return self.transformer["num_query_groups"]
+        return self.transformer.get("num_query_groups") or self.transformer["num_attention_heads"]
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts in each MoE layer; 0 for a dense model."""
+        return self.transformer.get("num_moe_experts", 0)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return bool(self.num_experts and self.transformer["moe_layer_freq"][layer])
+
+    def pruned(self, kept_layers: Sequence[int]) -> "Architecture":
+        """The architecture of these layers, in order."""
+        fields = self.transformer | {"num_layers": len(kept_layers)}
+        if self.num_experts:
+            fields["moe_layer_freq"] = [self.transformer["moe_layer_freq"][layer] for layer in kept_layers]
+        return replace(self, transformer=fields)
 
     @property
     def head_dim(self) -> int:
@@ -101,7 +124,8 @@ class Family:
     Args:
         model_type: ``model_type`` in config.json.
         architecture: HF config to Megatron-Core's terms. Raises ``MegapruneError`` for what can't be expressed.
-        model_rules: weights outside the layers; ``layer_rules``: those of each layer.
+        model_rules: weights outside the layers.
+        layer_rules: weights of one layer; rules with ``expert`` stand for each of its experts.
         prune_config: edits a copy of the HF config for the kept layers (source indices, ascending).
         ignored: regular expressions of stored tensors that no model reads.
     """
@@ -109,7 +133,7 @@ class Family:
     model_type: str
     architecture: Callable[[HFConfig], Architecture]
     model_rules: Sequence[WeightRule]
-    layer_rules: Sequence[WeightRule]
+    layer_rules: Callable[[Architecture, int], Sequence[WeightRule]]
     prune_config: Callable[[HFConfig, Sequence[int]], HFConfig]
     ignored: tuple[str, ...] = field(default=())
 
@@ -117,7 +141,10 @@ class Family:
         """Every rule of a model with this config, layer by layer."""
         arch = self.architecture(config)
         rules = [tied_output_rule(rule) if arch.tied else rule for rule in self.model_rules]
-        return rules + [rule.at(layer) for layer in range(arch.num_layers) for rule in self.layer_rules]
+        for layer in range(arch.num_layers):
+            for rule in self.layer_rules(arch, layer):
+                rules += [rule.at(layer, expert) for expert in range(arch.num_experts if rule.expert else 1)]
+        return rules
 
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -133,53 +160,102 @@ MODEL_RULES = (
 def tied_output_rule(rule: WeightRule) -> WeightRule:
     """With tied embeddings the last pipeline stage holds a second copy of the embedding."""
     if rule.hf == (OUTPUT,):
-        return WeightRule(rule.megatron, (EMBEDDING,), rule.shard, export=False)
+        return replace(rule, hf=(EMBEDDING,), export=False)
     return rule
 
 
-_HF = "model.layers.{layer}."
-_MEGATRON = "decoder.layers.{layer}."
-_ATTENTION = _MEGATRON + "self_attention."
+HF = "model.layers.{layer}."
+MEGATRON = "decoder.layers.{layer}."
+ATTENTION = MEGATRON + "self_attention."
 
-GQA_LAYER_RULES = (
+GQA_RULES = (
     WeightRule(
-        _MEGATRON + "input_layernorm.weight",
-        (_HF + "input_layernorm.weight",),
+        MEGATRON + "input_layernorm.weight",
+        (HF + "input_layernorm.weight",),
         Shard.COPY,
-        te=_ATTENTION + "linear_qkv.layer_norm_weight",
+        te=ATTENTION + "linear_qkv.layer_norm_weight",
     ),
     WeightRule(
-        _ATTENTION + "linear_qkv.weight",
-        tuple(_HF + f"self_attn.{x}_proj.weight" for x in "qkv"),
+        ATTENTION + "linear_qkv.weight",
+        tuple(HF + f"self_attn.{x}_proj.weight" for x in "qkv"),
         Shard.QKV,
     ),
-    WeightRule(_ATTENTION + "linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Shard.ROW),
-    WeightRule(
-        _MEGATRON + "pre_mlp_layernorm.weight",
-        (_HF + "post_attention_layernorm.weight",),
-        Shard.COPY,
-        te=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
-    ),
-    WeightRule(
-        _MEGATRON + "mlp.linear_fc1.weight",
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
-        Shard.GATED,
-    ),
-    WeightRule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Shard.ROW),
+    WeightRule(ATTENTION + "linear_proj.weight", (HF + "self_attn.o_proj.weight",), Shard.ROW),
 )
 
+MLP_RULES = (
+    WeightRule(
+        MEGATRON + "mlp.linear_fc1.weight",
+        (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"),
+        Shard.GATED,
+    ),
+    WeightRule(MEGATRON + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), Shard.ROW),
+)
+
+EXPERT_RULES = (
+    WeightRule(MEGATRON + "mlp.router.weight", (HF + "mlp.gate.weight",), Shard.COPY),
+    WeightRule(
+        MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        (HF + "mlp.experts.{expert}.gate_proj.weight", HF + "mlp.experts.{expert}.up_proj.weight"),
+        Shard.GATED,
+        te=MEGATRON + "mlp.experts.linear_fc1.weight{expert}",
+        expert=True,
+    ),
+    WeightRule(
+        MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        (HF + "mlp.experts.{expert}.down_proj.weight",),
+        Shard.ROW,
+        te=MEGATRON + "mlp.experts.linear_fc2.weight{expert}",
+        expert=True,
+    ),
+)
+
+
+def mlp_norm_rule(hf_norm: str, moe: bool) -> WeightRule:
+    """The norm before the MLP, which Transformer Engine fuses into a dense MLP but not into experts."""
+    return WeightRule(
+        MEGATRON + "pre_mlp_layernorm.weight",
+        (HF + hf_norm + ".weight",),
+        Shard.COPY,
+        te=None if moe else MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+    )
+
+
+DENSE_LAYER_RULES = GQA_RULES + (mlp_norm_rule("post_attention_layernorm", moe=False),) + MLP_RULES
+
 QKV_BIAS_RULES = (
-    WeightRule(_ATTENTION + "linear_qkv.bias", tuple(_HF + f"self_attn.{x}_proj.bias" for x in "qkv"), Shard.QKV),
+    WeightRule(ATTENTION + "linear_qkv.bias", tuple(HF + f"self_attn.{x}_proj.bias" for x in "qkv"), Shard.QKV),
 )
 
 QK_NORM_RULES = (
-    WeightRule(_ATTENTION + "q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), Shard.COPY),
-    WeightRule(_ATTENTION + "k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), Shard.COPY),
+    WeightRule(ATTENTION + "q_layernorm.weight", (HF + "self_attn.q_norm.weight",), Shard.COPY),
+    WeightRule(ATTENTION + "k_layernorm.weight", (HF + "self_attn.k_norm.weight",), Shard.COPY),
 )
 
 
+def require(config: HFConfig, key: str) -> Any:
+    """A key that the family can't do without.
+
+    Raises:
+        MegapruneError: config.json lacks it.
+    """
+    if config.get(key) is None:
+        raise MegapruneError(f"{config.get('model_type')}: config.json lacks the key {key!r}")
+    return config[key]
+
+
+def refuse_attention_bias(config: HFConfig) -> None:
+    """Some families may carry biases that their Megatron layers would not.
+
+    Raises:
+        MegapruneError: this one does.
+    """
+    if config.get("attention_bias"):
+        raise MegapruneError(f"{config.get('model_type')}: attention_bias true is not supported")
+
+
 def gqa_architecture(config: HFConfig, **transformer: Any) -> Architecture:
-    """Grouped-query attention, RMSNorm, SwiGLU and RoPE: what the dense families share.
+    """Grouped-query attention, RMSNorm, SwiGLU and RoPE: what the GQA families share.
 
     Raises:
         MegapruneError: the config asks for something that this can't express, or lacks a key.
@@ -192,24 +268,20 @@ def gqa_architecture(config: HFConfig, **transformer: Any) -> Architecture:
     sliding = {t for t in config.get("layer_types") or () if t != "full_attention"}
     if config.get("use_sliding_window") or sliding:
         raise MegapruneError(f"{name}: sliding-window attention is not supported; set use_sliding_window to false")
-    try:
-        heads = config["num_attention_heads"]
-        fields = dict(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-            layernorm_epsilon=config["rms_norm_eps"],
-        )
-        vocab_size = config["vocab_size"]
-    except KeyError as error:
-        raise MegapruneError(f"{name}: config.json lacks the key {error.args[0]!r}") from None
+    heads, hidden = require(config, "num_attention_heads"), require(config, "hidden_size")
+    fields = dict(
+        num_layers=require(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=require(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or hidden // heads,
+        layernorm_epsilon=require(config, "rms_norm_eps"),
+    )
     theta, scaling = rope_parameters(config)
     return Architecture(
         transformer=fields | transformer,
-        vocab_size=vocab_size,
+        vocab_size=require(config, "vocab_size"),
         max_position_embeddings=config.get("max_position_embeddings", 4096),
         rotary_base=theta,
         rope_scaling=scaling,
@@ -217,14 +289,20 @@ def gqa_architecture(config: HFConfig, **transformer: Any) -> Architecture:
     )
 
 
+def rope_dict(config: HFConfig) -> tuple[dict[str, Any], float]:
+    """RoPE's settings and its theta, from either spelling: ``rope_parameters``, or ``rope_theta`` and
+    ``rope_scaling``."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope, float(rope.get("rope_theta") or config.get("rope_theta") or 1e4)
+
+
 def rope_parameters(config: HFConfig) -> tuple[float, RopeScaling | None]:
-    """RoPE's theta and scaling, from either spelling: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``.
+    """RoPE's theta and scaling.
 
     Raises:
         MegapruneError: the scaling is neither llama3 nor linear.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1e4)
+    rope, theta = rope_dict(config)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type == "default":
         return theta, None
@@ -243,3 +321,18 @@ def prune_dense_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
     if config.get("layer_types"):
         pruned["layer_types"] = [config["layer_types"][layer] for layer in kept]
     return pruned
+
+
+def prune_dense_prefix(
+    config: HFConfig, kept: Sequence[int], dense_keys: Sequence[str], mtp_keys: Sequence[str]
+) -> HFConfig:
+    """What pruning edits where MoE layers follow a prefix of dense ones, which pruning in order leaves a prefix.
+
+    Args:
+        dense_keys: names under which the config counts the dense layers.
+        mtp_keys: names under which it counts multi-token-prediction layers. Readers take an absent count for 1.
+    """
+    pruned = prune_dense_config(config, kept)
+    dense = sum(layer < config[dense_keys[0]] for layer in kept)
+    pruned |= dict.fromkeys(dense_keys, dense)
+    return pruned | dict.fromkeys(mtp_keys, config.get(mtp_keys[0]) or 0)

@@ -20,7 +20,7 @@ from megaprune.report.run_report import measured_losses
 
 BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
 MASK_COLOURS = ListedColormap([PALE, BLUE])
-SMOOTHING = 0.9  # weight of the past in the loss curve's moving average
+SMOOTHING = 1 / 30  # of a stage: the width of the loss curve's moving average
 DPI = 160
 
 Record = dict[str, Any]
@@ -77,10 +77,13 @@ def plot_scores(records: Sequence[Record], path: str | Path, kept_layers: Sequen
     records = _with(records, "scores")
     scores = np.array([record["scores"] for record in records], dtype=float).T  # [layers, iterations]
     figure, axes, strip = _layer_figure(len(scores))
-    image = axes.imshow(np.ma.masked_invalid(scores), cmap="viridis", **_layer_image(records))
+    low, high = _colour_limits(scores[np.isfinite(scores)])
+    image = axes.imshow(np.ma.masked_invalid(scores), cmap="viridis", vmin=low, vmax=high, **_layer_image(records))
     axes.set_title("Layer scores over the search")
     _mark_kept(strip, len(scores), kept_layers)
-    figure.colorbar(image, ax=strip, label="score (higher = keep)", fraction=0.9, aspect=30, pad=0.5)
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    extend = beyond[bool((scores < low).any()), bool((scores > high).any())]
+    figure.colorbar(image, ax=strip, label="score (higher = keep)", extend=extend, fraction=0.9, aspect=30, pad=0.5)
     return _save(figure, path)
 
 
@@ -136,14 +139,23 @@ def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average without the bias towards the first value; steps over missing values."""
-    smoothed, total, weight = np.empty_like(values), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            total = SMOOTHING * total + (1 - SMOOTHING) * value
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smoothed[index] = total / weight if weight else np.nan
-    return smoothed
+    """Centred moving average, over what there is at the ends; missing values are left out of it."""
+    width = 2 * int(len(values) * SMOOTHING / 2) + 1
+    there = np.isfinite(values)
+    total = np.convolve(np.where(there, values, 0), np.ones(width), "same")
+    count = np.convolve(there, np.ones(width), "same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _colour_limits(scores: np.ndarray) -> tuple[float, float]:
+    """Tukey's fences: a protected layer's score far from the rest shall not take their colours away."""
+    if not scores.size:
+        return 0.0, 1.0
+    low, high = np.quantile(scores, (0.25, 0.75))
+    reach = 1.5 * (high - low)
+    if not reach:
+        return scores.min(), scores.max()
+    return max(scores.min(), low - reach), min(scores.max(), high + reach)
 
 
 def _layer_figure(num_layers: int) -> tuple[Figure, Axes, Axes]:

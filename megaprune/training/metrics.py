@@ -15,6 +15,7 @@ from typing import Any
 
 from megaprune.errors import MegapruneError
 from megaprune.report.files import strict_json, whole_file
+from megaprune.training.data_sources import first_line
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -57,13 +58,12 @@ class MetricsLogger:
         if not enabled:
             return
         run_dir = Path(run_dir)
-        wandb = import_wandb() if wandb_project else None
-        run_dir.mkdir(parents=True, exist_ok=True)
+        # First, because it alone can fail for want of a login: the files are cut back only once a run will go on.
+        if wandb_project:
+            self._sinks.append(_WeightsAndBiases(wandb_project, run_dir, start_iteration))
         self._sinks.append(_Files(run_dir, start_iteration))
         self._tensorboard = _TensorBoard(tensorboard_dir or run_dir / "tensorboard", start_iteration)
         self._sinks.append(self._tensorboard)
-        if wandb:
-            self._sinks.append(_WeightsAndBiases(wandb, wandb_project, run_dir, start_iteration))
         pace = _Pace(total_iterations, tokens_per_iteration, window=log_interval)
         terminal = sys.stderr.isatty()
         self._sinks.append(_ProgressBar(pace, start_iteration) if terminal else _Lines(pace, log_interval))
@@ -167,18 +167,21 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, wandb: Any, project: str, run_dir: Path, start_iteration: int) -> None:
+    def __init__(self, project: str, run_dir: Path, start_iteration: int) -> None:
+        wandb = import_wandb()
+        run_dir.mkdir(parents=True, exist_ok=True)  # wandb would turn to the temporary folder without a word
         id_file = run_dir / "wandb_run_id"
-        if start_iteration == 0 or not id_file.is_file():
-            with whole_file(id_file) as aside:
-                aside.write_text(uuid.uuid4().hex)
+        resumed = start_iteration > 0 and id_file.is_file()
+        run_id = id_file.read_text() if resumed else uuid.uuid4().hex
         try:
-            self._run = wandb.init(project=project, dir=run_dir, id=id_file.read_text(), resume="allow")
+            self._run = wandb.init(project=project, dir=run_dir, id=run_id, resume="allow")
         except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0]
             raise MegapruneError(
-                f"--wandb-project {project}: wandb can't start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+                f"--wandb-project {project}: wandb can't start ({first_line(error)}); run `wandb login`, or set "
+                "WANDB_MODE=offline"
             ) from error
+        with whole_file(id_file) as aside:
+            aside.write_text(run_id)
 
     def log(self, record: dict[str, Any]) -> None:
         numbers = {f"train/{name}": value for name, value in _numbers(record).items()}

@@ -1,6 +1,9 @@
 """The folder of a run: what stands where, and whose run it is."""
 
 import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +65,10 @@ class RunDir:
             if any(self.path.iterdir()):
                 raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
             return
-        saved = json.loads(self._settings.read_text())
+        try:
+            saved = dict(json.loads(self._settings.read_text()))
+        except (ValueError, TypeError):
+            raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start anew") from None
         for name, value in _fixed_settings(config).items():
             if name in saved and saved[name] != value:
                 raise MegapruneError(
@@ -71,9 +77,38 @@ class RunDir:
                 )
 
     def begin(self, config: Config) -> None:
-        """Makes the folder and marks it as this run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self._settings, _fixed_settings(config))
+        """Makes the folder and marks it as this run's.
+
+        Raises:
+            MegapruneError: the folder can't be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self._settings, _fixed_settings(config))
+        except OSError as error:
+            raise MegapruneError(f"--save {self.path} can't be written ({error.strerror}): choose another") from None
+
+    @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """A block that begins the run and fills the folder. Where the block is refused with nothing to resume from,
+        the folder and its parents are again as they were; what an earlier process of the run left is not touched."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        goes_on = self._settings.is_file()
+        try:
+            yield
+        except MegapruneError:
+            if not goes_on and not self.checkpoints.exists():
+                self._undo(missing)
+            raise
+
+    def _undo(self, made: Sequence[Path]) -> None:
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # never made, or by now it holds what others put there
+                return
 
 
 def _fixed_settings(config: Config) -> dict[str, object]:

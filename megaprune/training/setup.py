@@ -1,9 +1,6 @@
 """Everything that a run needs and that can be refused, gathered before anything is written."""
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +92,7 @@ def prepare(config: Config) -> Setup:
     parse_size(config.run.max_shard_size)
     source = HFSource(resolve_hf_model(config.model.hf_model))
     source.check_names()
+    source.check_shapes()
     arch = source.family.architecture(source.config)
     sizes = ParallelSizes(
         config.parallel.tensor_model_parallel_size,
@@ -107,7 +105,8 @@ def prepare(config: Config) -> Setup:
     _check_sequence(config, arch, sizes)
     if config.distillation.distill_top_k > arch.vocab_size:
         raise UsageError(
-            f"--distill-top-k {config.distillation.distill_top_k} is more than the vocabulary's {arch.vocab_size} tokens"
+            f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
+            "vocabulary"
         )
     manual, protected, num_kept = _layers(config, arch)
     setup = Setup(
@@ -134,7 +133,7 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
     """Tokenises the data on rank 0, or maps what is cached. Collective.
 
     Raises:
-        MegapruneError: the data can't be used; on every rank, with nothing left behind.
+        MegapruneError: the data can't be used; on every rank.
     """
     config = setup.config
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
@@ -155,15 +154,7 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
         return Data(config, train, valid)
 
-    error, data = None, None
-    if parallel.rank() == 0:
-        with _leaving_nothing_behind(setup.run_dir.path):
-            try:
-                data = load()
-            except MegapruneError as met:
-                error = met
-    parallel.raise_together(error)
-    return data or load()
+    return parallel.on_first_rank(load) or load()
 
 
 def load_tokenizer(setup: Setup) -> Any:
@@ -252,12 +243,3 @@ def _optimizer_options(config: Config) -> OptimizerOptions:
         clip_grad=recovery.clip_grad,
         distributed=config.engine.use_distributed_optimizer,
     )
-
-
-@contextmanager
-def _leaving_nothing_behind(folder: Path) -> Iterator[None]:
-    """Removes a folder that the block made, if nothing but empty folders is in it."""
-    existed = folder.exists()
-    yield
-    if not existed and folder.exists() and not any(files for _, _, files in os.walk(folder)):
-        shutil.rmtree(folder)

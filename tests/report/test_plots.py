@@ -103,5 +103,31 @@ def test_layer_plots_label_the_kept_layers(tmp_path, monkeypatch):
         expected = np.array([entry[key] for entry in records[:5]]).T
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)
         assert axes.images[0].get_extent() == [0.5, 5.5, -0.5, 3.5]
+        assert axes.images[0].origin == strip.images[0].origin == "lower"  # or layers would stand upside down
         assert [text.get_text() for text in strip.texts] == ["0", "2", "3"]
         np.testing.assert_array_equal(strip.images[0].get_array()[:, 0], [1, 0, 1, 1])
+
+
+def test_smoothing_neither_lags_nor_trips_over_gaps():
+    line = np.arange(300, dtype=float)
+    np.testing.assert_allclose(plots._smooth(line)[10:-10], line[10:-10])
+    line[100] = np.nan
+    assert np.isfinite(plots._smooth(line)).all()
+    np.testing.assert_array_equal(plots._smooth(np.array([2.0, 4.0])), [2.0, 4.0])
+
+
+def test_an_outlying_score_leaves_the_others_their_colours(tmp_path, monkeypatch):
+    saved = figures(monkeypatch)
+    records = run_records(5, 0, num_layers=9)
+    for entry in records:
+        entry["scores"] = [*np.linspace(-1, 1, 8), 50.0]
+    plots.plot_scores(records, tmp_path / "scores.png", range(9))
+    low, high = saved[0].axes[0].images[0].get_clim()
+    assert low == -1 and 1 <= high < 5
+
+
+def test_scores_that_are_all_the_same(tmp_path):
+    records = run_records(3, 0)
+    for entry in records:
+        entry["scores"] = [0.0, 0.0, 0.0, 0.0]
+    plots.plot_scores(records, tmp_path / "scores.png", KEPT)

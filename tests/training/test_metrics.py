@@ -195,3 +195,17 @@ def test_wandb_run_goes_on_after_a_resume(tmp_path, monkeypatch):
     first, _, resumed, new = (run_id for run_id, _, _ in logged)
     assert first == resumed != new
     assert [(step, loss) for _, step, loss in logged] == [(1, 3.0), (2, 1.5), (3, 1.0), (1, 3.0)]
+
+
+def test_wandb_that_cannot_start_leaves_the_files_alone(tmp_path, monkeypatch):
+    log_run(tmp_path, range(1, 4))
+    before = contents(tmp_path)
+
+    def init(**options):
+        raise RuntimeError("No API key configured.\nand a page more")
+
+    wandb = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(MegapruneError, match=r"--wandb-project p: wandb can't start \(No API key configured\)"):
+        log_run(tmp_path, [1], wandb_project="p")
+    assert contents(tmp_path) == before

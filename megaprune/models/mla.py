@@ -1,0 +1,122 @@
+"""Multi-head latent attention and sigmoid-routed experts: what DeepSeek-V3 and its relatives share."""
+
+from typing import Any
+
+from megaprune.errors import MegapruneError
+from megaprune.models.tables import (
+    ATTENTION,
+    HF,
+    MEGATRON,
+    MLP_RULES,
+    Architecture,
+    HFConfig,
+    Shard,
+    WeightRule,
+    refuse_attention_bias,
+    require,
+)
+
+
+def _down_projection(name: str, hf_name: str) -> WeightRule:
+    # The local layer spec cuts the down-projections; Transformer Engine's holds a copy on every rank.
+    return WeightRule(
+        ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), Shard.COLUMN, te_shard=Shard.COPY
+    )
+
+
+def _latent_norm(name: str, behind: str, hf_name: str) -> WeightRule:
+    return WeightRule(
+        ATTENTION + name + ".weight",
+        (HF + f"self_attn.{hf_name}.weight",),
+        Shard.COPY,
+        te=ATTENTION + behind + ".layer_norm_weight",
+    )
+
+
+def _up_projection(name: str, hf_name: str) -> WeightRule:
+    return WeightRule(ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), Shard.COLUMN)
+
+
+_QUERY_LORA_RULES = (
+    _down_projection("linear_q_down_proj", "q_a_proj"),
+    _latent_norm("q_layernorm", "linear_q_up_proj", "q_a_layernorm"),
+    _up_projection("linear_q_up_proj", "q_b_proj"),
+)
+_QUERY_RULES = (_up_projection("linear_q_proj", "q_proj"),)
+_LATENT_RULES = (
+    WeightRule(MEGATRON + "input_layernorm.weight", (HF + "input_layernorm.weight",), Shard.COPY),
+    _down_projection("linear_kv_down_proj", "kv_a_proj_with_mqa"),
+    _latent_norm("kv_layernorm", "linear_kv_up_proj", "kv_a_layernorm"),
+    _up_projection("linear_kv_up_proj", "kv_b_proj"),
+    WeightRule(ATTENTION + "linear_proj.weight", (HF + "self_attn.o_proj.weight",), Shard.ROW),
+)
+
+EXPERT_BIAS_RULE = WeightRule(
+    MEGATRON + "mlp.router.expert_bias", (HF + "mlp.gate.e_score_correction_bias",), Shard.COPY
+)
+SHARED_EXPERT_RULES = tuple(
+    WeightRule(
+        rule.megatron.replace("mlp.", "mlp.shared_experts."),
+        tuple(name.replace("mlp.", "mlp.shared_experts.") for name in rule.hf),
+        rule.shard,
+    )
+    for rule in MLP_RULES
+)
+
+
+def mla_rules(arch: Architecture) -> tuple[WeightRule, ...]:
+    """Weights of one layer's attention; small relatives project the query without a latent."""
+    return (_QUERY_LORA_RULES if arch.transformer["q_lora_rank"] else _QUERY_RULES) + _LATENT_RULES
+
+
+def mla_fields(config: HFConfig) -> dict[str, Any]:
+    """Keyword arguments of ``MLATransformerConfig`` for the attention and the layers' sizes.
+
+    Raises:
+        MegapruneError: config.json lacks a key, or asks for something that can't be expressed.
+    """
+    name = config.get("model_type")
+    if config.get("hidden_act", "silu") != "silu":
+        raise MegapruneError(f"{name}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+    refuse_attention_bias(config)
+    return dict(
+        multi_latent_attention=True,
+        num_layers=require(config, "num_hidden_layers"),
+        hidden_size=require(config, "hidden_size"),
+        ffn_hidden_size=require(config, "intermediate_size"),
+        num_attention_heads=require(config, "num_attention_heads"),
+        layernorm_epsilon=require(config, "rms_norm_eps"),
+        qk_layernorm=True,
+        q_lora_rank=config.get("q_lora_rank"),
+        kv_lora_rank=require(config, "kv_lora_rank"),
+        qk_head_dim=require(config, "qk_nope_head_dim"),
+        qk_pos_emb_head_dim=require(config, "qk_rope_head_dim"),
+        v_head_dim=require(config, "v_head_dim"),
+    )
+
+
+def sigmoid_router_fields(config: HFConfig, num_layers: int) -> dict[str, Any]:
+    """Keyword arguments for routed and shared experts behind a dense prefix.
+
+    Raises:
+        MegapruneError: Megatron-Core's router can't express the config.
+    """
+    name = config.get("model_type")
+    if not config.get("norm_topk_prob", True):
+        raise MegapruneError(
+            f"{name}: norm_topk_prob false with sigmoid routing can't be expressed: Megatron-Core always normalises "
+            "the chosen scores"
+        )
+    dense = require(config, "first_k_dense_replace")
+    expert_size = require(config, "moe_intermediate_size")
+    fields = dict(
+        num_moe_experts=require(config, "n_routed_experts"),
+        moe_ffn_hidden_size=expert_size,
+        moe_router_topk=require(config, "num_experts_per_tok"),
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=config.get("routed_scaling_factor", 1.0),
+        moe_layer_freq=[0] * dense + [1] * (num_layers - dense),
+    )
+    if config.get("n_shared_experts"):
+        fields["moe_shared_expert_intermediate_size"] = expert_size * config["n_shared_experts"]
+    return fields
