@@ -4,10 +4,12 @@ import importlib
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megaprune.errors import MegapruneError, UsageError
 
@@ -28,18 +30,25 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
         if not words or words[0] not in VERBS:
             _usage(words)
         verb = words.pop(0)
+    status, line = attempt(verb, words)
+    if line is not None:
+        _fail(status, line)
+
+
+def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
+    """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
         run = getattr(importlib.import_module("megaprune.verbs"), verb)
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
-        _fail(verb, error)
+        return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    return 0, None
 
 
-def _usage(words: Sequence[str]) -> None:
+def _usage(words: Sequence[str]) -> NoReturn:
     if words and words[0] not in ("-h", "--help"):
-        print(f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(UsageError.exit_status)
+        _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     print("usage: megaprune <verb> [flags]\n")
     for verb, description in VERBS.items():
         print(f"  {verb:<12}{description}")
@@ -47,15 +56,17 @@ def _usage(words: Sequence[str]) -> None:
     sys.exit(0)
 
 
-def _fail(verb: str, error: MegapruneError) -> None:
+def _fail(status: int, line: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
-        # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost.
+        # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost. It ends them by
+        # SIGTERM, which a run takes as a request to stop at the next iteration.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_FOR_LAUNCHER_SECONDS)
     else:
-        print(f"{verb}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     # Not sys.exit: the process groups' threads could keep a failed rank waiting for the others.
     sys.stdout.flush()
-    os._exit(error.exit_status)
+    os._exit(status)
 
 
 def _quieten() -> None:

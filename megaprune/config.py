@@ -1,5 +1,8 @@
 """The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
 
+import difflib
+import math
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +15,7 @@ from megaprune.errors import UsageError
 
 SEARCHES = ("e3",)
 ONE_SHOT = ("kl-init", "random", "manual")
+_LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers")
 
 
@@ -68,6 +72,8 @@ class SearchConfig:
     _argument_group_name = "search"
     search_iters: int | None = flag("iterations of search within --train-iters (default: a tenth)")
     mask_lr: float = flag("learning rate of the layer scores (Adam)", 0.05)
+    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 1.0)
+    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 1.0)
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
@@ -104,7 +110,22 @@ class DistillationConfig:
         "rest",
     )
     distill_top_k: int = flag("teacher logits per token", 10)
-    teacher: Literal["online"] = flag("online: the original model beside the student", "online")
+    teacher: Literal["online", "self"] = flag(
+        "online: the original model beside the student; self: with LoRA, the student's own frozen weights", "online"
+    )
+
+
+@dataclass
+class LoRAConfig:
+    """Training adapters instead of the weights."""
+
+    _argument_group_name = "LoRA"
+    lora_rank: int | None = flag("rank of the adapters; turns LoRA on")
+    lora_alpha: float | None = flag("scale of the adapters times their rank (default: twice the rank)")
+    lora_target_modules: list[str] = flag(
+        "Megatron's names of the linear layers that get adapters, such as linear_qkv linear_proj (default: all)", []
+    )
+    export_adapter: bool = flag("export the adapters in PEFT's format beside the untrained pruned model", False)
 
 
 @dataclass
@@ -114,6 +135,8 @@ class ParallelConfig:
     _argument_group_name = "parallelism"
     tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
     pipeline_model_parallel_size: int = flag("pipeline stages", 1)
+    expert_model_parallel_size: int = flag("ranks that share out the experts of each layer", 1)
+    expert_tensor_parallel_size: int | None = flag("ranks that cut each expert (default: the tensor-parallel size)")
     context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1)
     sequence_parallel: bool = flag("split activations along the sequence among tensor-parallel ranks", False)
     pipeline_model_parallel_layout: str | None = flag(
@@ -153,6 +176,7 @@ GROUPS = (
     SearchConfig,
     RecoveryConfig,
     DistillationConfig,
+    LoRAConfig,
     ParallelConfig,
     EngineConfig,
     RunConfig,
@@ -169,6 +193,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -191,6 +216,18 @@ class Parser(HfArgumentParser):
 
     def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
         super().__init__(list(groups), allow_abbrev=False, **kwargs)
+        # Both spellings are parsed; help and errors show the one with dashes.
+        for action in self._actions:
+            action.option_strings = [option for option in action.option_strings if "_" not in option]
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> tuple:
+        """All arguments must be known: transformers would report the others with a traceback."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            self.error(f"unknown argument {word!r}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return parsed, unknown
 
     def error(self, message: str) -> None:
         raise UsageError(message)
@@ -235,23 +272,22 @@ def _recipe_arguments(path: Path, parser: Parser, argv: Sequence[str]) -> list[s
         raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path} must map flags to values")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    takes_many = {action.dest: action.nargs == "+" for action in parser._actions}
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
     arguments: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
-        if name not in known:
+        if name not in takes_many or name in ("help", "config"):
             raise UsageError(f"--config {path}: unknown key {key!r}; keys are the flags' names, see --help")
         overridden = name in WHAT_TO_PRUNE and given & set(WHAT_TO_PRUNE)
         if value is None or value == [] or overridden:
             continue
-        arguments.append(f"--{name}")
-        if name == "prune_layers" and isinstance(value, list):
-            arguments.append(",".join(map(str, value)))
-        elif isinstance(value, list):
-            arguments.extend(map(str, value))
-        else:
-            arguments.append(str(value))
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list)) or item is None for item in items):
+            raise UsageError(f"--config {path}: {key} must be a value or a list of values")
+        words = [str(item) for item in items]
+        # In one word, so that a value that begins with a dash is still a value.
+        arguments += [f"--{name}", *words] if takes_many[name] else [f"--{name}={','.join(words)}"]
     return arguments
 
 
@@ -286,6 +322,7 @@ def _check(config: Config) -> None:
         raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
     _check_ranges(config)
     _check_iterations(config)
+    _check_lora(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.prune.method == "kl-init"):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
@@ -298,6 +335,8 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
         raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
     if (prune.method == "manual") != (prune.prune_layers is not None):
         raise UsageError("--prune-layers and --method manual go together")
+    if prune.prune_layers is not None:
+        pruned_layers_of(prune.prune_layers)
     if prune.prune_ratio is not None and not 0 < prune.prune_ratio < 1:
         raise UsageError(f"--prune-ratio {prune.prune_ratio} is not between 0 and 1")
     if prune.num_layers_to_prune is not None and prune.num_layers_to_prune < 1:
@@ -308,17 +347,40 @@ def _check_ranges(config: Config) -> None:
     at_least_1 = (
         *("seq_length", "calibration_samples", "micro_batch_size", "global_batch_size", "distill_top_k"),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size", "lora_rank"),
         *("save_interval", "log_interval"),
     )
     at_least_0 = ("train_iters", "lr", "min_lr", "lr_warmup_iters", "clip_grad", "weight_decay", "seed")
-    values = config.flat()
-    for names, least in ((at_least_1, 1), (at_least_0, 0)):
-        for name in names:
-            # written so that NaN fails too
-            if values[name] is not None and not values[name] >= least:
-                raise UsageError(f"--{name.replace('_', '-')} {values[name]} is less than {least}")
+    values = {name: value for name, value in config.flat().items() if value is not None}
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{flag} {value} is not a finite number")
+        least = 1 if name in at_least_1 else 0 if name in at_least_0 else None
+        if least is not None and value < least:
+            raise UsageError(f"{flag} {value} is less than {least}")
+    for name in ("mask_lr", "gumbel_temperature", "mask_init_scale", "mask_ramp"):
+        if values[name] <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {values[name]} is not above 0")
+    if config.search.mask_ramp > 1:
+        raise UsageError(f"--mask-ramp {config.search.mask_ramp} is above 1")
+    if not 0 <= config.search.gumbel_anneal < 1:
+        raise UsageError(f"--gumbel-anneal {config.search.gumbel_anneal} is not between 0 and 1")
+    if config.recovery.seed > _LARGEST_SEED:
+        raise UsageError(f"--seed {config.recovery.seed} is above {_LARGEST_SEED}")
     if config.recovery.min_lr > config.recovery.lr:
         raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
+
+
+def _check_lora(config: Config) -> None:
+    if config.lora.lora_rank is None:
+        for name in ("lora_alpha", "lora_target_modules", "export_adapter"):
+            if getattr(config.lora, name):
+                raise UsageError(f"--{name.replace('_', '-')} needs --lora-rank")
+        if config.distillation.teacher == "self":
+            raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
+    if config.lora.lora_alpha is not None and config.lora.lora_alpha <= 0:
+        raise UsageError(f"--lora-alpha {config.lora.lora_alpha} is not above 0")
 
 
 def _check_iterations(config: Config) -> None:

@@ -7,12 +7,11 @@ from contextlib import closing, nullcontext
 import torch
 
 from megaprune.config import SEARCHES, Config
-from megaprune.distillation.teachers import OnlineTeacher, Teacher
+from megaprune.distillation.teachers import Teacher
 from megaprune.mcore import checkpoint, parallel
-from megaprune.mcore.builder import build_model, in_half_precision, vocab_shard
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.trainer import Trainer
-from megaprune.mcore.weights_io import export_weights, import_weights, round_to_source_dtype
+from megaprune.mcore.weights_io import export_weights
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
@@ -21,9 +20,10 @@ from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers, top_layers
 from megaprune.training.data import train_batches
 from megaprune.training.metrics import MetricsLogger, read_metrics
+from megaprune.training.models import Models
 from megaprune.training.progress import Progress
 from megaprune.training.scoring import layer_kl, mean_loss
-from megaprune.training.setup import Data, Setup, load_tokenizer, prepare, prepare_data
+from megaprune.training.setup import Data, Setup, describe, load_tokenizer, prepare, prepare_data
 from megaprune.training.signals import StopRequest
 from megaprune.training.step import Objective, StepResult, search_step, train_step
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
@@ -46,7 +46,7 @@ def run(config: Config, command: str) -> None:
     parallel.initialize(setup.sizes)
     tokenizer = load_tokenizer(setup)
     if config.run.dry_run:
-        say(plan(setup))
+        say(describe(setup))
     else:
         with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
             parallel.on_first_rank(lambda: setup.run_dir.begin(config))
@@ -62,30 +62,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def plan(setup: Setup) -> str:
-    """What a run would do, in a few lines."""
-    config, sizes = setup.config, setup.sizes
-    iterations = config.recovery.train_iters
-    searching = f"{config.search_iters} of them search"
-    parameters = f"{setup.source.num_parameters():,} parameters"
-    lines = [
-        f"model      {config.model.hf_model}: {setup.arch.num_layers} layers, {parameters}",
-        f"pruning    {config.prune.method}: {setup.arch.num_layers} -> {setup.num_kept} layers",
-        f"processes  TP {sizes.tensor} x PP {sizes.pipeline} x DP {parallel.data_parallel_size()}",
-        f"stages     {setup.stages()} layers, after pruning {setup.stages_of_layers(range(setup.num_kept))}",
-        f"training   {iterations} iterations ({searching}) of {setup.tokens_per_iteration:,} tokens",
-        f"writes     {setup.run_dir.path}",
-    ]
-    return "\n".join(lines)
-
-
 class PruningRun:
     """The stages of one run and what they share."""
 
     def __init__(self, setup: Setup, data: Data, command: str) -> None:
         self.setup, self.data, self.command = setup, data, command
         self.config = setup.config
-        self.shard = vocab_shard(setup.arch)
+        self.models = Models(setup)
         self.valid = data.valid_batches()
         self.stop = StopRequest(self.config.run.exit_on_signal)
         self.resume_from = checkpoint.latest(setup.run_dir.checkpoints)
@@ -106,57 +89,43 @@ class PruningRun:
 
     def execute(self) -> None:
         """Runs the stages that are left."""
-        teacher = None
+        student = teacher = None
         if self.progress.kept_layers is None:
-            teacher = self._select()
-        student = None
+            student, teacher = self._select()
         if self.config.recovery.train_iters > 0 or self.valid:
-            student = self._build_student()
+            student = self._begin_recovery(student)
             self._recover(student, teacher)
         self._export(student)
 
     # Selection
 
-    def _select(self) -> Teacher | None:
-        """Chooses the layers that stay. Returns the teacher if it is already in memory."""
-        gate = LayerGate()
+    def _select(self) -> tuple[Trainer | None, Teacher | None]:
+        """Chooses the layers that stay. Returns what recovery can go on with: the searched student if it stays whole,
+        and the teacher."""
         searching = self.config.prune.method in SEARCHES
         if not searching and not self._needs_original():
             self.progress.kept_layers = self._one_shot()
-            return None
-        original = build_model(self.setup.arch, self.setup.stages(), self.setup.engine, gate)
+            return None, None
+        original = None
         if self.resume_from is None:
-            self._measure_original(original, gate)
-        if searching:
-            trainer = Trainer(original, self.setup.engine, self.setup.optimizer)
-            teacher = self._teacher(self._import_original())
-            self._search(trainer, teacher, gate)
-            return teacher
-        self.progress.kept_layers = self._one_shot()
-        return self._teacher(in_half_precision(original, self.setup.engine))
+            with self.progress.timed("import"):
+                original = self.models.original()
+            self._measure_original(original)
+        if not searching:
+            self.progress.kept_layers = self._one_shot()
+            return None, None if self.models.student_stays_whole else self.models.teacher(None, original)
+        student = self.models.whole_student(original, self.resume_from)
+        teacher = self.models.teacher(student)
+        self._search(student, teacher)
+        return (student if self.models.student_stays_whole else None), teacher
 
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
         trained = self.config.recovery.train_iters > 0 and self.config.distillation.distill_loss != "ce"
         return trained or bool(self.valid) or self.config.prune.method == "kl-init"
 
-    def _import_original(self) -> torch.nn.Module | None:
-        """A second copy of the original model, for the teacher; none where the loss has no teacher."""
-        if self.config.distillation.distill_loss == "ce":
-            return None
-        model = build_model(self.setup.arch, self.setup.stages(), self.setup.engine)
-        import_weights(model, self.setup.source)
-        return in_half_precision(model, self.setup.engine)
-
-    def _teacher(self, model: torch.nn.Module | None) -> Teacher | None:
-        if model is None or self.config.distillation.distill_loss == "ce":
-            return None
-        return OnlineTeacher(model, self.shard, self.config.distillation.distill_top_k)
-
-    def _measure_original(self, original: torch.nn.Module, gate: LayerGate) -> None:
-        """Imports the model, and measures its validation loss and, where they are wanted, its layers' scores."""
-        with self.progress.timed("import"):
-            import_weights(original, self.setup.source)
+    def _measure_original(self, original: torch.nn.Module) -> None:
+        """Measures the model's validation loss and, where they are wanted, its layers' scores."""
         model = in_half_precision(original, self.setup.engine)
         self._validate("teacher", model)
         if self.config.prune.method in ("e3", "kl-init"):
@@ -164,8 +133,8 @@ class PruningRun:
             batches = self.data.calibration_batches()
             windows = self.config.data.calibration_samples * (num_layers + 1)
             with self.progress.timed("importance", windows * self.config.data.seq_length):
-                kl = layer_kl(model, gate, batches, num_layers, self.shard)
-            self.progress.scores = scores_from_kl(kl, self.setup.protected).tolist()
+                kl = layer_kl(model, self.models.gate, batches, num_layers, self.models.shard)
+            self.progress.scores = scores_from_kl(kl, self.setup.protected, self.config.search.mask_init_scale).tolist()
 
     def _one_shot(self) -> list[int]:
         num_kept, protected = self.setup.num_kept, self.setup.protected
@@ -175,7 +144,7 @@ class PruningRun:
             return random_layers(self.setup.arch.num_layers, num_kept, protected, self.config.recovery.seed)
         return top_layers(torch.tensor(self.progress.scores), num_kept, protected)
 
-    def _search(self, trainer: Trainer, teacher: Teacher | None, gate: LayerGate) -> None:
+    def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
         selector = GumbelTopK(
             torch.tensor(self.progress.scores),
@@ -186,59 +155,57 @@ class PruningRun:
             anneal=config.search.gumbel_anneal,
             lr=config.search.mask_lr,
             seed=config.recovery.seed,
+            ramp=config.search.mask_ramp,
         )
         if self.resume_from is not None:
-            checkpoint.load(self.resume_from, trainer)
             selector.load_state_dict(self.progress.selector)
         objective = self._objective(teacher)
         for iteration in range(self.progress.iteration, config.search_iters):
             start = time.perf_counter()
-            result = search_step(trainer, self._batches(iteration), objective, iteration, selector, gate)
+            result = search_step(student, self._batches(iteration), objective, iteration, selector, self.models.gate)
             self.progress.selector = selector.state_dict()
             self.progress.scores = selector.scores.tolist()
             extra = {"temperature": selector.temperature(iteration), "scores": self.progress.scores}
             self._done(iteration, "search", result, time.perf_counter() - start, extra)
             if iteration + 1 == config.search_iters:
                 self.progress.kept_layers = selector.kept_layers()
-            self._save_if_due(trainer, force=iteration + 1 == config.search_iters)
+            self._save_if_due(student, force=iteration + 1 == config.search_iters)
 
     # Recovery
 
-    def _build_student(self) -> Trainer:
-        """The pruned model in training: from the checkpoint where there is one, else from the source."""
-        kept = self.progress.kept_layers
-        model = build_model(self.setup.arch.pruned(kept), self.setup.stages_of_layers(kept), self.setup.engine)
-        latest = checkpoint.latest(self.setup.run_dir.checkpoints)
-        if latest is None:
-            import_weights(model, self.setup.source, kept)
-        trainer = Trainer(model, self.setup.engine, self.setup.optimizer)
-        if latest is not None:
-            checkpoint.load(latest, trainer, None if self.progress.pruned else kept)
-        self.progress.pruned = True
+    def _begin_recovery(self, student: Trainer | None) -> Trainer:
+        """The student with its pruned layers gone, or bypassed."""
+        kept, saved = self.progress.kept_layers, checkpoint.latest(self.setup.run_dir.checkpoints)
+        if self.models.student_stays_whole:
+            say(f"keeping layers {kept}")
+            self.models.gate.bypass(set(range(self.setup.arch.num_layers)) - set(kept))
+            return student or self.models.whole_student(None, saved)
         say(f"keeping layers {kept}, on pipeline stages of {self.setup.stages_of_layers(kept)}")
-        return trainer
+        student = self.models.pruned_student(kept, saved, self.progress.pruned)
+        self.progress.pruned = True
+        return student
 
     def _recover(self, student: Trainer, teacher: Teacher | None) -> None:
         if "pruned" not in self.progress.valid:
             self._validate("pruned", student.ddp)
         train_iters = self.config.recovery.train_iters
         if self.progress.iteration < train_iters and teacher is None:
-            teacher = self._teacher(self._import_original())
+            teacher = self.models.teacher(student)
         objective = self._objective(teacher)
         for iteration in range(self.progress.iteration, train_iters):
             start = time.perf_counter()
             result = train_step(student, self._batches(iteration), objective, iteration)
             self._done(iteration, "recovery", result, time.perf_counter() - start)
             self._save_if_due(student, force=iteration + 1 == train_iters)
-        if train_iters > 0:
-            round_to_source_dtype(student.model, self.setup.source, self.progress.kept_layers)
+        if train_iters > 0 and not self.config.lora.export_adapter:
+            self.models.merge_and_round(student, self.progress.kept_layers)
         self._validate("recovered", student.ddp)
 
     # Shared by both
 
     def _objective(self, teacher: Teacher | None) -> Objective:
         distillation = self.config.distillation
-        return Objective(distillation.distill_loss, distillation.distill_tail, self.shard, teacher)
+        return Objective(distillation.distill_loss, distillation.distill_tail, self.models.shard, teacher)
 
     def _batches(self, iteration: int) -> list:
         return train_batches(
@@ -254,7 +221,7 @@ class PruningRun:
     def _validate(self, which: str, model: torch.nn.Module) -> None:
         if self.valid:
             with self.progress.timed("validation"):
-                self.progress.valid[which] = {"loss": mean_loss(model, self.valid, self.shard)}
+                self.progress.valid[which] = {"loss": mean_loss(model, self.valid, self.models.shard)}
 
     def _done(self, iteration: int, stage: str, result: StepResult, seconds: float, extra: dict | None = None) -> None:
         self.progress.iteration = iteration + 1
@@ -299,7 +266,7 @@ class PruningRun:
         parallel.barrier()
         with self.progress.timed("export"):
             if student is not None and self.config.recovery.train_iters > 0:
-                export_weights(student.model, setup.source, kept, aside, size)
+                export_weights(student.model, setup.source, kept, aside, size, self.models.student_stays_whole)
             elif first:  # no weight has changed: the stored bits are the export
                 write_pruned_weights(setup.source, kept, aside, size)
         if first:

@@ -24,3 +24,10 @@ def evaluate(argv: Sequence[str], command: str) -> None:
         [EvaluateConfig], prog="evaluate.py", description="Loss of an HF model, and agreement with a teacher."
     )
     run(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0])
+
+
+def benchmark(argv: Sequence[str], command: str) -> None:
+    """``tools/benchmark.py``"""
+    from megaprune.evaluation.benchmark import run
+
+    run(argv)

@@ -4,21 +4,41 @@ Nothing else in the project asks which device it is on.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from megaprune.errors import UsageError
 
 if torch.cuda.is_available():
-    from megaprune.device.cuda import BACKEND, NAME, bind_local_device, peak_memory_bytes, prepare_megatron, synchronize
+    from megaprune.device.cuda import (
+        BACKEND,
+        NAME,
+        bind_local_device,
+        peak_memory_bytes,
+        peak_memory_of,
+        prepare_megatron,
+        synchronize,
+    )
 else:
-    from megaprune.device.cpu import BACKEND, NAME, bind_local_device, peak_memory_bytes, prepare_megatron, synchronize
+    from megaprune.device.cpu import (
+        BACKEND,
+        NAME,
+        bind_local_device,
+        peak_memory_bytes,
+        peak_memory_of,
+        prepare_megatron,
+        synchronize,
+    )
 
 __all__ = [
     "BACKEND",
     "NAME",
     "bind_local_device",
+    "on_meta",
     "peak_memory_bytes",
+    "peak_memory_of",
     "prepare_megatron",
     "synchronize",
     "torch_device",
@@ -26,9 +46,26 @@ __all__ = [
 ]
 
 
+_device = torch.device(NAME)
+
+
 def torch_device() -> torch.device:
     """The device on which this process keeps its tensors."""
-    return torch.device(NAME)
+    return _device
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within the block tensors have shapes and no memory: new ones, and the core's too, stand on torch's meta device."""
+    global _device
+    device, current_device = _device, torch.cuda.current_device
+    meta = _device = torch.device("meta")
+    torch.cuda.current_device = lambda: meta
+    try:
+        with meta:
+            yield
+    finally:
+        _device, torch.cuda.current_device = device, current_device
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:

@@ -10,6 +10,7 @@ import functools
 import os
 import resource
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def synchronize() -> None:
 def peak_memory_bytes() -> int:
     """The largest resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_of(run: Callable[[], object]) -> int | None:
+    """Runs it. None: the process's size tells nothing about one step of many."""
+    run()
+    return None
 
 
 @functools.cache

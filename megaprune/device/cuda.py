@@ -1,5 +1,7 @@
 """CUDA with NCCL: Megatron-Core's home. Nothing needs patching."""
 
+from collections.abc import Callable
+
 import torch
 
 NAME = "cuda"
@@ -23,3 +25,13 @@ def synchronize() -> None:
 def peak_memory_bytes() -> int:
     """The largest number of bytes that tensors have held in this process."""
     return torch.cuda.max_memory_allocated()
+
+
+def peak_memory_of(run: Callable[[], object]) -> int | None:
+    """Runs it, and returns the bytes that tensors held at most, beyond those held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -21,8 +21,8 @@ from megaprune.errors import MegapruneError, UsageError
 Tail = Literal["renormalised", "rest", "full"]
 LossKind = Literal["adaptive", "kl", "ce"]
 
-# Ranking takes about 20 bytes a logit. Done in blocks of rows of this many logits, it takes some 300 MB.
-_RANKED_AT_ONCE = 2**24
+# Ranking takes up to 20 bytes a logit. Done in blocks of rows of this many logits, it takes at most some 300 MB.
+_LOGITS_AT_ONCE = 2**24
 # A student's mass on the rest of the vocabulary counts as e^-80 of the top k's at least: it is 0 if k is all.
 _MIN_REST = -80.0
 
@@ -110,10 +110,13 @@ def teacher_targets(logits: Tensor, k: int, shard: VocabShard) -> TeacherTargets
     if shard.group is None and k > shard.valid:
         raise UsageError(f"--distill-top-k: {k} is more than the vocabulary's {shard.valid} tokens; lower it")
     indices, top_logits = _top_k(logits, k, shard)
-    logsumexp = vocab_logsumexp(logits, shard)
-    probabilities = (logits[..., : shard.valid] - logsumexp.unsqueeze(-1)).exp_()
-    entropy = shard.reduce(torch.special.entr(probabilities, out=probabilities).sum(-1))
-    return TeacherTargets(indices, top_logits, logsumexp, entropy)
+    peak = top_logits[..., 0]
+    rows, peaks = _row_blocks(logits, shard), peak.reshape(-1, 1).split(_rows_at_once(shard))
+    sums = torch.cat([_exp_sums(block, top) for block, top in zip(rows, peaks, strict=True)], dim=-1)
+    total, moment = shard.reduce(sums).reshape(2, *peak.shape)
+    # H = -sum p log p with p = exp(below) / total: accurate where p is nearly 1, too.
+    entropy = total.log() - moment / total
+    return TeacherTargets(indices, top_logits, peak + total.log(), entropy)
 
 
 def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: VocabShard, tail: Tail) -> Tensor:
@@ -249,28 +252,56 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
+def _rows_at_once(shard: VocabShard) -> int:
+    return max(1, _LOGITS_AT_ONCE // shard.size)
+
+
+def _row_blocks(logits: Tensor, shard: VocabShard) -> list[Tensor]:
+    """The real columns of [..., size] logits as blocks [rows, valid]."""
+    return [block[:, : shard.valid] for block in logits.reshape(-1, shard.size).split(_rows_at_once(shard))]
+
+
+def _exp_sums(logits: Tensor, peak: Tensor) -> Tensor:
+    """[n, valid] logits and peaks [n, 1] to [2, n]: the sums of e^d and of d e^d with d = logit - peak."""
+    # Finite, so that a logit of -inf adds 0 to both sums, and not 0 * -inf.
+    below = (logits - peak).clamp_min_(-1e9)
+    exp = below.exp()
+    return torch.stack([exp.sum(-1), below.mul_(exp).sum(-1)])
+
+
 def _top_k(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Global indices [..., k] int64 and fp32 logits [..., k] of the k largest; of equals the lower index."""
-    rows = logits.reshape(-1, shard.size)
-    blocks = rows.split(max(1, _RANKED_AT_ONCE // shard.size))
-    local = torch.cat([_top_keys(_ranking_keys(block, shard), k) for block in blocks])
+    local = torch.cat([_local_top_keys(block, k, shard.start) for block in _row_blocks(logits, shard)])
     keys = _top_keys(shard.gather(local), k).reshape(*logits.shape[:-1], k)
     bits = (keys >> 32).int()
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return 0xFFFFFFFF - (keys & 0xFFFFFFFF), bits.view(torch.float32)
 
 
-def _ranking_keys(logits: Tensor, shard: VocabShard) -> Tensor:
-    """[n, size] logits to [n, valid] int64 that order by logit, then by falling index; no two are equal.
+def _local_top_keys(logits: Tensor, k: int, start: int) -> Tensor:
+    """The ranking keys [n, k] of the k largest of [n, valid] logits, falling, where `start` is the first column's
+    index; as `_top_keys` where there are fewer."""
+    valid = logits.shape[-1]
+    # Ranking logits is cheaper than making and ranking keys, and leaves open only which of equals come in.
+    values, columns = logits.topk(min(k + 1, valid), dim=-1)
+    keys = _top_keys(_ranking_keys(values, columns + start), k)
+    if valid > k:
+        open_rows = values[:, k - 1] == values[:, k]
+        every = torch.arange(start, start + valid, device=logits.device)
+        keys[open_rows] = _top_keys(_ranking_keys(logits[open_rows], every), k)
+    return keys
+
+
+def _ranking_keys(logits: Tensor, indices: Tensor) -> Tensor:
+    """[n, m] logits and their global indices, [n, m] or [m], to [n, m] int64 that order by logit, then by falling
+    index; no two of a row are equal.
 
     The upper half is the bits of the fp32 logit, those of negative numbers flipped: so integers order as
     floats do.
     """
-    real = logits[:, : shard.valid].float() + 0.0  # -0 becomes 0, its equal
-    bits = real.view(torch.int32)
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0, its equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    columns = torch.arange(shard.start, shard.start + shard.valid, device=logits.device)
-    return ordered.long().bitwise_left_shift_(32).add_(0xFFFFFFFF - columns)
+    return ordered.long().bitwise_left_shift_(32).add_(0xFFFFFFFF - indices)
 
 
 def _top_keys(keys: Tensor, k: int) -> Tensor:

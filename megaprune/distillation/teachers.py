@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
+from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.lora import adapters_off
 from megaprune.mcore.passes import MicroBatch, forward
 
 
@@ -30,3 +32,21 @@ class OnlineTeacher:
     def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
         """See `Teacher`."""
         return forward(self._model, batches, lambda logits, _: teacher_targets(logits, self._top_k, self._shard))
+
+
+class SelfTeacher:
+    """The student's own frozen weights, with adapters off and every layer on: no second copy of the model.
+
+    Right for a student that trains adapters only, and that keeps its pruned layers resident.
+    """
+
+    def __init__(self, student: torch.nn.Module, gate: LayerGate, shard: VocabShard, top_k: int) -> None:
+        self._student = student
+        self._gate = gate
+        self._shard = shard
+        self._top_k = top_k
+
+    def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
+        """See `Teacher`."""
+        with adapters_off(self._student), self._gate.all_layers():
+            return forward(self._student, batches, lambda logits, _: teacher_targets(logits, self._top_k, self._shard))

@@ -125,8 +125,11 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # every weight is loaded: time and memory for random ones would be wasted
-        perform_initialization=False,
+        # Every weight is loaded: drawing random ones would waste time. Without the initialization as such
+        # (perform_initialization) 0.16.1 does not mark which weights are split over tensor-parallel ranks, and the
+        # gradient's norm counts the first rank's parts alone.
+        init_method=_leave_undefined,
+        output_layer_init_method=_leave_undefined,
         use_cpu_initialization=False,
         # the fused kernels below come with Transformer Engine or apex
         bias_activation_fusion=fused,
@@ -137,6 +140,10 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         persist_layer_norm=fused,
         transformer_impl="transformer_engine" if options.transformer_engine else "local",
     )
+
+
+def _leave_undefined(weight: torch.Tensor) -> None:
+    """Initializes nothing."""
 
 
 def _expert_fields(options: EngineOptions) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megaprune.errors import MegapruneError
+from megaprune.mcore.lora import is_adapter
 from megaprune.mcore.trainer import Trainer
 
 _LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
@@ -74,23 +75,27 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
     except Exception as error:  # the core raises its own kinds, which all mean the same here
-        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to start from the one before") from error
+        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to begin anew") from error
 
 
 def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None = None) -> None:
     """Loads model and optimizer, whatever the layout that saved them. Collective.
+
+    Where the trainer's model has adapters, they are what is loaded; its other weights must be the source's.
 
     Args:
         kept_layers: the layers of the saved model of which this trainer's model consists; None means all.
     """
     wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    trainer.model.load_state_dict(loaded["model"])
+    trainer.model.load_state_dict(loaded["model"], strict=not trainer.adapters_only)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
     model = trainer.model.sharded_state_dict(metadata=_metadata())
+    if trainer.adapters_only:  # the frozen weights are the source's: they are imported, not saved
+        model = {key: entry for key, entry in model.items() if is_adapter(key)}
     if kept_layers is not None:
         for entry in nested_values(model):
             if isinstance(entry, ShardedBase):

@@ -4,6 +4,8 @@ The mask is sampled once per step outside the layers and handed to them as a lea
 micro-batches, works under activation recompute, and is reduced over the ranks once.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class LayerGate:
         self.skip_masked_backward = skip_masked_backward
         self.mask: Tensor | None = None
         self._values: list[float] = []
+        self._bypassed: frozenset[int] = frozenset()
 
     def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
         """Takes the mask [num_layers] of the next passes; None removes it."""
@@ -32,6 +35,24 @@ class LayerGate:
             return
         self._values = mask.tolist()  # read once per step, so that no layer waits for the device
         self.mask = mask.detach().to(device=device, dtype=torch.float32).clone().requires_grad_()
+
+    def bypass(self, layers: Iterable[int]) -> None:
+        """Leaves these layers (from 0) out of all later passes, with no mask to learn: as if they were pruned."""
+        self._bypassed = frozenset(layers)
+
+    @contextmanager
+    def all_layers(self) -> Iterator[None]:
+        """Passes within the block run every layer as it is, whatever the mask and the bypass."""
+        mask, bypassed = self.mask, self._bypassed
+        self.mask, self._bypassed = None, frozenset()
+        try:
+            yield
+        finally:
+            self.mask, self._bypassed = mask, bypassed
+
+    def bypasses(self, layer: int) -> bool:
+        """Whether a layer is left out."""
+        return layer in self._bypassed
 
     def value(self, layer: int) -> float:
         """The mask of one layer as a number."""
@@ -82,10 +103,11 @@ class GatedTransformerLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states [s, b, h] (its sequence shard under sequence parallelism) to the same shape."""
-        gate = self.gate
+        gate, layer = self.gate, self.layer_number - 1
+        if gate is not None and gate.bypasses(layer):
+            return hidden_states, kwargs.get("context")
         if gate is None or gate.mask is None:
             return super().forward(hidden_states, *args, **kwargs)
-        layer = self.layer_number - 1
         value = gate.value(layer)
         if value == 0.0 and not torch.is_grad_enabled():
             return hidden_states, kwargs.get("context")

@@ -59,12 +59,22 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
         )
+    set_up_groups(sizes)
+
+
+def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
+    """Sets up Megatron's groups among the processes of the process group.
+
+    Args:
+        gloo: also groups on the CPU, beside those of the backend.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
+        create_gloo_process_groups=gloo,
     )
     # Nothing in a run draws from the global generators (no dropout; weights are loaded); the core wants them seeded.
     model_parallel_cuda_manual_seed(1)

@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaprune.mcore.builder import EngineOptions, in_half_precision
+from megaprune.mcore.lora import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Trainer:
 
     def __init__(self, model: GPTModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
+        self.adapters_only = bool(adapted_layers(model))
         model.config.finalize_model_grads_func = finalize_model_grads
         self.ddp = DistributedDataParallel(
             model.config,

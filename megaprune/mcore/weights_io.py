@@ -13,6 +13,14 @@ from megatron.core.models.gpt import GPTModel
 
 from megaprune.errors import MegapruneError
 from megaprune.mcore.builder import uses_transformer_engine
+from megaprune.mcore.lora import (
+    TARGETS,
+    LoRAOptions,
+    adapted_layers,
+    add_adapters,
+    initialise_adapter,
+    is_adapter,
+)
 from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
 from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
@@ -24,18 +32,21 @@ _LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)|(\.experts\.linear_fc[
 
 
 def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and routers' biases under the names that they have in the whole model, whatever this rank's pipeline
-    stage and experts."""
+    """Parameters (adapters apart) and routers' biases under the names that they have in the whole model, whatever
+    this rank's pipeline stage and experts."""
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
     for name, weight in chain(model.named_parameters(), buffers):
-        match = _LAYER.match(name)
-        if match:
-            layer = model.decoder.layers[int(match.group(2))].layer_number - 1
-            name = f"{match.group(1)}{layer}{match.group(3)}"
-        yield _with_global_expert(name, model), weight
+        if not is_adapter(name):
+            yield global_name(name, model), weight
 
 
-def _with_global_expert(name: str, model: GPTModel) -> str:
+def global_name(name: str, model: GPTModel) -> str:
+    """The name in the whole model of a parameter or module of this rank's part."""
+    match = _LAYER.match(name)
+    if match:
+        layer = model.decoder.layers[int(match.group(2))].layer_number - 1
+        name = f"{match.group(1)}{layer}{match.group(3)}"
+
     def globalised(match: re.Match[str]) -> str:
         local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
         first = local * parallel_state.get_expert_model_parallel_rank()
@@ -43,6 +54,24 @@ def _with_global_expert(name: str, model: GPTModel) -> str:
         return f"{before}{first + int(index)}{after}"
 
     return _LOCAL_EXPERT.sub(globalised, name)
+
+
+def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int) -> None:
+    """Freezes an imported model and gives it fresh adapters, the same at every layout. Collective.
+
+    Raises:
+        MegapruneError: a target matched nothing in the whole model; names it.
+    """
+    matched: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(matched, add_adapters(model, options))
+    missing = set(options.targets) - set().union(*matched)
+    if options.targets != TARGETS and missing:
+        raise MegapruneError(
+            f"--lora-target-modules {' '.join(sorted(missing))} matched no linear layer of this model; known targets: "
+            f"{' '.join(sorted(set().union(*matched))) or ' '.join(TARGETS)}"
+        )
+    for name, layer in adapted_layers(model).items():
+        initialise_adapter(layer, global_name(name, model), seed)
 
 
 def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
@@ -83,7 +112,8 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
                     f"config.json makes it {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
-                raise MegapruneError(f"{source.folder}: {hf_name} holds values that are not finite (NaN or infinity)")
+                culprit = next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all())
+                raise MegapruneError(f"{source.folder}: {culprit} holds values that are not finite (NaN or infinity)")
             parameter.copy_(shard)
     except MegapruneError as met:
         error = met
@@ -92,20 +122,32 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
 
 @torch.no_grad()
 def export_weights(
-    model: GPTModel, source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int
+    model: GPTModel,
+    source: HFSource,
+    kept_layers: Sequence[int],
+    folder: Path,
+    max_shard_bytes: int,
+    whole: bool = False,
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
     Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
     them), into a folder that all can see.
+
+    Args:
+        kept_layers: source layers that are exported.
+        whole: the model still holds the other layers, too.
     """
+    model_layers = None if whole else kept_layers
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error, shards = None, []
     writer = ShardWriter(folder, max_shard_bytes, dist.get_rank())
     try:
         for name, parameter in global_weights(model):
-            rule = rules[_source_name(name, kept_layers)]
+            rule = rules[_source_name(name, model_layers)]
+            if renamed(rule.hf[0], kept_layers) is None:
+                continue
             parts = _gather_shards(parameter.detach(), rule)
             if not (rule.export and _is_first_holder(rule)):
                 continue
@@ -123,11 +165,15 @@ def export_weights(
 
 
 @torch.no_grad()
-def round_to_source_dtype(model: GPTModel, source: HFSource, kept_layers: Sequence[int]) -> None:
-    """Rounds the weights to what the export will hold, so that what is measured is what is shipped."""
+def round_to_source_dtype(model: GPTModel, source: HFSource, model_layers: Sequence[int] | None) -> None:
+    """Rounds the weights to what the export will hold, so that what is measured is what is shipped.
+
+    Args:
+        model_layers: source layers that the model consists of; None means all.
+    """
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     for name, parameter in global_weights(model):
-        dtype = source.dtype(rules[_source_name(name, kept_layers)].hf[0])
+        dtype = source.dtype(rules[_source_name(name, model_layers)].hf[0])
         parameter.copy_(parameter.to(dtype))
 
 

@@ -234,14 +234,17 @@ QK_NORM_RULES = (
 
 
 def require(config: HFConfig, key: str) -> Any:
-    """A key that the family can't do without.
+    """A number that the family can't do without.
 
     Raises:
-        MegapruneError: config.json lacks it.
+        MegapruneError: config.json lacks it, or has something else in its place.
     """
-    if config.get(key) is None:
+    value = config.get(key)
+    if value is None:
         raise MegapruneError(f"{config.get('model_type')}: config.json lacks the key {key!r}")
-    return config[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+        raise MegapruneError(f"{config.get('model_type')}: {key!r} in config.json is {value!r}, where a number belongs")
+    return value
 
 
 def refuse_attention_bias(config: HFConfig) -> None:
@@ -291,8 +294,14 @@ def gqa_architecture(config: HFConfig, **transformer: Any) -> Architecture:
 
 def rope_dict(config: HFConfig) -> tuple[dict[str, Any], float]:
     """RoPE's settings and its theta, from either spelling: ``rope_parameters``, or ``rope_theta`` and
-    ``rope_scaling``."""
+    ``rope_scaling``.
+
+    Raises:
+        MegapruneError: the settings are no mapping.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise MegapruneError(f"{config.get('model_type')}: rope_scaling {rope!r} in config.json is not a mapping")
     return rope, float(rope.get("rope_theta") or config.get("rope_theta") or 1e4)
 
 
@@ -311,6 +320,8 @@ def rope_parameters(config: HFConfig) -> tuple[float, RopeScaling | None]:
             f"{config.get('model_type')}: RoPE scaling {rope_type!r} is not supported, only 'default', 'linear' and "
             "'llama3'; remove the scaling from config.json if the model is used within its original context"
         )
+    if "factor" not in rope:
+        raise MegapruneError(f"{config.get('model_type')}: RoPE scaling {rope_type!r} lacks the key 'factor'")
     known = {k: rope[k] for k in RopeScaling.__dataclass_fields__ if k in rope and k != "rope_type"}
     return theta, RopeScaling(rope_type=rope_type, **known)
 

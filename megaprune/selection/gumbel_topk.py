@@ -111,13 +111,15 @@ class GumbelTopK:
         return self._scores.detach().clone()
 
     def num_kept_at(self, step: int) -> int:
-        """How many layers this step's mask keeps: all at step 0, `num_kept` from the last ramp step on."""
-        if step >= self._ramp_steps - 1:
-            return self.num_kept
+        """How many layers this step's mask keeps: fewer than all from step 0 on, `num_kept` from the last ramp step
+        on.
+
+        The share that is gone rounds up. A step with every layer would distil the model from itself: its gradient
+        is rounding noise, which Adam scales up to a full step.
+        """
         num_pruned = self.num_layers - self.num_kept
-        # Rounded to nearest, in integers.
-        intervals = self._ramp_steps - 1
-        return self.num_layers - (2 * num_pruned * step + intervals) // (2 * intervals)
+        ramp_step = min(step + 1, self._ramp_steps)
+        return self.num_layers - -(-num_pruned * ramp_step // self._ramp_steps)
 
     def temperature(self, step: int) -> float:
         """The start temperature times 1 - anneal * step / num_steps."""

@@ -145,8 +145,13 @@ class _TensorBoard:
     def __init__(self, folder: str | Path, start_iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a stopped run had logged beyond its checkpoint.
-        self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1, flush_secs=10)
+        try:
+            # purge_step hides what a stopped run had logged beyond its checkpoint.
+            self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1, flush_secs=10)
+        except OSError as error:
+            raise MegapruneError(
+                f"{folder} can't be written ({error.strerror}): name another folder with --tensorboard-dir"
+            ) from None
         self._iteration = start_iteration
 
     def log(self, record: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,24 +91,22 @@ class RunDir:
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
         """A block that begins the run and fills the folder. Where the block is refused with nothing to resume from,
-        the folder and its parents are again as they were; what an earlier process of the run left is not touched."""
+        what it added goes again, and so do the folder and its parents if it made them."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        goes_on = self._settings.is_file()
+        before = self._entries()
         try:
             yield
         except MegapruneError:
-            if not goes_on and not self.checkpoints.exists():
-                self._undo(missing)
+            if not self.checkpoints.exists():
+                for path in self._entries() - before:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                with suppress(OSError):  # never made, or by now it holds what others put there
+                    for folder in missing:
+                        folder.rmdir()
             raise
 
-    def _undo(self, made: Sequence[Path]) -> None:
-        for path in self.path.iterdir() if self.path.is_dir() else ():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        for folder in made:
-            try:
-                folder.rmdir()
-            except OSError:  # never made, or by now it holds what others put there
-                return
+    def _entries(self) -> set[Path]:
+        return set(self.path.iterdir()) if self.path.is_dir() else set()
 
 
 def _fixed_settings(config: Config) -> dict[str, object]:

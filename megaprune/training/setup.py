@@ -10,6 +10,7 @@ from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.lora import TARGETS, LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.mcore.trainer import OptimizerOptions
@@ -34,6 +35,7 @@ class Setup:
     manual: list[int] | None
     sizes: ParallelSizes
     engine: EngineOptions
+    lora: LoRAOptions | None
     optimizer: OptimizerOptions
     global_batch_size: int
     run_dir: RunDir
@@ -91,17 +93,11 @@ def prepare(config: Config) -> Setup:
     run_dir.check(config)
     parse_size(config.run.max_shard_size)
     source = HFSource(resolve_hf_model(config.model.hf_model))
-    source.check_names()
-    source.check_shapes()
+    source.check_tensors()
     arch = source.family.architecture(source.config)
-    sizes = ParallelSizes(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-        config.parallel.context_parallel_size,
-        config.parallel.sequence_parallel,
-    )
+    sizes = _parallel_sizes(config, arch)
     check_parallel_sizes(arch, sizes, parallel.world_size())
-    transformer_engine = device.use_transformer_engine(config.engine.transformer_impl)
+    transformer_engine = _uses_transformer_engine(config)
     _check_sequence(config, arch, sizes)
     if config.distillation.distill_top_k > arch.vocab_size:
         raise UsageError(
@@ -120,6 +116,7 @@ def prepare(config: Config) -> Setup:
         engine=EngineOptions(
             sizes, transformer_engine, config.recovery.bf16, config.engine.recompute_granularity, config.data.seq_length
         ),
+        lora=_lora_options(config),
         optimizer=_optimizer_options(config),
         global_batch_size=_global_batch_size(config, sizes),
         run_dir=run_dir,
@@ -127,6 +124,23 @@ def prepare(config: Config) -> Setup:
     setup.stages()
     setup.stages_of_layers(range(num_kept))
     return setup
+
+
+def describe(setup: Setup) -> str:
+    """What a run would do, in a few lines."""
+    config, sizes = setup.config, setup.sizes
+    iterations = config.recovery.train_iters
+    searching = f"{config.search_iters} of them search"
+    parameters = f"{setup.source.num_parameters():,} parameters"
+    lines = [
+        f"model      {config.model.hf_model}: {setup.arch.num_layers} layers, {parameters}",
+        f"pruning    {config.prune.method}: {setup.arch.num_layers} -> {setup.num_kept} layers",
+        f"processes  TP {sizes.tensor} x PP {sizes.pipeline} x DP {parallel.data_parallel_size()}",
+        f"stages     {setup.stages()} layers, after pruning {setup.stages_of_layers(range(setup.num_kept))}",
+        f"training   {iterations} iterations ({searching}) of {setup.tokens_per_iteration:,} tokens",
+        f"writes     {setup.run_dir.path}",
+    ]
+    return "\n".join(lines)
 
 
 def prepare_data(setup: Setup, tokenizer: Any) -> Data:
@@ -184,7 +198,8 @@ def resolve_hf_model(name: str) -> Path:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
     if folder.is_dir() or looks_like_path:
         if not folder.is_dir():
-            raise MegapruneError(f"--hf-model {name} does not exist: give an HF model folder or a hub id (owner/name)")
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise MegapruneError(f"--hf-model {name} {what}: give an HF model folder or a hub id (owner/name)")
         return folder
     from huggingface_hub import snapshot_download
 
@@ -194,6 +209,29 @@ def resolve_hf_model(name: str) -> Path:
     except Exception as error:  # no network, no such model, no access: the hub's own word says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MegapruneError(f"--hf-model {name} is no folder here, and the hub does not give it: {reason}") from None
+
+
+def _uses_transformer_engine(config: Config) -> bool:
+    choice = config.engine.transformer_impl
+    if config.lora.lora_rank is not None:
+        if choice == "transformer_engine":
+            raise UsageError("--lora-rank works on Megatron's own linear layers: use --transformer-impl local")
+        choice = "local"
+    return device.use_transformer_engine(choice)
+
+
+def _parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
+    parallel_config = config.parallel
+    expert_tensor = parallel_config.expert_tensor_parallel_size
+    return ParallelSizes(
+        tensor=parallel_config.tensor_model_parallel_size,
+        pipeline=parallel_config.pipeline_model_parallel_size,
+        context=parallel_config.context_parallel_size,
+        expert=parallel_config.expert_model_parallel_size,
+        # as in Megatron-LM, experts are cut like the rest unless the user says otherwise
+        expert_tensor=expert_tensor or (parallel_config.tensor_model_parallel_size if arch.num_experts else 1),
+        sequence_parallel=parallel_config.sequence_parallel,
+    )
 
 
 def _layers(config: Config, arch: Architecture) -> tuple[list[int] | None, frozenset[int], int]:
@@ -229,6 +267,14 @@ def _global_batch_size(config: Config, sizes: ParallelSizes) -> int:
             f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
         )
     return size
+
+
+def _lora_options(config: Config) -> LoRAOptions | None:
+    lora = config.lora
+    if lora.lora_rank is None:
+        return None
+    alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
+    return LoRAOptions(lora.lora_rank, alpha, lora.lora_target_modules or TARGETS)
 
 
 def _optimizer_options(config: Config) -> OptimizerOptions:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from megaprune.errors import MegapruneError
 from megaprune.models import Family, HFConfig, family_of
-from megaprune.models.tables import EMBEDDING
+from megaprune.models.shapes import hf_shapes
+from megaprune.models.tables import EMBEDDING, OUTPUT
 
 _DTYPES = {
     "F64": torch.float64,
@@ -90,20 +91,22 @@ class HFSource:
         """Multiply-adds that the output layer does for a token."""
         return math.prod(self.shape(EMBEDDING))
 
-    def check_names(self) -> None:
-        """Checks that the folder holds each tensor of its family once, and nothing that is not understood.
+    def check_tensors(self) -> None:
+        """Checks that the folder holds each tensor of its family, in the shape that the config gives it, and nothing
+        that is not understood.
 
         Raises:
-            MegapruneError: a tensor is missing or unknown.
+            MegapruneError: a tensor is missing, has another shape or is unknown.
         """
-        expected = {name for rule in self.family.rules(self.config) for name in rule.hf}
-        missing = sorted(expected - set(self._files))
+        names = {name for rule in self.family.rules(self.config) for name in rule.hf}
+        missing = sorted(names - set(self._files))
         if missing:
             raise MegapruneError(f"{self.folder} lacks {missing[0]}{_and_more(missing)}: the checkpoint is incomplete")
-        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        self._check_shapes(names)
+        tied = {OUTPUT} if self.config.get("tie_word_embeddings") else set()
         unknown = [
             name
-            for name in sorted(set(self._files) - expected - tied)
+            for name in sorted(set(self._files) - names - tied)
             if not any(re.search(pattern, name) for pattern in self.family.ignored)
         ]
         if unknown:
@@ -111,6 +114,14 @@ class HFSource:
                 f"{self.folder} holds {unknown[0]}{_and_more(unknown)}, which the {self.family.model_type} family "
                 "does not know: it would be lost on export"
             )
+
+    def _check_shapes(self, names: Iterable[str]) -> None:
+        for name, expected in sorted(hf_shapes(names, self.family.architecture(self.config)).items()):
+            if self.shape(name) != expected:
+                raise MegapruneError(
+                    f"{self.folder}: {name} is stored as {list(self.shape(name))}, where config.json makes it "
+                    f"{list(expected)}: the weights and the config are of different models"
+                )
 
     def _file(self, name: str) -> Path:
         if name not in self._files:
@@ -123,10 +134,7 @@ class HFSource:
     def _open(self, path: Path) -> None:
         if not path.is_file():
             raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
-        try:
-            self._handles[path] = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
+        self._handles[path] = _open_safetensors(path)
         self._stored[path] = set(self._handles[path].keys())
 
 
@@ -155,8 +163,8 @@ def read_hf_config(folder: Path) -> HFConfig:
     if not path.is_file():
         raise MegapruneError(f"{folder} holds no config.json: is it an HF model folder?")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise MegapruneError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise MegapruneError(f"{path} is not a JSON object")
@@ -164,23 +172,27 @@ def read_hf_config(folder: Path) -> HFConfig:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to file, from the index or from the one file there is."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise MegapruneError(f"{index} is not a safetensors index") from None
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        hint = "; it holds pickled weights: convert them to safetensors first" if any(folder.glob("*.bin")) else ""
+    """Tensor name to file, from the one file there is or from the index; where there are both, transformers too reads
+    the one file."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return dict.fromkeys(_open_safetensors(single).keys(), single)
+    if not index.is_file():
+        pickled = any(path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+        hint = ", only pickled weights: convert them to safetensors first" if pickled else ""
         raise MegapruneError(f"{folder} holds neither model.safetensors nor {INDEX}{hint}")
     try:
-        with safe_open(single, framework="pt") as handle:
-            return {name: single for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MegapruneError(f"{index} is not a safetensors index: fetch it again") from None
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise MegapruneError(f"{single} is damaged or truncated ({error}): fetch it again") from None
+        raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
 
 
 def _and_more(names: list[str]) -> str:

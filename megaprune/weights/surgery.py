@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaprune.weights.source import INDEX, HFSource, renamed
+from megaprune.weights.source import HFSource, renamed
 from megaprune.weights.writer import ShardWriter, finish_shards
 
 
@@ -30,6 +30,7 @@ def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Pa
 
 
 def _belongs_beside(path: Path) -> bool:
-    if path.name in ("config.json", "README.md", INDEX) or path.name.startswith("."):
+    # an index of the source names files that the result does not have, in either format of weights
+    if path.name in ("config.json", "README.md") or path.name.endswith(".index.json") or path.name.startswith("."):
         return False
     return path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken") or path.name.startswith("LICENSE")

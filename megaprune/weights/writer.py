@@ -2,16 +2,13 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from megaprune.errors import MegapruneError
+from megaprune.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -21,36 +18,16 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """``5GB`` to bytes, with the decimal units of transformers.
 
     Raises:
-        MegapruneError: the text is no positive size.
+        UsageError: the text is no positive size.
     """
     number, unit = text[:-2], text[-2:].upper()
     try:
         size = int(float(number) * _SIZES[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
-        raise MegapruneError(f"{flag} {text!r} is not a size such as 500MB or 5GB")
+        raise UsageError(f"{flag} {text!r} is not a size such as 500MB or 5GB")
     return size
-
-
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder beside ``final`` to write in; it takes the name of ``final`` when the block ends well.
-
-    Raises:
-        MegapruneError: ``final`` exists already.
-    """
-    if final.exists():
-        raise MegapruneError(f"{final} exists already: remove it or choose another folder")
-    aside = aside_folder(final)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    os.replace(aside, final)
 
 
 def aside_folder(final: Path) -> Path:

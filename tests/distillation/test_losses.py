@@ -158,10 +158,30 @@ def test_equal_logits_rank_by_lower_index():
     assert top1(logits, SHARD).item() == 1
 
 
-def test_ranking_in_blocks_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("k", [1, 4, VOCAB - 1])
+def test_equal_logits_at_the_edge_of_the_top_k_rank_by_lower_index(k):
+    generator = torch.Generator().manual_seed(k)
+    logits = torch.randint(-3, 4, (40, PADDED), generator=generator).float()
+    logits[::4] = random_logits(0).flatten(0, 1).repeat(2, 1)[:10]  # some rows without equals
+    top, indices = logits[:, :VOCAB].sort(dim=-1, descending=True, stable=True)
+    targets = teacher_targets(logits, k, SHARD)
+    assert torch.equal(targets.indices, indices[:, :k]) and torch.equal(targets.logits, top[:, :k])
+
+
+def test_a_teacher_that_rules_tokens_out():
+    logits = torch.zeros(1, PADDED)
+    logits[:, 4:] = -torch.inf
+    targets = teacher_targets(logits, 2, SHARD)
+    torch.testing.assert_close(targets.entropy, torch.tensor([math.log(4)]))
+    torch.testing.assert_close(targets.logsumexp, torch.tensor([math.log(4)]))
+
+
+def test_targets_in_blocks_are_the_same(monkeypatch):
     expected = teacher_targets(TEACHER, 4, SHARD)
-    monkeypatch.setattr("megaprune.distillation.losses._RANKED_AT_ONCE", 2 * PADDED)
-    assert torch.equal(teacher_targets(TEACHER, 4, SHARD).indices, expected.indices)
+    monkeypatch.setattr("megaprune.distillation.losses._LOGITS_AT_ONCE", 2 * PADDED)
+    targets = teacher_targets(TEACHER, 4, SHARD)
+    for name in ("indices", "logits", "logsumexp", "entropy"):
+        assert torch.equal(getattr(targets, name), getattr(expected, name)), name
 
 
 def test_more_teacher_logits_than_vocabulary_are_refused():

@@ -93,13 +93,17 @@ def test_noise_depends_on_seed_and_step_alone():
     assert many.std() == pytest.approx(1.2825, abs=0.03)
 
 
-def test_kept_layers_fall_linearly():
+def test_kept_layers_fall_linearly_from_the_first_step_on():
     search = GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=13)
-    assert [search.num_kept_at(step) for step in range(13)] == [12 - (step + 1) // 2 for step in range(13)]
+    # 6 * (step + 1) / 13, rounded up
+    assert [search.num_kept_at(step) for step in range(13)] == [11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 6]
     half = GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=20, ramp=0.5)
     counts = [half.num_kept_at(step) for step in range(20)]
-    assert counts[0] == 12 and counts[8] > 6 and counts[9:] == [6] * 11
+    assert counts[0] == 11 and counts[7] > 6 and counts[9:] == [6] * 11
     assert GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=1).num_kept_at(0) == 6
+    # one layer over many steps: still none with all layers, whose only gradient would be rounding noise
+    slow = GumbelTopK(torch.zeros(12), 11, PROTECTED, num_steps=100)
+    assert {slow.num_kept_at(step) for step in range(100)} == {11}
 
 
 def test_temperature_is_annealed_linearly():

@@ -1,0 +1,184 @@
+"""The verb `benchmark`: speed ratios, each measured side by side in one run. A sub-verb for each."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megaprune.config import Parser
+from megaprune.errors import UsageError
+from megaprune.models import Architecture
+from megaprune.report.files import write_json
+from megaprune.report.run_report import versions
+
+Result = dict[str, Any]
+
+
+def _flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainStepConfig:
+    """The flags of `benchmark train-step`: a dense model with random weights, and how often to step."""
+
+    num_layers: int = _flag("layers of the model, at least 4", 16)
+    hidden_size: int = _flag("hidden size", 512)
+    ffn_hidden_size: int | None = _flag("columns of the MLP (default: 3 x the hidden size)")
+    num_attention_heads: int = _flag("attention heads", 8)
+    num_query_groups: int | None = _flag("key-value heads (default: half of the attention heads)")
+    vocab_size: int = _flag("vocabulary; small, so that the layers decide the time", 2048)
+    seq_length: int = _flag("tokens in a window", 256)
+    micro_batch_size: int = _flag("windows in a step of one replica", 4)
+    repeats: int = _flag("steps of each kind that are measured", 10)
+    warmup: int = _flag("steps of each kind before them", 2)
+    tensor_model_parallel_size: int = _flag("tensor-parallel ranks", 1)
+    bf16: bool = _flag("train in bf16 (default: fp32)", False)
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = _flag("layer implementation", "auto")
+    output: str | None = _flag("write the results to this JSON file")
+
+    def architecture(self) -> Architecture:
+        """A Qwen3-like model of this size."""
+        heads = self.num_attention_heads
+        return Architecture(
+            transformer=dict(
+                num_layers=self.num_layers,
+                hidden_size=self.hidden_size,
+                ffn_hidden_size=self.ffn_hidden_size or 3 * self.hidden_size,
+                num_attention_heads=heads,
+                num_query_groups=self.num_query_groups or max(1, heads // 2),
+                kv_channels=self.hidden_size // heads,
+                layernorm_epsilon=1e-6,
+                qk_layernorm=True,
+            ),
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.seq_length,
+            rotary_base=1e4,
+        )
+
+
+def train_step_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark train-step``: a search step at several masks, by a plain training step. Collective.
+
+    Raises:
+        UsageError: flags that don't fit each other or the processes.
+    """
+    config = _parse(TrainStepConfig, argv, "train-step", "The cost of a search step by that of a plain training step.")
+    _check_train_step(config)
+    # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune import device
+    from megaprune.evaluation.step_speed import measure_steps
+    from megaprune.mcore import parallel
+    from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+
+    arch, sizes = config.architecture(), parallel.ParallelSizes(tensor=config.tensor_model_parallel_size)
+    check_parallel_sizes(arch, sizes, parallel.world_size())
+    engine = EngineOptions(
+        sizes, device.use_transformer_engine(config.transformer_impl), config.bf16, seq_length=config.seq_length
+    )
+    parallel.initialize(sizes)
+    records = measure_steps(arch, engine, config.micro_batch_size, config.repeats, config.warmup)
+    result = {
+        "benchmark": "train-step",
+        "settings": asdict(config),
+        "environment": _environment(device.NAME, parallel.world_size()),
+        "cases": records,
+    }
+    if parallel.rank() == 0:
+        print(train_step_table(result), flush=True)
+        _write(config.output, result)
+    parallel.finish()
+    parallel.leave()
+    return result
+
+
+# Each measures, prints a table, writes --output and returns what it wrote.
+BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {"train-step": train_step_benchmark}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the benchmark that the first word names.
+
+    Raises:
+        UsageError: there is no such benchmark.
+    """
+    known = ", ".join(BENCHMARKS)
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: benchmark.py <benchmark> [flags]\n\nbenchmarks: {known}\n\nbenchmark.py <benchmark> --help")
+        sys.exit(0)
+    if not argv or argv[0] not in BENCHMARKS:
+        raise UsageError(f"say what to measure: one of {known}" + (f", not {argv[0]!r}" if argv else ""))
+    BENCHMARKS[argv[0]](argv[1:])
+
+
+def train_step_table(result: Result) -> str:
+    """The measured steps, for the terminal."""
+    header = ("", "kept", "fwd+bwd s", "ratio", "ideal", "step s", "ratio", "tokens/s", "activations MiB", "ratio")
+    rows = [header] + [
+        (
+            record["case"],
+            str(record["kept_layers"]),
+            f"{record['forward_backward_seconds']:.4f}",
+            f"{record['forward_backward_ratio']:.3f}",
+            f"{record['ideal_ratio']:.3f}",
+            f"{record['step_seconds']:.4f}",
+            f"{record['step_ratio']:.3f}",
+            f"{record['tokens_per_second']:,.0f}",
+            f"{record['activation_bytes'] / 2**20:,.1f}",
+            f"{record['activation_ratio']:.3f}",
+        )
+        for record in result["cases"]
+    ]
+    if result["cases"][0]["peak_bytes"] is not None:
+        peaks = ["peak MiB", *(f"{record['peak_bytes'] / 2**20:,.1f}" for record in result["cases"])]
+        rows = [(*row, peak) for row, peak in zip(rows, peaks, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    environment = result["environment"]
+    where = f"{environment['device']}, {environment['processes']} processes x {environment['threads']} threads"
+    return "\n".join([f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain", *lines])
+
+
+def _parse(config: type, argv: Sequence[str], name: str, description: str) -> Any:
+    parser = Parser([config], prog=f"benchmark.py {name}", description=description)
+    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0]
+
+
+def _check_train_step(config: TrainStepConfig) -> None:
+    least = dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "vocab_size", "seq_length", "micro_batch_size", "repeats"), 1
+    )
+    # with fewer layers than 4, half of them can't be masked beside the first and the last
+    least |= {"num_layers": 4, "warmup": 0, "tensor_model_parallel_size": 1}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than {value}")
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if config.hidden_size % (2 * heads):
+        raise UsageError(f"--hidden-size {config.hidden_size} is not a multiple of 2 x --num-attention-heads {heads}")
+    if groups is not None and (groups < 1 or heads % groups):
+        raise UsageError(f"--num-query-groups {groups} does not divide --num-attention-heads {heads}")
+    if config.output and Path(config.output).is_dir():
+        raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")
+
+
+def _environment(device_name: str, processes: int) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if device_name == "cuda" else device_name
+    return {
+        "device": device,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _write(output: str | None, result: Result) -> None:
+    if output:
+        write_json(output, result)
+        print(f"\nwritten to {output}", flush=True)

@@ -1,0 +1,55 @@
+"""How large a model is, and what its layers cost: counted from config.json and the family's tables, without weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megaprune.models import HFConfig, family_of
+from megaprune.models.shapes import hf_shapes
+from megaprune.models.tables import EMBEDDING, Architecture, WeightRule
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, and those of them that a token passes through: of the routed experts, only the chosen ones."""
+
+    total: int
+    active: int
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(self.total + other.total, self.active + other.active)
+
+
+def layer_sizes(config: HFConfig) -> list[Size]:
+    """The size of each layer."""
+    family = family_of(config)
+    arch = family.architecture(config)
+    return [_size(family.layer_rules(arch, layer), arch, layer) for layer in range(arch.num_layers)]
+
+
+def model_size(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Size:
+    """The size of the model, or of the model of these layers; tied weights count once."""
+    family = family_of(config)
+    arch, layers = family.architecture(config), layer_sizes(config)
+    outside = [rule for rule in family.model_rules if not (arch.tied and rule.megatron.startswith("output_layer"))]
+    kept = range(len(layers)) if kept_layers is None else kept_layers
+    return sum((layers[layer] for layer in kept), _size(outside, arch))
+
+
+def layer_costs(config: HFConfig) -> list[int]:
+    """Multiply-adds that each layer's weights do for a token."""
+    return [size.active for size in layer_sizes(config)]
+
+
+def output_cost(config: HFConfig) -> int:
+    """Multiply-adds that the output layer does for a token."""
+    return math.prod(hf_shapes([EMBEDDING], family_of(config).architecture(config))[EMBEDDING])
+
+
+def _size(rules: Iterable[WeightRule], arch: Architecture, layer: int = 0) -> Size:
+    total = active = 0
+    for rule in rules:
+        count = sum(map(math.prod, hf_shapes(rule.at(layer).hf, arch).values()))
+        total += count * (arch.num_experts if rule.expert else 1)
+        active += count * (arch.transformer["moe_router_topk"] if rule.expert else 1)
+    return Size(total, active)

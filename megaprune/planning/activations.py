@@ -1,0 +1,223 @@
+"""What a training step holds beside weights, gradients and optimizer state: the tensors that autograd keeps for the
+backward pass, and what the passes need on top.
+
+The formulas follow the layers that a run uses (Megatron-Core's local layers, attention by torch's fused kernels)
+tensor by tensor. Transformer Engine's fused layers keep less. Routed tokens are taken to be shared out evenly.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megaprune.models import Architecture
+
+_FP32 = 4
+_INDEX = 8
+# as the teacher's top k are found, see megaprune.distillation.losses
+_BYTES_TO_RANK_A_LOGIT = 20
+_RANKED_BYTES = 20 * 2**24
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How micro-batches go through the model.
+
+    Args:
+        tensor: tensor-parallel ranks; expert_tensor: those that cut each expert.
+        recompute: ``--recompute-granularity``.
+        adapter_rank: LoRA's rank; None trains all weights.
+        adapter_targets: names of the linear layers that have adapters.
+        fused_norm: RMSNorm runs as one kernel, as it does on a GPU; torch composes it on the CPU and keeps more.
+    """
+
+    micro_batch_size: int
+    seq_length: int
+    bf16: bool = False
+    tensor: int = 1
+    expert_tensor: int = 1
+    sequence_parallel: bool = False
+    recompute: str | None = None
+    adapter_rank: int | None = None
+    adapter_targets: Collection[str] = ()
+    fused_norm: bool = True
+
+
+class Activations:
+    """Bytes of a micro-batch's activations on one rank."""
+
+    def __init__(self, arch: Architecture, passes: Passes) -> None:
+        self._arch, self._fields, self._passes = arch, arch.transformer, passes
+        self._tokens = passes.micro_batch_size * passes.seq_length
+        self._shard = self._tokens // (passes.tensor if passes.sequence_parallel else 1)
+        self._bytes = 2 if passes.bf16 else 4
+        self._hidden = self._fields["hidden_size"]
+
+    def layer(self, moe: bool) -> float:
+        """What one layer keeps from its forward to its backward pass."""
+        if self._passes.recompute == "full":
+            return self._shard * self._hidden * self._bytes  # its input
+        return self._whole_layer(moe)
+
+    def output(self) -> float:
+        """What the last stage keeps behind its layers: the last norm's input and output, and the logits in fp32."""
+        norm = self._norm(self._shard * self._hidden, self._shard)
+        output_input = self._shard * self._hidden * self._bytes if self._passes.adapter_rank is None else 0
+        return norm + output_input + self._logits()
+
+    def working(self, moe_layers: Collection[bool], last_stage: bool, largest_trained: int) -> float:
+        """The most that the backward pass needs at once beyond what is kept.
+
+        Args:
+            moe_layers: whether each layer of the stage has experts.
+            largest_trained: parameters of the largest trained tensor, whose gradient stands alone before it is added
+                to its buffer.
+        """
+        layer = max(self._layer_gradients(moe) for moe in moe_layers) + largest_trained * self._bytes
+        if self._passes.recompute == "full":
+            layer += max(self._whole_layer(moe) for moe in moe_layers)
+        if not last_stage:
+            return layer
+        # The loss needs one more copy of the logits; they are gone when the layers' turn comes.
+        return max(self._logits(), layer - self._logits())
+
+    def teacher_pass(self, last_stage: bool) -> float:
+        """What a forward pass of the teacher needs while nothing of the student's is held."""
+        layer = 4 * self._shard * self._hidden * self._bytes + self._widest() * self._bytes
+        ranked = min(_RANKED_BYTES, self._logits() / _FP32 * _BYTES_TO_RANK_A_LOGIT)
+        return max(layer, self._logits() + max(self._logits(), ranked)) if last_stage else layer
+
+    def _logits(self) -> float:
+        # padding aside
+        return self._tokens * self._arch.vocab_size / self._passes.tensor * _FP32
+
+    def _whole_layer(self, moe: bool) -> float:
+        attention = self._latent_attention() if self._arch.mla else self._grouped_attention()
+        norms = (4 if self._arch.sandwich_norm else 2) * self._norm(self._shard * self._hidden, self._shard)
+        return norms + attention + (self._experts() if moe else self._mlp(self._fields["ffn_hidden_size"]))
+
+    def _norm(self, values: float, rows: float, input_kept_anyway: bool = False) -> float:
+        """RMSNorm: its input, and a factor for each row; composed, the input in fp32, and normalised for the weight's
+        gradient."""
+        factors = rows * _FP32
+        if self._passes.fused_norm:
+            return factors + (0 if input_kept_anyway else values * self._bytes)
+        copied = 0 if input_kept_anyway and self._bytes == _FP32 else values * _FP32
+        return factors + copied + (values * _FP32 if self._passes.adapter_rank is None else 0)
+
+    def _read_by(self, *linears: str, tokens: float, columns: float) -> float:
+        """An input of linear layers, which those with trained weights or adapters keep."""
+        kept = any(self._trains(linear) for linear in linears)
+        return tokens * columns * self._bytes if kept else 0
+
+    def _latents(self, *linears: str, tokens: float) -> float:
+        """What adapters keep between their two matrices."""
+        if self._passes.adapter_rank is None:
+            return 0
+        return sum(self._trains(linear) for linear in linears) * tokens * self._passes.adapter_rank * self._bytes
+
+    def _trains(self, linear: str) -> bool:
+        return self._passes.adapter_rank is None or linear in self._passes.adapter_targets
+
+    # Attention
+
+    def _core_attention(self, queries: float, keys: float, values: float, heads: int) -> float:
+        """Queries, keys and values (elements of each), the output and the log-sum-exp of each row."""
+        kept = (queries + keys + values) * self._bytes
+        if self._passes.recompute is None:
+            kept += self._attended() * self._bytes + self._tokens * heads / self._passes.tensor * _FP32
+        attended = self._read_by("linear_proj", tokens=1, columns=self._attended())  # another layout: a copy
+        return kept + attended + self._latents("linear_proj", tokens=self._shard)
+
+    def _attended(self) -> float:
+        width = self._fields["v_head_dim"] if self._arch.mla else self._arch.head_dim
+        return self._tokens * self._fields["num_attention_heads"] * width / self._passes.tensor
+
+    def _rope(self, width: int) -> float:
+        """Sines and cosines, for queries and for keys."""
+        return 4 * self._passes.seq_length * width * self._bytes
+
+    def _grouped_attention(self) -> float:
+        heads, groups, width = self._fields["num_attention_heads"], self._arch.query_groups, self._arch.head_dim
+        a_head = self._tokens * width / self._passes.tensor
+        kept = self._read_by("linear_qkv", tokens=self._shard, columns=self._hidden)
+        kept += self._latents("linear_qkv", tokens=self._tokens) + self._rope(width)
+        if self._fields.get("qk_layernorm"):
+            rows = self._tokens / self._passes.tensor
+            kept += self._norm(a_head * heads, rows * heads)
+            kept += self._norm(a_head * groups, rows * groups, input_kept_anyway=True)
+        # The values are a view of the projection's output, which is kept whole for them.
+        projected = a_head * (heads + 2 * groups)
+        return kept + self._core_attention(a_head * heads, a_head * groups, projected, heads)
+
+    def _latent_attention(self) -> float:
+        fields, tp, sp = self._fields, self._passes.tensor, self._passes.sequence_parallel
+        query_rank, rank, rope = fields["q_lora_rank"], fields["kv_lora_rank"], fields["qk_pos_emb_head_dim"]
+        downs = ("linear_q_down_proj" if query_rank else "linear_q_proj", "linear_kv_down_proj")
+        kept = self._read_by(*downs, tokens=self._shard, columns=self._hidden) + self._rope(rope)
+        kept += self._latents(*downs, "linear_kv_up_proj", tokens=self._tokens)
+        if query_rank:
+            # Under sequence parallelism the norm reads a slice of the gathered latent, which stays whole behind it.
+            kept += self._norm(self._shard * query_rank, self._shard, input_kept_anyway=True)
+            kept += self._tokens * query_rank * self._bytes if self._keeps_inputs() else 0
+            kept += self._read_by("linear_q_up_proj", tokens=self._shard, columns=query_rank)
+            kept += self._latents("linear_q_up_proj", tokens=self._tokens)
+        kept += self._norm(self._shard * rank, self._shard, input_kept_anyway=True)
+        if self._keeps_inputs():
+            kept += self._bytes * (self._shard * rank if tp > 1 and sp else self._tokens * (rank + rope))
+        kept += self._read_by("linear_kv_up_proj", tokens=self._shard, columns=rank)
+        heads = fields["num_attention_heads"]
+        a_head = self._tokens * heads / tp
+        keys = a_head * (fields["qk_head_dim"] + rope)
+        return kept + self._core_attention(keys, keys, a_head * fields["v_head_dim"], heads)
+
+    def _keeps_inputs(self) -> bool:
+        """Whether norms keep their input as it came; composed ones in bf16 keep an fp32 copy instead."""
+        return self._passes.fused_norm or self._bytes == _FP32
+
+    # MLP and experts
+
+    def _mlp(self, columns: int, reads_input: bool = True) -> float:
+        """SwiGLU: the first layer's output (gate and up), silu(gate), a copy of up, and the second layer's input."""
+        inner = self._tokens * columns / self._passes.tensor
+        kept = 4 * inner * self._bytes + self._read_by("linear_fc2", tokens=1, columns=inner)
+        kept += self._latents("linear_fc1", tokens=self._tokens) + self._latents("linear_fc2", tokens=self._shard)
+        if reads_input:
+            kept += self._read_by("linear_fc1", tokens=self._shard, columns=self._hidden)
+        return kept
+
+    def _experts(self) -> float:
+        fields, tokens, experts = self._fields, self._shard, self._arch.num_experts
+        chosen = fields["moe_router_topk"]
+        kept = tokens * self._hidden * self._bytes  # the norm's output, which the router reads
+        kept += tokens * self._router()
+        routed = tokens * chosen * self._passes.expert_tensor
+        inner = routed * fields["moe_ffn_hidden_size"] / self._passes.expert_tensor
+        kept += self._read_by("linear_fc1", tokens=routed, columns=self._hidden) + routed * _FP32  # with probabilities
+        kept += 5 * inner * self._bytes + self._read_by("linear_fc2", tokens=1, columns=inner)
+        kept += self._latents("linear_fc1", "linear_fc2", tokens=routed)
+        if "moe_shared_expert_intermediate_size" in fields:
+            kept += self._mlp(fields["moe_shared_expert_intermediate_size"], reads_input=False)
+        return kept
+
+    def _router(self) -> float:
+        """Bytes for each token: scores, choices, and the map of tokens to experts with their probabilities."""
+        fields, experts, chosen = self._fields, self._arch.num_experts, self._fields["moe_router_topk"]
+        mapping = experts * (1 + _FP32) + chosen * _INDEX
+        kept = mapping + chosen * (_INDEX + _FP32)
+        if fields["moe_router_score_function"] == "sigmoid":
+            kept += experts * _FP32 + _FP32
+        elif fields["moe_router_pre_softmax"]:
+            kept += experts * _FP32
+        groups = fields.get("moe_router_num_groups")
+        if groups:
+            chosen_in_group = chosen // fields["moe_router_group_topk"]
+            kept += experts + (groups * chosen_in_group + fields["moe_router_group_topk"]) * _INDEX
+        return kept
+
+    # Passing gradients
+
+    def _widest(self) -> float:
+        """Elements of the widest activation in a layer."""
+        return self._tokens * self._fields["ffn_hidden_size"] / self._passes.tensor
+
+    def _layer_gradients(self, moe: bool) -> float:
+        return 3 * self._widest() * self._bytes

@@ -1,0 +1,40 @@
+import os
+
+# The suite is one of CPU processes, several at a time; set before torch is loaded.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Gives the folder of a tiny model; the same one for the same arguments."""
+    made = {}
+
+    def get(family, dtype=torch.float32, max_shard_size="5GB"):
+        key = (family, dtype, max_shard_size)
+        if key not in made:
+            made[key] = tiny.make_model(tmp_path_factory.mktemp(family) / "model", *key)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder with train.jsonl and valid.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.make_data(folder / "train.jsonl", rows=150, seed=1)
+    tiny.make_data(folder / "valid.jsonl", rows=15, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_model, tiny_data, tmp_path_factory):
+    """A run on one process that was never stopped."""
+    save = tmp_path_factory.mktemp("whole") / "run"
+    tiny.run_here(tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, save))
+    return save

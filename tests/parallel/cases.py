@@ -1,0 +1,75 @@
+"""What can be run on any number of processes, under torchrun or alone."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from megaprune.mcore import parallel, passes
+from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages
+from megaprune.mcore.weights_io import export_weights, gather_over_tensor_parallel, import_weights
+from megaprune.training.data import Batch
+from megaprune.training.signals import StopRequest
+from megaprune.weights.source import HFSource
+from megaprune.weights.surgery import write_pruned_config
+
+
+def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
+    """Imports a model, computes logits, and exports it again in several files: ``out/logits.pt`` and ``out/hf``."""
+    sizes, source, folder = ParallelSizes(**sizes), HFSource(hf_model), Path(out)
+    arch = source.family.architecture(source.config)
+    parallel.initialize(sizes)
+    if parallel.rank() == 0:
+        (folder / "hf").mkdir(parents=True)
+    stages = balanced_stages(source.layer_costs(), sizes.pipeline, source.output_cost())
+    built = build_model(arch, stages, EngineOptions(sizes))
+    import_weights(built, source)
+    for logits in passes.forward(built, [batch(tiny.random_tokens())], whole_vocabulary):
+        if parallel.tensor_parallel().rank == 0:
+            torch.save(logits.transpose(0, 1)[..., : arch.vocab_size].contiguous(), folder / "logits.pt")
+    export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)
+    if parallel.rank() == 0:
+        write_pruned_config(source, range(arch.num_layers), folder / "hf")
+    parallel.finish()
+
+
+def prune(argv: list[str]) -> None:
+    """A run to its end."""
+    tiny.run_here(argv)
+
+
+def interrupted_prune(stops: list[list[Any]]) -> None:
+    """A run in several goes, each with flags of its own, stopped when this many iterations of it are done (None: at
+    the end)."""
+    agreed, leave = StopRequest.agreed, parallel.leave
+    parallel.leave = lambda: None  # these processes go on with other cases
+    try:
+        for argv, iterations in stops:
+            stop_after(iterations)
+            try:
+                tiny.run_here(argv)
+            except SystemExit as stopped:
+                assert iterations is not None and stopped.code == 0
+            else:
+                assert iterations is None, f"the run was not stopped after {iterations} iterations"
+    finally:
+        StopRequest.agreed, parallel.leave = agreed, leave
+
+
+def stop_after(iterations: int | None) -> None:
+    asked = iter(range(1, 1_000_000))
+    StopRequest.agreed = lambda self: next(asked) == iterations
+
+
+def batch(tokens: torch.Tensor) -> Batch:
+    """tokens [b, s] as a micro-batch."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return Batch(tokens, tokens, torch.ones(tokens.shape), positions, list(range(len(tokens))))
+
+
+def whole_vocabulary(logits: torch.Tensor, number: int) -> torch.Tensor:
+    """The logits [s, b, padded vocab] from each rank's [s, b, vocab / tp]."""
+    return torch.cat(gather_over_tensor_parallel(logits), dim=-1)

@@ -1,0 +1,66 @@
+"""The cases of all parallel tests, run once for each number of processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from launch import launch
+from layouts import INTERRUPTED_RUNS, MODEL_LAYOUTS, RUN_LAYOUTS
+
+
+@dataclass
+class Results:
+    """The folders that the cases of one number of processes left."""
+
+    folder: Path
+
+    def model(self, family, layout):
+        return self.folder / f"model-{family}-{layout}"
+
+    def run(self, name):
+        return self.folder / f"run-{name}"
+
+
+@pytest.fixture(scope="session")
+def source(tiny_model):
+    """Gives a family's model, in several files; one is stored in bf16, the others in fp32."""
+    return lambda family: tiny_model(family, torch.bfloat16 if family == "llama3" else torch.float32, "200KB")
+
+
+@pytest.fixture(scope="session")
+def results(tiny_model, source, tiny_data, tmp_path_factory):
+    """Gives the results of a number of processes."""
+    launched = {}
+
+    def get(num_processes):
+        if num_processes not in launched:
+            found = launched[num_processes] = Results(tmp_path_factory.mktemp(f"processes{num_processes}"))
+            launch(num_processes, _cases(num_processes, found, tiny_model, source, tiny_data), found.folder)
+        return launched[num_processes]
+
+    return get
+
+
+def _cases(num_processes, results, tiny_model, source, tiny_data):
+    def argv(name, flags):
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags)
+
+    cases = [
+        dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
+        for layout, (processes, sizes) in MODEL_LAYOUTS.items()
+        if processes == num_processes
+        for family in tiny.FAMILIES
+    ]
+    cases += [
+        dict(kind="prune", argv=argv(name, flags))
+        for name, (processes, flags) in RUN_LAYOUTS.items()
+        if processes == num_processes
+    ]
+    if num_processes == 2:
+        cases += [
+            dict(kind="interrupted_prune", stops=[(argv(name, flags), iterations) for flags, iterations in goes])
+            for name, (_, goes) in INTERRUPTED_RUNS.items()
+        ]
+    return cases

@@ -1,0 +1,31 @@
+"""Starts torchrun once for many cases: importing what a process needs takes longer than the cases."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(num_processes: int, cases: list[dict[str, Any]], folder: Path, timeout_seconds: int = 900) -> None:
+    """Runs worker.py's functions on processes of their own: each case's ``kind`` names one, the rest are its arguments.
+
+    The first case that fails ends them all, and the test, with its traceback.
+    """
+    (folder / "cases.json").write_text(json.dumps(cases, default=str))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(_WORKER), str(folder / "cases.json")],
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_seconds,
+    )
+    if done.returncode:
+        pytest.fail(f"{num_processes} processes failed:\n{done.stdout[-6000:]}", pytrace=False)

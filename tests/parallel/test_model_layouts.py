@@ -1,0 +1,88 @@
+"""Every family at every layout: the logits of transformers, and back to HF bit for bit."""
+
+import json
+
+import cases
+import pytest
+import tiny
+import torch
+from layouts import MODEL_LAYOUTS
+
+from megaprune.errors import MegapruneError
+from megaprune.mcore.builder import EngineOptions, transformer_config
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.weights.source import HFSource
+
+
+@pytest.fixture(scope="session")
+def alone(source, tmp_path_factory):
+    """Gives the results of a family on this process."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("alone") / family
+            cases.model(source(family), {}, made[family])
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(params=["alone", *MODEL_LAYOUTS])
+def computed(request, family):
+    """What one family came to at one layout."""
+    if request.param == "alone":
+        return request.getfixturevalue("alone")(family)
+    return request.getfixturevalue("results")(MODEL_LAYOUTS[request.param][0]).model(family, request.param)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def expected_logits(source):
+    """Gives what transformers computes for a family."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tiny.hf_logits(source(family), tiny.random_tokens())
+        return made[family]
+
+    return get
+
+
+def test_logits_are_those_of_transformers(computed, family, expected_logits):
+    expected = expected_logits(family)
+    assert expected.std() > 1
+    torch.testing.assert_close(torch.load(computed / "logits.pt"), expected, atol=1e-4, rtol=0)
+
+
+def test_import_then_export_gives_every_tensor_back(computed, family, source):
+    exported, original = tiny.read_tensors(computed / "hf"), tiny.read_tensors(source(family))
+    assert exported.keys() == original.keys()
+    for name, tensor in original.items():
+        assert exported[name].dtype == tensor.dtype
+        assert torch.equal(exported[name], tensor), name
+
+
+def test_exported_folder_is_a_model_for_transformers(computed):
+    files = {path.name for path in (computed / "hf").glob("*.safetensors")}
+    index = json.loads((computed / "hf" / "model.safetensors.index.json").read_text())
+    assert len(files) > 1
+    assert set(index["weight_map"].values()) == files
+    tiny.load_hf(computed / "hf")
+
+
+@pytest.mark.parametrize("stages", [[3, 3], [4, 4], [7]])
+def test_stages_must_hold_every_layer(source, stages):
+    hf = HFSource(source("qwen3"))
+    arch = hf.family.architecture(hf.config)
+    options = EngineOptions(ParallelSizes(pipeline=len(stages)))
+    if sum(stages) == 7:
+        assert transformer_config(arch, stages, options).num_layers == 7
+    else:
+        with pytest.raises(MegapruneError, match=rf"{sum(stages)} layers of 7"):
+            transformer_config(arch, stages, options)

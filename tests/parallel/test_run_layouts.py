@@ -1,0 +1,68 @@
+"""A whole run gives the same model at every parallel layout, stopped and resumed or not."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from layouts import INTERRUPTED_RUNS, RUN_LAYOUTS
+
+from megaprune.training.metrics import read_metrics
+
+
+def report(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def assert_same_up_to_rounding(run, other):
+    expected, found = report(other), report(run)
+    assert found["kept_layers"] == expected["kept_layers"]
+    assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
+    for model, loss in expected["valid"].items():
+        assert found["valid"][model]["loss"] == pytest.approx(loss["loss"], rel=1e-3), model
+    records, expected_records = read_metrics(run), read_metrics(other)
+    assert len(records) == len(expected_records) == 20
+    for record, wanted in zip(records, expected_records, strict=True):
+        assert record["iteration"] == wanted["iteration"]
+        assert record.get("mask") == wanted.get("mask")
+        for key in ("loss", "grad_norm", "lr"):
+            # the first step is from the original model to itself: its loss is rounding alone
+            assert record[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (key, record["iteration"])
+    tensors, wanted = tiny.read_tensors(run / "hf"), tiny.read_tensors(other / "hf")
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=2e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("layout", RUN_LAYOUTS)
+def test_run_is_the_same_at_every_layout(results, whole_run, layout):
+    assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).run(layout), whole_run)
+
+
+def test_run_moves_what_it_should(whole_run, tiny_model):
+    """Guards the comparisons above against a run in which nothing happens."""
+    losses = [record["loss"] for record in read_metrics(whole_run)]
+    assert max(losses) > 2 * min(losses[3:]) > 0.1
+    valid = report(whole_run)["valid"]
+    assert len({round(loss["loss"], 2) for loss in valid.values()}) == 3
+    trained, original = tiny.read_tensors(whole_run / "hf"), tiny.read_tensors(tiny_model("qwen3_tied"))
+    assert report(whole_run)["kept_layers"][0] == 0
+    for name, tensor in trained.items():
+        if "layers.0." in name:
+            assert (tensor - original[name]).abs().max() > 5e-3, name
+
+
+def test_resumed_at_the_same_layout_ends_in_the_same_bits(results):
+    found = results(2)
+    run, whole = found.run("same_layout"), found.run(INTERRUPTED_RUNS["same_layout"][0])
+    tensors, expected = tiny.read_tensors(run / "hf"), tiny.read_tensors(whole / "hf")
+    assert tensors.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
+    for key in ("kept_layers", "scores", "valid"):
+        assert report(run)[key] == report(whole)[key]
+    for record, wanted in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert record | {"seconds": 0} == wanted | {"seconds": 0}
+
+
+def test_resumed_at_other_layouts_ends_in_the_same_model(results, whole_run):
+    assert_same_up_to_rounding(results(2).run("other_layouts"), whole_run)

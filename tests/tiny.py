@@ -1,0 +1,181 @@
+"""Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
+
+import json
+import keyword
+import os
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
+VOCAB_SIZE = 331
+SEQ_LENGTH = 32
+
+_ROOT = Path(__file__).parents[1]
+# glibc's defaults make small training steps on CPU spend half their time giving memory back.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+_COMMON = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+FAMILIES = {
+    "llama2": ("llama", _COMMON | dict(num_hidden_layers=6, num_key_value_heads=4, rms_norm_eps=1e-5)),
+    "llama3": ("llama", _COMMON | dict(num_hidden_layers=8, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE)),
+    "llama_tied": ("llama", _COMMON | dict(num_hidden_layers=6, tie_word_embeddings=True)),
+    "qwen2": ("qwen2", _COMMON | dict(num_hidden_layers=7, tie_word_embeddings=True)),
+    "qwen3": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32)),
+    # as the small ones of Qwen3 are
+    "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
+}
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
+    "{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+    """Saves a random model of a family and its tokenizer. In ``bfloat16`` its norms stay fp32, as some releases' do."""
+    model_type, settings = FAMILIES[family]
+    generator = torch.Generator().manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                # from fp32, so that a detour over bf16 shows
+                parameter.data = 1 + 0.2 * noise
+            else:
+                scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
+                parameter.copy_(scale * noise)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, smaller than the models' vocabulary, whose chat template marks the assistant's tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|eos|>", "<|user|>", "<|bot|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([_sentence(random.Random(0)) for _ in range(200)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=_CHAT_TEMPLATE)
+
+
+def make_data(path: Path, rows: int, seed: int) -> Path:
+    """Writes texts and chats, in turn: windows differ in how many of their tokens carry loss."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for row in range(rows):
+            question, answer = _sentence(rng), _sentence(rng)
+            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": chat} if row % 2 else {"text": question}) + "\n")
+    return path
+
+
+def _sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(keyword.kwlist, k=rng.randint(4, 12)))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an HF folder."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys(), f"{path} repeats a tensor"
+        tensors |= found
+    return tensors
+
+
+def load_hf(folder: Path) -> torch.nn.Module:
+    """The folder in transformers, in fp32; fails unless every weight fits."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits [b, s, vocab] that transformers computes for tokens [b, s]."""
+    return load_hf(folder)(tokens).logits
+
+
+def random_tokens(batch: int = 2, seq_length: int = 96) -> torch.Tensor:
+    """Tokens [b, s] beyond the original context of llama3's RoPE scaling."""
+    return torch.randint(VOCAB_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(5))
+
+
+def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
+    flags = {
+        "--hf-model": model,
+        "--train-data": data / "train.jsonl",
+        "--valid-data": data / "valid.jsonl",
+        "--save": save,
+        "--num-layers-to-prune": 2,
+        "--train-iters": 20,
+        "--search-iters": 10,
+        "--calibration-samples": 4,
+        "--seq-length": SEQ_LENGTH,
+        "--micro-batch-size": 2,
+        "--global-batch-size": 4,
+        "--lr": 2e-3,
+        "--lr-warmup-iters": 3,
+        "--weight-decay": 0.1,
+        "--mask-lr": 0.2,
+        "--max-shard-size": "100KB",
+    }
+    return [str(word) for pair in flags.items() for word in pair] + list(extra)
+
+
+def run_here(argv: Sequence[str]) -> None:
+    """A run in this process, as the command line would do it; another may follow."""
+    from megaprune.config import parse_config
+    from megaprune.mcore import parallel
+    from megaprune.runner import run
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        run(parse_config(argv), "prune.py")
+    finally:
+        parallel.finish()
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that runs the project from this source tree."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,114 @@
+"""Folders of safetensors: files of bounded size, an index that tells the truth, nothing half-written."""
+
+import json
+import os
+
+import pytest
+import torch
+from checkpoints import read_index
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megaprune.errors import MegapruneError, UsageError
+from megaprune.weights.writer import ShardWriter, finish_shards, parse_size
+
+TENSORS = {f"t{number}": torch.full((25,), float(number)) for number in range(10)}  # 100 bytes each
+
+
+def write(folder, max_shard_bytes, tensors=TENSORS):
+    writer = ShardWriter(folder, max_shard_bytes)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    finish_shards(folder, writer.close())
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_file_has_no_index(tmp_path):
+    assert write(tmp_path, 1000) == ["model.safetensors"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == TENSORS.keys()
+    assert all(torch.equal(stored[name], TENSORS[name]) for name in TENSORS)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}  # without it transformers refuses the file
+
+
+@pytest.mark.parametrize("size, files", [(999, 2), (500, 2), (499, 3), (300, 4), (100, 10), (1, 10)])
+def test_files_respect_the_size(tmp_path, size, files):
+    names = write(tmp_path, size)
+    numbered = [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
+    assert names == [*numbered, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 1000
+    assert set(index["weight_map"]) == set(TENSORS)
+    for name in numbered:
+        stored = load_file(tmp_path / name)
+        assert {tensor for tensor, file in index["weight_map"].items() if file == name} == stored.keys()
+        # a tensor larger than the size has a file of its own
+        assert sum(t.nbytes for t in stored.values()) <= size or len(stored) == 1
+
+
+def test_total_size_counts_bytes_of_each_dtype(tmp_path):
+    tensors = {"a": torch.ones(3, 5), "b": torch.ones(7, dtype=torch.bfloat16), "c": torch.ones(2, dtype=torch.int64)}
+    write(tmp_path, 1, tensors)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 60 + 14 + 16
+
+
+def test_views(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    write(tmp_path, 10**6, {"transposed": whole.t(), "column": whole[:, 1]})
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["transposed"], whole.t()) and torch.equal(stored["column"], whole[:, 1])
+
+
+def test_several_writers_share_a_folder(tmp_path):
+    shards = []
+    for rank in (1, 0):
+        writer = ShardWriter(tmp_path, 150, writer=rank)
+        writer.add(f"a{rank}", torch.ones(25))
+        writer.add(f"b{rank}", torch.ones(25))
+        shards += writer.close()
+    finish_shards(tmp_path, shards)
+    assert set(read_index(tmp_path)) == {"a0", "b0", "a1", "b1"}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_tensor_twice(tmp_path):
+    shards = []
+    for rank in (0, 1):
+        writer = ShardWriter(tmp_path, 100, writer=rank)
+        writer.add("same", torch.ones(25))
+        shards += writer.close()
+    with pytest.raises(MegapruneError, match="same was exported twice"):
+        finish_shards(tmp_path, shards)
+
+
+def test_closing_twice_writes_once(tmp_path):
+    writer = ShardWriter(tmp_path, 1000)
+    writer.add("a", torch.ones(3))
+    assert writer.close() == writer.close()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write(tmp_path, 300)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o644"}
+
+
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5gb", 15 * 10**8), ("100 KB", 10**5), ("1TB", 10**12)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "5 G", "-1GB", "0GB", "nanGB", "infGB", "1e999GB", "5GiB", "big"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"--max-shard-size {text!r} is not a size such as 500MB or 5GB"
