@@ -33,6 +33,7 @@ class ModelConfig:
 
     _argument_group_name = "model"
     hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
+    mtp: Literal["keep", "drop"] = flag("multi-token-prediction layers: carried along untrained, or left out", "keep")
     trust_remote_code: bool = flag("let the tokenizer run code that comes with the model", False)
 
 

@@ -12,6 +12,7 @@ from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import export_weights
+from megaprune.models.sizes import model_size
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
@@ -260,17 +261,20 @@ class PruningRun:
         setup, kept = self.setup, self.progress.kept_layers
         final, first = setup.run_dir.hf, parallel.rank() == 0
         aside, size = aside_folder(final), parse_size(self.config.run.max_shard_size)
+        keep_mtp = self.config.model.mtp == "keep"
         if first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         parallel.barrier()
         with self.progress.timed("export"):
             if student is not None and self.config.recovery.train_iters > 0:
-                export_weights(student.model, setup.source, kept, aside, size, self.models.student_stays_whole)
+                export_weights(
+                    student.model, setup.source, kept, aside, size, self.models.student_stays_whole, keep_mtp
+                )
             elif first:  # no weight has changed: the stored bits are the export
-                write_pruned_weights(setup.source, kept, aside, size)
+                write_pruned_weights(setup.source, kept, aside, size, keep_mtp)
         if first:
-            write_pruned_config(setup.source, kept, aside)
+            write_pruned_config(setup.source, kept, aside, keep_mtp)
             report = self._report()
             write_report(setup.run_dir.report, report)
             records = read_metrics(setup.run_dir.path)
@@ -290,8 +294,8 @@ class PruningRun:
             num_source_layers=setup.arch.num_layers,
             kept_layers=kept,
             scores=self.progress.scores,
-            params_before=setup.source.num_parameters(),
-            params_after=setup.source.num_parameters(kept),
+            params_before=model_size(setup.source.config).total,
+            params_after=model_size(setup.source.config, kept).total,
             tokens_seen=self.progress.iteration * setup.tokens_per_iteration,
             seed=self.config.recovery.seed,
             stages=self.progress.stages,

@@ -334,7 +334,7 @@ def test_one_line_from_all_ranks(workshop, tmp_path):
         env=tiny.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 1, done.stderr
     by_rank = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}

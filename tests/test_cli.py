@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,12 +117,13 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_other_ranks_wait_for_the_first_and_say_nothing(main, monkeypatch):
-    waited = []
+    waited, handlers = [], []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *args: handlers.append(args))
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)  # this process is the test's
     assert main("prune", ["--no-such-flag"]) == (2, "", "")
     assert waited == [60]
+    assert handlers == [(signal.SIGTERM, signal.SIG_DFL)], "a launcher must be able to end the wait"
     monkeypatch.setenv("RANK", "0")
     assert main("prune", ["--no-such-flag"])[2].count("\n") == 1
     assert waited == [60]
@@ -133,21 +135,10 @@ def tool(*words):
     )
 
 
-@pytest.mark.parametrize(
-    "words, status, said",
-    [
-        (["--no-such-flag"], 2, "unknown argument '--no-such-flag'"),
-        (
-            ["--hf-model", "./none", "--save", "s", "--method", "manual", "--prune-layers", "3", "--train-iters", "0"],
-            1,
-            "--hf-model ./none does not exist",
-        ),
-    ],
-)
-def test_the_script_itself(tmp_path, words, status, said):
-    done = tool(ROOT / "tools" / "prune.py", *words)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert said in done.stderr and done.stderr.count("\n") == 1
+def test_the_script_itself():
+    done = tool(ROOT / "tools" / "prune.py", "--no-such-flag")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "prune: error: unknown argument '--no-such-flag': see --help\n"
 
 
 def test_the_installed_command():

@@ -52,6 +52,44 @@ FAMILIES = {
     # as the small ones of Qwen3 are
     "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
 }
+# Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
+MOE_FAMILIES = {
+    "deepseek_v3": (
+        "deepseek_v3",
+        _COMMON
+        | dict(
+            num_hidden_layers=5,
+            num_key_value_heads=4,
+            first_k_dense_replace=2,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            n_shared_experts=1,
+            moe_intermediate_size=40,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=0,
+        ),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=40,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        ),
+    ),
+}
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
@@ -61,7 +99,7 @@ _CHAT_TEMPLATE = (
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
     """Saves a random model of a family and its tokenizer. In ``bfloat16`` its norms stay fp32, as some releases' do."""
-    model_type, settings = FAMILIES[family]
+    model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
     with torch.no_grad():
@@ -73,6 +111,9 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
             else:
                 scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
                 parameter.copy_(scale * noise)
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -29,7 +29,7 @@ class TrainStepConfig:
     hidden_size: int = _flag("hidden size", 512)
     ffn_hidden_size: int | None = _flag("columns of the MLP (default: 3 x the hidden size)")
     num_attention_heads: int = _flag("attention heads", 8)
-    num_query_groups: int | None = _flag("key-value heads (default: half of the attention heads)")
+    num_query_groups: int | None = _flag("key-value heads (default: half of the attention heads, if that is whole)")
     vocab_size: int = _flag("vocabulary; small, so that the layers decide the time", 2048)
     seq_length: int = _flag("tokens in a window", 256)
     micro_batch_size: int = _flag("windows in a step of one replica", 4)
@@ -43,13 +43,14 @@ class TrainStepConfig:
     def architecture(self) -> Architecture:
         """A Qwen3-like model of this size."""
         heads = self.num_attention_heads
+        groups = self.num_query_groups or (heads if heads % 2 else heads // 2)
         return Architecture(
             transformer=dict(
                 num_layers=self.num_layers,
                 hidden_size=self.hidden_size,
                 ffn_hidden_size=self.ffn_hidden_size or 3 * self.hidden_size,
                 num_attention_heads=heads,
-                num_query_groups=self.num_query_groups or max(1, heads // 2),
+                num_query_groups=groups,
                 kv_channels=self.hidden_size // heads,
                 layernorm_epsilon=1e-6,
                 qk_layernorm=True,
@@ -156,13 +157,14 @@ def _check_train_step(config: TrainStepConfig) -> None:
     )
     # with fewer layers than 4, half of them can't be masked beside the first and the last
     least |= {"num_layers": 4, "warmup": 0, "tensor_model_parallel_size": 1}
+    least |= {name: 1 for name in ("ffn_hidden_size", "num_query_groups") if getattr(config, name) is not None}
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than {value}")
     heads, groups = config.num_attention_heads, config.num_query_groups
     if config.hidden_size % (2 * heads):
         raise UsageError(f"--hidden-size {config.hidden_size} is not a multiple of 2 x --num-attention-heads {heads}")
-    if groups is not None and (groups < 1 or heads % groups):
+    if groups is not None and heads % groups:
         raise UsageError(f"--num-query-groups {groups} does not divide --num-attention-heads {heads}")
     if config.output and Path(config.output).is_dir():
         raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")

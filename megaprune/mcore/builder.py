@@ -19,7 +19,7 @@ from megaprune import device
 from megaprune.distillation.losses import VocabShard
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
-from megaprune.mcore.local_layers import RMSNorm, ScaledDotProductAttention
+from megaprune.mcore.local_layers import LatentAttention, RMSNorm, ScaledDotProductAttention
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.models import Architecture, RopeScaling
@@ -78,9 +78,9 @@ def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: i
 
 def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
     experts = sizes.expert * sizes.expert_tensor
+    if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
+        raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
     if experts == 1:
-        if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
-            raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
         return
     if not arch.num_experts:
         raise UsageError("--expert-model-parallel-size and --expert-tensor-parallel-size are for models with experts")
@@ -195,6 +195,11 @@ def build_model(
         raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
     for layer in model.decoder.layers if gate is not None else ():
         layer.gate = gate
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # 0.16.1 reduces experts' gradients over the ranks that share dense weights where EP is 1: others, if ETP
+            # is not TP.
+            parameter.allreduce = False
     return model.to(device.torch_device())
 
 
@@ -223,6 +228,7 @@ def _block_spec(config: TransformerConfig, transformer_engine: bool, gated: bool
             parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
             attention.core_attention = ScaledDotProductAttention
             if config.multi_latent_attention:
+                layer.submodules.self_attention.module = LatentAttention
                 attention.q_layernorm = attention.kv_layernorm = RMSNorm
             elif config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -105,12 +105,12 @@ class GatedTransformerLayer(TransformerLayer):
         """hidden_states [s, b, h] (its sequence shard under sequence parallelism) to the same shape."""
         gate, layer = self.gate, self.layer_number - 1
         if gate is not None and gate.bypasses(layer):
-            return hidden_states, kwargs.get("context")
+            return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
         if gate is None or gate.mask is None:
             return super().forward(hidden_states, *args, **kwargs)
         value = gate.value(layer)
         if value == 0.0 and not torch.is_grad_enabled():
-            return hidden_states, kwargs.get("context")
+            return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
         if value == 0.0 and gate.skip_masked_backward:
             # d out/dx is the identity and the mask's gradient needs only y: no graph, no kept activations.
             with torch.no_grad():
@@ -118,6 +118,10 @@ class GatedTransformerLayer(TransformerLayer):
             y = y.detach()
         else:
             y, context = super().forward(hidden_states, *args, **kwargs)
-        out = _Gate.apply(hidden_states, y, gate.mask[layer], value)
-        # The pipeline frees the outputs that it has sent, and refuses views.
-        return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True), context
+        return _handed_on(_Gate.apply(hidden_states, y, gate.mask[layer], value)), context
+
+
+def _handed_on(out: Tensor) -> Tensor:
+    """A view as a tensor of its own: the pipeline frees the outputs that it has sent, and refuses views, which an
+    input that comes out of an activation recomputation as it went in is too."""
+    return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)

@@ -1,5 +1,6 @@
-"""What the local layer spec lacks without Transformer Engine: a core attention without a quadratic score matrix, and
-an RMSNorm that works under sequence parallelism. Both serve a GPU as well as the CPU."""
+"""What the local layer spec lacks without Transformer Engine: a core attention without a quadratic score matrix, an
+RMSNorm that works under sequence parallelism, and latent attention whose gradients are whole under tensor parallelism.
+All serve a GPU as well as the CPU."""
 
 from typing import Any
 
@@ -7,6 +8,10 @@ import megatron.core.transformer.moe.moe_utils as moe_utils
 import megatron.core.transformer.multi_latent_attention as multi_latent_attention
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -49,3 +54,23 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class LatentAttention(multi_latent_attention.MLASelfAttention):
+    """Multi-head latent attention whose RoPE key gets the gradient of all heads under sequence parallelism.
+
+    The key/value down-projection is cut over the tensor-parallel ranks here, and 0.16.1 gathers its parts so that the
+    gradient of the RoPE key, which every rank's heads use, stays one rank's. Handed the output of a projection that
+    is not cut, as Transformer Engine's is, it sums that gradient over the ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.sequence_parallel:
+            self.linear_kv_down_proj.register_forward_hook(_as_if_not_cut)
+
+
+def _as_if_not_cut(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """[s, b, latent / tp] to [s / tp, b, latent]."""
+    whole = gather_from_tensor_model_parallel_region(output[0], group=module.tp_group)
+    return scatter_to_sequence_parallel_region(whole, group=module.tp_group), output[1]

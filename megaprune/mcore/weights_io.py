@@ -24,7 +24,7 @@ from megaprune.mcore.lora import (
 from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
 from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
-from megaprune.weights.source import HFSource, renamed
+from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
@@ -128,6 +128,7 @@ def export_weights(
     folder: Path,
     max_shard_bytes: int,
     whole: bool = False,
+    keep_mtp: bool = True,
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
@@ -137,6 +138,8 @@ def export_weights(
     Args:
         kept_layers: source layers that are exported.
         whole: the model still holds the other layers, too.
+        keep_mtp: carry the source's MTP layers along, which no training here touches, behind the kept layers; their
+            copies of embedding and output layer are written anew.
     """
     model_layers = None if whole else kept_layers
     arch = source.family.architecture(source.config)
@@ -146,13 +149,19 @@ def export_weights(
     try:
         for name, parameter in global_weights(model):
             rule = rules[_source_name(name, model_layers)]
-            if renamed(rule.hf[0], kept_layers) is None:
+            if source.renamed(rule.hf[0], kept_layers) is None:
                 continue
             parts = _gather_shards(parameter.detach(), rule)
             if not (rule.export and _is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
-                writer.add(renamed(hf_name, kept_layers), tensor.to(source.dtype(hf_name)))
+                tensor = tensor.to(source.dtype(hf_name))
+                writer.add(source.renamed(hf_name, kept_layers), tensor)
+                for copy in source.mtp_copies(hf_name) if keep_mtp else ():
+                    writer.add(source.renamed(copy, kept_layers), tensor.clone())
+        if dist.get_rank() == 0 and keep_mtp:
+            for hf_name in source.mtp_own():
+                writer.add(source.renamed(hf_name, kept_layers), source.read(hf_name))
         shards = writer.close()
     except OSError as met:
         error = MegapruneError(f"{folder} can't be written: {met}")

@@ -84,7 +84,7 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    return prune_dense_prefix(config, kept, ("first_k_dense_replace",), ("num_nextn_predict_layers",))
+    return prune_dense_prefix(config, kept, ("first_k_dense_replace",))
 
 
 FAMILY = Family(
@@ -94,6 +94,7 @@ FAMILY = Family(
     layer_rules=_layer_rules,
     prune_config=_prune_config,
     ignored=(r"rotary_emb\.inv_freq$",),
+    mtp_keys=("num_nextn_predict_layers",),
 )
 
 KIMI_K2 = replace(FAMILY, model_type="kimi_k2")

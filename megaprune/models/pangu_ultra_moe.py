@@ -87,12 +87,7 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    return prune_dense_prefix(
-        _both_spellings(config),
-        kept,
-        ("num_dense_layers", "first_k_dense_replace"),
-        ("num_mtp_layers", "num_nextn_predict_layers"),
-    )
+    return prune_dense_prefix(_both_spellings(config), kept, ("num_dense_layers", "first_k_dense_replace"))
 
 
 FAMILY = Family(
@@ -102,4 +97,5 @@ FAMILY = Family(
     layer_rules=_layer_rules,
     prune_config=_prune_config,
     ignored=(r"rotary_emb\.inv_freq$",),
+    mtp_keys=("num_mtp_layers", "num_nextn_predict_layers"),
 )

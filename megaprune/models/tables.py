@@ -4,7 +4,7 @@ A family is data. The conversion engine (`megaprune.weights`) and the model buil
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -128,6 +128,7 @@ class Family:
         layer_rules: weights of one layer; rules with ``expert`` stand for each of its experts.
         prune_config: edits a copy of the HF config for the kept layers (source indices, ascending).
         ignored: regular expressions of stored tensors that no model reads.
+        mtp_keys: names under which config.json counts multi-token-prediction layers, where the family has any.
     """
 
     model_type: str
@@ -135,7 +136,8 @@ class Family:
     model_rules: Sequence[WeightRule]
     layer_rules: Callable[[Architecture, int], Sequence[WeightRule]]
     prune_config: Callable[[HFConfig, Sequence[int]], HFConfig]
-    ignored: tuple[str, ...] = field(default=())
+    ignored: tuple[str, ...] = ()
+    mtp_keys: tuple[str, ...] = ()
 
     def rules(self, config: HFConfig) -> list[WeightRule]:
         """Every rule of a model with this config, layer by layer."""
@@ -334,16 +336,12 @@ def prune_dense_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
     return pruned
 
 
-def prune_dense_prefix(
-    config: HFConfig, kept: Sequence[int], dense_keys: Sequence[str], mtp_keys: Sequence[str]
-) -> HFConfig:
+def prune_dense_prefix(config: HFConfig, kept: Sequence[int], dense_keys: Sequence[str]) -> HFConfig:
     """What pruning edits where MoE layers follow a prefix of dense ones, which pruning in order leaves a prefix.
 
     Args:
         dense_keys: names under which the config counts the dense layers.
-        mtp_keys: names under which it counts multi-token-prediction layers. Readers take an absent count for 1.
     """
     pruned = prune_dense_config(config, kept)
     dense = sum(layer < config[dense_keys[0]] for layer in kept)
-    pruned |= dict.fromkeys(dense_keys, dense)
-    return pruned | dict.fromkeys(mtp_keys, config.get(mtp_keys[0]) or 0)
+    return pruned | dict.fromkeys(dense_keys, dense)

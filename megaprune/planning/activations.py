@@ -120,12 +120,14 @@ class Activations:
     # Attention
 
     def _core_attention(self, queries: float, keys: float, values: float, heads: int) -> float:
-        """Queries, keys and values (elements of each), the output and the log-sum-exp of each row."""
-        kept = (queries + keys + values) * self._bytes
-        if self._passes.recompute is None:
-            kept += self._attended() * self._bytes + self._tokens * heads / self._passes.tensor * _FP32
-        attended = self._read_by("linear_proj", tokens=1, columns=self._attended())  # another layout: a copy
-        return kept + attended + self._latents("linear_proj", tokens=self._shard)
+        """Queries, keys and values (elements of each), the log-sum-exp of each row, and the output, of which the next
+        layer's input is a view."""
+        kept, recomputed = (queries + keys + values) * self._bytes, self._passes.recompute is not None
+        if not recomputed:
+            kept += self._tokens * heads / self._passes.tensor * _FP32
+        if not recomputed or self._trains("linear_proj"):
+            kept += self._attended() * self._bytes
+        return kept + self._latents("linear_proj", tokens=self._shard)
 
     def _attended(self) -> float:
         width = self._fields["v_head_dim"] if self._arch.mla else self._arch.head_dim

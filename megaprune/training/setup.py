@@ -15,6 +15,7 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.mcore.trainer import OptimizerOptions
 from megaprune.models import Architecture
+from megaprune.models.sizes import layer_costs, model_size, output_cost
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import check_num_kept, protected_layers
 from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
@@ -53,8 +54,10 @@ class Setup:
 
     def stages_of_layers(self, kept_layers: Sequence[int]) -> list[int]:
         """Layers of a pruned model on each pipeline stage, balanced by what they cost."""
-        costs = self.source.layer_costs()
-        return balanced_stages([costs[layer] for layer in kept_layers], self.sizes.pipeline, self.source.output_cost())
+        costs = layer_costs(self.source.config)
+        return balanced_stages(
+            [costs[layer] for layer in kept_layers], self.sizes.pipeline, output_cost(self.source.config)
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def describe(setup: Setup) -> str:
     config, sizes = setup.config, setup.sizes
     iterations = config.recovery.train_iters
     searching = f"{config.search_iters} of them search"
-    parameters = f"{setup.source.num_parameters():,} parameters"
+    parameters = f"{model_size(setup.source.config).total:,} parameters"
     lines = [
         f"model      {config.model.hf_model}: {setup.arch.num_layers} layers, {parameters}",
         f"pruning    {config.prune.method}: {setup.arch.num_layers} -> {setup.num_kept} layers",

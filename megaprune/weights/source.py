@@ -1,7 +1,6 @@
 """An HF model folder, read tensor by tensor and slice by slice from mapped safetensors files."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from megaprune.errors import MegapruneError
 from megaprune.models import Family, HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 
 _DTYPES = {
     "F64": torch.float64,
@@ -52,8 +52,8 @@ class HFSource:
 
     @property
     def names(self) -> list[str]:
-        """Every stored tensor's name."""
-        return list(self._files)
+        """Every stored tensor's name, without the scales of quantised ones."""
+        return [name for name in self._files if not name.endswith(SCALE_SUFFIX)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -63,7 +63,9 @@ class HFSource:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype."""
+        """The stored dtype; bf16 for block-FP8 weights, which are dequantised as they are read."""
+        if self._is_fp8(name):
+            return torch.bfloat16
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
             raise MegapruneError(f"{self.folder}: {name} is stored as {stored}, which megaprune does not read")
@@ -72,24 +74,40 @@ class HFSource:
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
         if stop is None and start == 0:
-            return self._handles[self._file(name)].get_tensor(name)
-        stored = self._slice(name)
-        return stored[start:stop] if dim == 0 else stored[:, start:stop]
+            tensor = self._handles[self._file(name)].get_tensor(name)
+        else:
+            stored = self._slice(name)
+            tensor = stored[start:stop] if dim == 0 else stored[:, start:stop]
+        if not self._is_fp8(name):
+            return tensor
+        scale = self._handles[self._file(name + SCALE_SUFFIX)].get_tensor(name + SCALE_SUFFIX)
+        return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
 
-    def num_parameters(self, kept_layers: Sequence[int] | None = None) -> int:
-        """Parameters of the model, or of the model of these layers; tied weights count once."""
-        rules = [rule for rule in self.family.rules(self.config) if rule.export]
-        names = [name for rule in rules for name in rule.hf]
-        return sum(math.prod(self.shape(n)) for n in names if kept_layers is None or renamed(n, kept_layers))
+    @property
+    def mtp_layers(self) -> list[int]:
+        """The multi-token-prediction layers that are stored behind the model's own, by their index in the names."""
+        matches = (_LAYER.match(name) for name in self._files)
+        return sorted({int(match[2]) for match in matches if match and int(match[2]) >= self.num_layers})
 
-    def layer_costs(self) -> list[int]:
-        """Multiply-adds that each layer's weights do for a token."""
-        everything, layers = self.num_parameters([]), range(self.family.architecture(self.config).num_layers)
-        return [self.num_parameters([layer]) - everything for layer in layers]
+    def mtp_copies(self, name: str) -> list[str]:
+        """The MTP layers' own copies of the embedding or the output layer."""
+        suffix = {EMBEDDING: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"}.get(name)
+        copies = [f"model.layers.{layer}.{suffix}" for layer in self.mtp_layers]
+        return [copy for copy in copies if copy in self._files]
 
-    def output_cost(self) -> int:
-        """Multiply-adds that the output layer does for a token."""
-        return math.prod(self.shape(EMBEDDING))
+    def mtp_own(self) -> list[str]:
+        """The MTP layers' tensors that are no copies."""
+        copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
+        return [name for name in self.names if self._belongs_to_mtp(name) and name not in copies]
+
+    @property
+    def num_layers(self) -> int:
+        return self.family.architecture(self.config).num_layers
+
+    def renamed(self, name: str, kept_layers: Sequence[int], keep_mtp: bool = True) -> str | None:
+        """The name of a tensor after pruning; None where it is gone. MTP layers move up behind the kept ones."""
+        behind = [layer for layer in self.mtp_layers if keep_mtp]
+        return renamed(name, [*kept_layers, *behind])
 
     def check_tensors(self) -> None:
         """Checks that the folder holds each tensor of its family, in the shape that the config gives it, and nothing
@@ -98,21 +116,33 @@ class HFSource:
         Raises:
             MegapruneError: a tensor is missing, has another shape or is unknown.
         """
+        self._check_quantisation()
         names = {name for rule in self.family.rules(self.config) for name in rule.hf}
-        missing = sorted(names - set(self._files))
+        missing = sorted(names - set(self._files)) or self._missing_scales()
         if missing:
             raise MegapruneError(f"{self.folder} lacks {missing[0]}{_and_more(missing)}: the checkpoint is incomplete")
         self._check_shapes(names)
         tied = {OUTPUT} if self.config.get("tie_word_embeddings") else set()
         unknown = [
             name
-            for name in sorted(set(self._files) - names - tied)
-            if not any(re.search(pattern, name) for pattern in self.family.ignored)
+            for name in sorted(set(self.names) - names - tied)
+            if not self._belongs_to_mtp(name) and not any(re.search(pattern, name) for pattern in self.family.ignored)
         ]
         if unknown:
             raise MegapruneError(
                 f"{self.folder} holds {unknown[0]}{_and_more(unknown)}, which the {self.family.model_type} family "
                 "does not know: it would be lost on export"
+            )
+
+    def _check_quantisation(self) -> None:
+        quantisation = self.config.get("quantization_config")
+        if not quantisation:
+            return
+        method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
+        if method != "fp8" or block != [BLOCK, BLOCK]:
+            raise MegapruneError(
+                f"{self.folder} is quantised ({method}, blocks {block}): only FP8 in blocks of [{BLOCK}, {BLOCK}] is "
+                "read; give the model before its quantisation"
             )
 
     def _check_shapes(self, names: Iterable[str]) -> None:
@@ -122,6 +152,23 @@ class HFSource:
                     f"{self.folder}: {name} is stored as {list(self.shape(name))}, where config.json makes it "
                     f"{list(expected)}: the weights and the config are of different models"
                 )
+            if self._is_fp8(name) and self.shape(name + SCALE_SUFFIX) != scale_shape(expected):
+                raise MegapruneError(
+                    f"{self.folder}: {name}{SCALE_SUFFIX} is stored as {list(self.shape(name + SCALE_SUFFIX))}, where "
+                    f"the weight's blocks are {list(scale_shape(expected))}"
+                )
+
+    def _is_fp8(self, name: str) -> bool:
+        return self._slice(name).get_dtype() == "F8_E4M3"
+
+    def _missing_scales(self) -> list[str]:
+        return sorted(
+            name + SCALE_SUFFIX for name in self.names if self._is_fp8(name) and name + SCALE_SUFFIX not in self._files
+        )
+
+    def _belongs_to_mtp(self, name: str) -> bool:
+        match = _LAYER.match(name)
+        return bool(match and self.family.mtp_keys and int(match[2]) >= self.num_layers)
 
     def _file(self, name: str) -> Path:
         if name not in self._files:

@@ -5,24 +5,29 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaprune.weights.source import HFSource, renamed
+from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
 
-def write_pruned_weights(source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int) -> None:
-    """Copies every tensor that stays, bit for bit, under its new name."""
+def write_pruned_weights(
+    source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
+) -> None:
+    """Copies every tensor that stays, bit for bit (FP8 dequantised), under its new name."""
     writer = ShardWriter(folder, max_shard_bytes)
     for name in source.names:
-        new_name = renamed(name, kept_layers)
+        new_name = source.renamed(name, kept_layers, keep_mtp)
         if new_name is not None:
             writer.add(new_name, source.read(name))
     finish_shards(folder, writer.close())
 
 
-def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Path) -> None:
+def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Path, keep_mtp: bool = True) -> None:
     """Writes config.json, edited from the source's own JSON, and copies what else the folder holds but the weights:
     tokenizer, generation config, chat template."""
     pruned = source.family.prune_config(source.config, kept_layers)
+    # readers take an absent count for 1
+    pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
+    pruned.pop("quantization_config", None)  # block FP8 was dequantised
     (folder / "config.json").write_text(json.dumps(pruned, indent=2) + "\n")
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and _belongs_beside(path):

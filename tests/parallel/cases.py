@@ -11,6 +11,7 @@ from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.mcore.weights_io import export_weights, gather_over_tensor_parallel, import_weights
+from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.training.data import Batch
 from megaprune.training.signals import StopRequest
 from megaprune.weights.source import HFSource
@@ -24,7 +25,7 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     parallel.initialize(sizes)
     if parallel.rank() == 0:
         (folder / "hf").mkdir(parents=True)
-    stages = balanced_stages(source.layer_costs(), sizes.pipeline, source.output_cost())
+    stages = balanced_stages(layer_costs(source.config), sizes.pipeline, output_cost(source.config))
     built = build_model(arch, stages, EngineOptions(sizes))
     import_weights(built, source)
     for logits in passes.forward(built, [batch(tiny.random_tokens())], whole_vocabulary):

@@ -19,13 +19,15 @@ def launch(num_processes: int, cases: list[dict[str, Any]], folder: Path, timeou
     """
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(_WORKER), str(folder / "cases.json")],
-        env=tiny.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_seconds,
-    )
+    log = folder / "log.txt"
+    # To a file: a process that a failed rank leaves behind would keep a pipe open, and the test waiting.
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, *torchrun, str(_WORKER), str(folder / "cases.json")],
+            env=tiny.environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_seconds,
+        )
     if done.returncode:
-        pytest.fail(f"{num_processes} processes failed:\n{done.stdout[-6000:]}", pytrace=False)
+        pytest.fail(f"{num_processes} processes failed:\n{log.read_text()[-6000:]}", pytrace=False)

@@ -1,5 +1,6 @@
 """What torchrun starts: every case in turn, with process groups of its own."""
 
+import importlib
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ warnings.filterwarnings("ignore")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cases  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megaprune import device  # noqa: E402
@@ -25,7 +25,8 @@ def main(work: list[dict[str, Any]]) -> None:
     for case in work:
         kind = case.pop("kind")
         try:
-            getattr(cases, kind)(**case)
+            module, _, function = kind.rpartition(".")
+            getattr(importlib.import_module(module or "cases"), function)(**case)
         except BaseException:
             print(f"rank {dist.get_rank()}: {kind} {case} failed:\n{traceback.format_exc()}", flush=True)
             os._exit(1)

@@ -7,6 +7,7 @@ import torch
 from checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder, write_index
 
 from megaprune.errors import MegapruneError
+from megaprune.models.sizes import layer_costs, model_size, output_cost
 from megaprune.weights.source import HFSource, renamed
 
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -60,10 +61,10 @@ def test_parameters_of_kept_layers(tmp_path):
     source = HFSource(tmp_path)
     per_layer = sum(t.numel() for name, t in tensors.items() if name.startswith("model.layers.0."))
     total = sum(t.numel() for t in tensors.values())
-    assert source.num_parameters() == total
-    assert source.num_parameters([1, 3]) == total - 2 * per_layer
-    assert source.layer_costs() == [per_layer] * 4
-    assert source.output_cost() == 300 * 16
+    assert model_size(source.config).total == total
+    assert model_size(source.config, [1, 3]).total == total - 2 * per_layer
+    assert layer_costs(source.config) == [per_layer] * 4
+    assert output_cost(source.config) == 300 * 16
 
 
 def test_tied_embeddings_count_once_and_may_be_stored_twice(tmp_path):
@@ -72,7 +73,7 @@ def test_tied_embeddings_count_once_and_may_be_stored_twice(tmp_path):
     write_folder(tmp_path, QWEN2, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     source = HFSource(tmp_path)
     source.check_tensors()
-    assert source.num_parameters() == sum(t.numel() for t in tensors.values())
+    assert model_size(source.config).total == sum(t.numel() for t in tensors.values())
 
 
 def test_the_one_file_goes_before_an_index(tmp_path):

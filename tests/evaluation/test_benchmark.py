@@ -1,0 +1,89 @@
+import json
+import math
+
+import pytest
+import torch
+
+from megaprune.errors import UsageError
+from megaprune.evaluation.benchmark import run, train_step_table
+from megaprune.evaluation.measuring import SavedActivations, interleaved, median_ratio
+
+TINY = [
+    *("--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "2", "--vocab-size", "64"),
+    *("--seq-length", "16", "--micro-batch-size", "2", "--repeats", "2", "--warmup", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    output = tmp_path_factory.mktemp("benchmark") / "result.json"
+    run(["train-step", *TINY, "--output", str(output)])
+    return json.loads(output.read_text())
+
+
+def test_train_step_measures_every_case(result):
+    assert [case["kept_layers"] for case in result["cases"]] == [4, 4, 3, 2, 2]
+    assert [case["ideal_ratio"] for case in result["cases"]] == pytest.approx([1, 1, 2.5 / 3, 2 / 3, 1])
+    for case in result["cases"]:
+        assert 0 < case["forward_backward_seconds"] < case["step_seconds"] < math.inf
+        assert case["step_ratio"] > 0 and case["forward_backward_ratio"] > 0
+        assert case["tokens_per_second"] == pytest.approx(2 * 16 / case["step_seconds"])
+    plain = result["cases"][0]
+    assert plain["step_ratio"] == plain["forward_backward_ratio"] == plain["activation_ratio"] == 1
+
+
+def test_masked_layers_keep_no_activations(result):
+    plain, nothing, quarter, half, naive = (case["activation_bytes"] for case in result["cases"])
+    assert nothing == naive and plain <= nothing < 1.01 * plain
+    assert nothing - quarter == pytest.approx(quarter - half, rel=0.01)
+    # Half of the layers, what stands outside the layers, and one output of each masked layer.
+    assert 0.5 * plain < half < 0.6 * plain
+
+
+def test_table_names_every_case(result):
+    table = train_step_table(result).splitlines()
+    assert len(table) == 2 + len(result["cases"]) and len({len(line) for line in table[1:]}) == 1
+    assert all(line.startswith(case["case"]) for line, case in zip(table[2:], result["cases"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "one of train-step"),
+        (["train"], "not 'train'"),
+        (["train-step", "--num-layers", "3"], "--num-layers 3 is less than 4"),
+        (["train-step", "--repeats", "0"], "--repeats 0"),
+        (["train-step", "--hidden-size", "36", "--num-attention-heads", "4"], "--hidden-size 36"),
+        (["train-step", "--num-query-groups", "3"], "--num-query-groups 3"),
+        (["train-step", "--output", "."], "--output"),
+        (["train-step", "--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2"),
+        (["train-step", "--hidden-sizes", "3"], "--hidden-sizes"),
+    ],
+)
+def test_wrong_flags_are_refused(argv, message):
+    with pytest.raises(UsageError, match=message):
+        run(argv)
+
+
+def test_interleaved_rounds_rotate_and_leave_the_warm_up_out():
+    calls = []
+    samples = interleaved({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 2, warmup=1)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert samples == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}
+
+
+def test_median_ratio_compares_within_a_round():
+    assert median_ratio([1.0, 20.0, 3.0], [2.0, 40.0, 3.0]) == 0.5
+
+
+def test_saved_activations_count_a_storage_once_and_no_parameter():
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8)
+    saved = SavedActivations([weight])
+    with saved:
+        hidden = x @ weight  # saves x
+        doubled = hidden * hidden.view(-1).view(4, 8)  # saves hidden twice
+        loss = (doubled @ weight).sum()  # saves doubled
+        assert saved.held == saved.peak == 3 * x.nbytes
+        loss.backward()
+    assert saved.held == 0 and saved.peak == 3 * x.nbytes
