@@ -17,6 +17,7 @@ VERBS = {
     "prune": "prune and heal a model",
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "benchmark": "speed ratios, measured side by side",
+    "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
 
 # How long other ranks wait for the launcher to end them, once rank 0 has printed the error that all of them met.

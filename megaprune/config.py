@@ -4,7 +4,7 @@ import difflib
 import math
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,16 +240,25 @@ def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
     Raises:
         UsageError: a flag or a recipe is wrong; names it.
     """
-    parser = Parser(GROUPS, prog=prog, description="Prunes and heals a model: HF folder in, pruned HF folder out.")
+    config = Config(*parse_groups(argv, GROUPS, prog, "Prunes and heals a model: HF folder in, pruned HF folder out."))
+    _check(config)
+    return config
+
+
+def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str, description: str) -> list[Any]:
+    """The dataclasses that a command line and its recipe fill.
+
+    Raises:
+        UsageError: a flag or a recipe is wrong; names it.
+    """
+    parser = Parser(groups, prog=prog, description=description)
     parser.add_argument("--config", help="YAML recipe: flags by name; a flag on the command line wins")
     argv = list(argv)
     recipe_path = _recipe_path(argv)
     if recipe_path is not None:
         argv = [*_recipe_arguments(Path(recipe_path), parser, argv), *argv]
-    *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    config = Config(**dict(zip((f.name for f in fields(Config)), groups, strict=True)))
-    _check(config)
-    return config
+    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return parsed
 
 
 def _recipe_path(argv: Sequence[str]) -> str | None:
@@ -329,6 +338,22 @@ def _check(config: Config) -> None:
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
 
 
+def check_for_plan(config: Config) -> None:
+    """Like a run's checks, where data, a run folder, what to prune and for how long may be left open.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if not config.model.hf_model:
+        raise UsageError("--hf-model is required")
+    if config.prune.method == "manual" or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
+        _check_what_to_prune(config.prune)
+    _check_ranges(config)
+    if config.recovery.train_iters is not None:
+        _check_iterations(config)
+    _check_lora(config)
+
+
 def _check_what_to_prune(prune: PruneConfig) -> None:
     given = ["--" + name.replace("_", "-") for name in WHAT_TO_PRUNE if getattr(prune, name) is not None]
     if len(given) != 1:
@@ -380,6 +405,8 @@ def _check_lora(config: Config) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --lora-rank")
         if config.distillation.teacher == "self":
             raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
+    if config.lora.export_adapter and config.recovery.train_iters == 0:
+        raise UsageError("--export-adapter needs --train-iters above 0: untrained, there is no adapter")
     if config.lora.lora_alpha is not None and config.lora.lora_alpha <= 0:
         raise UsageError(f"--lora-alpha {config.lora.lora_alpha} is not above 0")
 

@@ -3,12 +3,14 @@
 import shutil
 import time
 from contextlib import closing, nullcontext
+from pathlib import Path
 
 import torch
 
 from megaprune.config import SEARCHES, Config
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore import checkpoint, parallel
+from megaprune.mcore.adapter_io import export_adapter
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import export_weights
@@ -260,32 +262,45 @@ class PruningRun:
         """Report, plots and the HF folder, which gets its name last."""
         setup, kept = self.setup, self.progress.kept_layers
         final, first = setup.run_dir.hf, parallel.rank() == 0
-        aside, size = aside_folder(final), parse_size(self.config.run.max_shard_size)
-        keep_mtp = self.config.model.mtp == "keep"
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        parallel.barrier()
+        aside = _emptied(aside_folder(final))
         with self.progress.timed("export"):
-            if student is not None and self.config.recovery.train_iters > 0:
-                export_weights(
-                    student.model, setup.source, kept, aside, size, self.models.student_stays_whole, keep_mtp
-                )
-            elif first:  # no weight has changed: the stored bits are the export
-                write_pruned_weights(setup.source, kept, aside, size, keep_mtp)
+            self._export_weights(student, aside)
         if first:
-            write_pruned_config(setup.source, kept, aside, keep_mtp)
+            write_pruned_config(setup.source, kept, aside, self.config.model.mtp == "keep")
             report = self._report()
             write_report(setup.run_dir.report, report)
             records = read_metrics(setup.run_dir.path)
             for path in write_plots(records, setup.run_dir.plots, kept, report["valid"]):
                 self.metrics.figure(path.stem, path)
-            card = model_card(report, source_name=self.config.model.hf_model, command=self.command)
+            card = model_card(
+                report,
+                source_name=self.config.model.hf_model,
+                command=self.command,
+                adapter=self.config.lora.export_adapter,
+            )
             (aside / CARD_NAME).write_text(card)
             aside.rename(final)
             self.metrics.close()
             print(result_table(report, setup.run_dir.path), flush=True)
         parallel.barrier()
+
+    def _export_weights(self, student: Trainer | None, folder: Path) -> None:
+        """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
+        setup, kept, whole = self.setup, self.progress.kept_layers, self.models.student_stays_whole
+        size, keep_mtp = parse_size(self.config.run.max_shard_size), self.config.model.mtp == "keep"
+        trained = student is not None and self.config.recovery.train_iters > 0
+        if self.config.lora.export_adapter:
+            adapter = setup.run_dir.adapter
+            aside = _emptied(aside_folder(adapter))
+            export_adapter(student.model, setup.source, kept, aside, setup.lora, str(setup.run_dir.hf), whole)
+            if parallel.rank() == 0:
+                shutil.rmtree(adapter, ignore_errors=True)
+                aside.rename(adapter)
+        elif trained:
+            export_weights(student.model, setup.source, kept, folder, size, whole, keep_mtp)
+        if parallel.rank() == 0 and (self.config.lora.export_adapter or not trained):
+            # no weight has changed: the stored bits are the export
+            write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
 
     def _report(self) -> Report:
         setup, kept = self.setup, self.progress.kept_layers
@@ -302,3 +317,12 @@ class PruningRun:
             valid=self.progress.valid,
             seq_length=self.config.data.seq_length,
         )
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, made anew by rank 0. Collective."""
+    if parallel.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    parallel.barrier()
+    return folder

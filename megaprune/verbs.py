@@ -31,3 +31,10 @@ def benchmark(argv: Sequence[str], command: str) -> None:
     from megaprune.evaluation.benchmark import run
 
     run(argv)
+
+
+def plan(argv: Sequence[str], command: str) -> None:
+    """``tools/plan.py``"""
+    from megaprune.planning.cli import run
+
+    run(argv)

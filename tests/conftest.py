@@ -5,13 +5,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import tiny
 import torch
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Gives the folder of a tiny model; the same one for the same arguments."""
+    import tiny  # here and below: it loads transformers, which many tests do without
+
     made = {}
 
     def get(family, dtype=torch.float32, max_shard_size="5GB"):
@@ -26,6 +27,8 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A folder with train.jsonl and valid.jsonl."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("data")
     tiny.make_data(folder / "train.jsonl", rows=150, seed=1)
     tiny.make_data(folder / "valid.jsonl", rows=15, seed=2)
@@ -35,6 +38,19 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole_run(tiny_model, tiny_data, tmp_path_factory):
     """A run on one process that was never stopped."""
+    import tiny
+
     save = tmp_path_factory.mktemp("whole") / "run"
     tiny.run_here(tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, save))
     return save
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Megatron's groups around this process alone."""
+    from megaprune.mcore import parallel
+    from megaprune.mcore.parallel import ParallelSizes
+
+    parallel.initialize(ParallelSizes())
+    yield
+    parallel.finish()

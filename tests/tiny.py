@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from megaprune.training.data import Batch
+
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
 VOCAB_SIZE = 331
 SEQ_LENGTH = 32
@@ -174,9 +176,17 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return load_hf(folder)(tokens).logits
 
 
-def random_tokens(batch: int = 2, seq_length: int = 96) -> torch.Tensor:
+def random_tokens(batch: int = 2, seq_length: int = 97) -> torch.Tensor:
     """Tokens [b, s] beyond the original context of llama3's RoPE scaling."""
     return torch.randint(VOCAB_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(5))
+
+
+def make_batch(tokens: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Batch:
+    """Tokens [b, s + 1] as a micro-batch that predicts each from those before it."""
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    loss_mask = torch.ones(labels.shape) if loss_mask is None else loss_mask
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
+    return Batch(inputs, labels, loss_mask, positions, list(range(len(tokens))))
 
 
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:

@@ -56,7 +56,7 @@ def torch_device() -> torch.device:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within the block tensors have shapes and no memory: new ones, and the core's too, stand on torch's meta device."""
+    """Within the block tensors have shapes and no memory: all new ones, the core's too, are on torch's meta device."""
     global _device
     device, current_device = _device, torch.cuda.current_device
     meta = _device = torch.device("meta")

@@ -101,17 +101,19 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {"train-step": tra
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs the benchmark that the first word names.
+    """Runs the benchmark that the first word names. Collective.
 
     Raises:
-        UsageError: there is no such benchmark.
+        UsageError: there is no such benchmark, or its flags are wrong.
     """
     known = ", ".join(BENCHMARKS)
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: benchmark.py <benchmark> [flags]\n\nbenchmarks: {known}\n\nbenchmark.py <benchmark> --help")
         sys.exit(0)
-    if not argv or argv[0] not in BENCHMARKS:
-        raise UsageError(f"say what to measure: one of {known}" + (f", not {argv[0]!r}" if argv else ""))
+    if not argv:
+        raise UsageError(f"name a benchmark: {known}")
+    if argv[0] not in BENCHMARKS:
+        raise UsageError(f"unknown benchmark {argv[0]!r}; known: {known}")
     BENCHMARKS[argv[0]](argv[1:])
 
 

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def _record(
         "activation_bytes": memory[case.name].activations,
         "activation_ratio": memory[case.name].activations / memory[PLAIN].activations,
         "peak_bytes": memory[case.name].peak,
+        "rounds": [asdict(sample) for sample in samples[case.name]],
     }
 
 

@@ -63,8 +63,16 @@ def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: i
         ("--tensor-model-parallel-size", sizes.tensor, "key-value heads", arch.query_groups),
         ("--tensor-model-parallel-size", sizes.tensor, "MLP columns", fields["ffn_hidden_size"]),
     ]
-    if arch.num_experts:
+    if arch.mla:
+        latent = fields["kv_lora_rank"] + fields["qk_pos_emb_head_dim"]
         divided += [
+            ("--tensor-model-parallel-size", sizes.tensor, "query latents", fields["q_lora_rank"] or 0),
+            ("--tensor-model-parallel-size", sizes.tensor, "key-value latents with RoPE", latent),
+        ]
+    if arch.num_experts:
+        shared = fields.get("moe_shared_expert_intermediate_size", 0)
+        divided += [
+            ("--tensor-model-parallel-size", sizes.tensor, "shared experts' columns", shared),
             ("--expert-model-parallel-size", sizes.expert, "experts", arch.num_experts),
             ("--expert-tensor-parallel-size", sizes.expert_tensor, "expert columns", fields["moe_ffn_hidden_size"]),
         ]

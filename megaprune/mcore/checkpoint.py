@@ -2,20 +2,28 @@
 renaming layers, with dist_checkpointing as the resharding engine."""
 
 import os
+import queue
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megaprune.errors import MegapruneError
+from megaprune.mcore.distributed_adam import make_loadable
 from megaprune.mcore.lora import is_adapter
 from megaprune.mcore.trainer import Trainer
+
+# 0.16.1 has its writers report to a manager process, for saves that run on beside the training. It takes seconds and
+# 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.
+filesystem_async._results_queue = queue.Queue()
+make_loadable()
 
 _LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _FOLDER = re.compile(r"^iter_(\d{7})$")

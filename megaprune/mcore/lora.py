@@ -66,17 +66,21 @@ class _LoRALinear:
 
     def _parameter(self, rows: int, columns: int, cut: bool) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(self.weight.new_zeros(rows, columns))
-        parameter.allreduce = getattr(self.weight, "allreduce", True)
-        # What is held in whole counts once in the gradient's norm: on the first rank of its group.
-        counts_here = cut or (self.is_expert and self.tp_group.rank() == 0)
+        parameter.allreduce = self.weight.allreduce
+        # What is held in whole counts once in the gradient's norm, on the first rank of its group; the core would take
+        # the dense layers' group for the experts' too.
+        counts_here = cut or self.tp_group.rank() == 0
         set_tensor_model_parallel_attributes(parameter, counts_here, int(self.cut_a), 1)
+        parameter.shared = not counts_here
         # Under sequence parallelism, a dense layer's whole matrix sees this rank's part of the tokens.
         parameter.sequence_parallel = not cut and not self.is_expert and self.config.sequence_parallel
         return parameter
 
-    def delta(self) -> Tensor:
-        """What the adapter adds to this rank's shard of the weight."""
-        return self.lora.scale * (self.lora_b @ self.lora_a)
+    def merge(self) -> None:
+        """Adds the adapter to this rank's shard of the weight, rounding once, and leaves it without effect."""
+        delta = self.lora.scale * (self.lora_b.float() @ self.lora_a.float())
+        self.weight.copy_(self.weight.float() + delta)
+        self.lora_b.zero_()
 
     def _sharded_adapter(self, prefix: str, offsets: tuple, metadata: dict, axes: dict[str, int]) -> dict:
         state = {name: getattr(self, name) for name in ("lora_a", "lora_b")}
@@ -99,13 +103,15 @@ class LoRAColumnParallelLinear(_LoRALinear, ColumnParallelLinear):
         output, bias = super().forward(input_, *args, **kwargs)
         if not self.enabled:
             return output, bias
-        latent = F.linear(input_, self.lora_a)
-        if self.is_expert:
-            latent = copy_to_tensor_model_parallel_region(latent, group=self.tp_group)
-        elif self.config.sequence_parallel:
-            latent = gather_from_sequence_parallel_region(latent, group=self.tp_group)
+        if self.explicit_expert_comm:
+            # The dispatcher has gathered the tokens, and adds up the ranks' gradients of them: each rank's is a part,
+            # and so is its gradient of A.
+            lora_a = copy_to_tensor_model_parallel_region(self.lora_a, group=self.tp_group)
+            latent = F.linear(input_, lora_a)
+        elif self.sequence_parallel:
+            latent = gather_from_sequence_parallel_region(F.linear(input_, self.lora_a), group=self.tp_group)
         else:
-            latent = copy_to_tensor_model_parallel_region(latent, group=self.tp_group)
+            latent = copy_to_tensor_model_parallel_region(F.linear(input_, self.lora_a), group=self.tp_group)
         return output + self.lora.scale * F.linear(latent, self.lora_b), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -134,7 +140,7 @@ class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
             # The dispatcher adds up the ranks' outputs, which are linear in their parts of the latent; each rank's
             # gradient of B is then a part, too.
             lora_b = copy_to_tensor_model_parallel_region(lora_b, group=self.tp_group)
-        elif self.config.sequence_parallel and not self.is_expert:
+        elif self.sequence_parallel:
             latent = reduce_scatter_to_sequence_parallel_region(latent, group=self.tp_group)
         else:
             latent = reduce_from_tensor_model_parallel_region(latent, group=self.tp_group)
@@ -149,22 +155,22 @@ class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
 _FORMS = {ColumnParallelLinear: LoRAColumnParallelLinear, RowParallelLinear: LoRARowParallelLinear}
 
 
-def add_adapters(model: GPTModel, options: LoRAOptions) -> set[str]:
+def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
     """Freezes the model and gives its decoder's targeted linear layers their adapters (undefined: see
-    `initialise_adapters`).
-
-    Returns:
-        The targets that matched on this rank.
-    """
+    `initialise_adapter`)."""
     model.requires_grad_(False)
-    matched: set[str] = set()
+    if model.pre_process and model.config.recompute_granularity == "full":
+        # A layer whose activations are recomputed gives its adapters no gradient unless its input asks for one.
+        model.embedding.register_forward_hook(_ask_for_gradient)
     for name, module in list(model.decoder.named_modules()):
-        target = name.rpartition(".")[2]
-        if target in options.targets and type(module) in _FORMS:
+        if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
             module.__class__ = _FORMS[type(module)]
             module._attach(options)
-            matched.add(target)
-    return matched
+
+
+def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: Tensor) -> None:
+    if torch.is_grad_enabled():
+        hidden_states.requires_grad_()
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, _LoRALinear]:
@@ -199,8 +205,7 @@ def initialise_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
 def merge_adapters(model: torch.nn.Module) -> None:
     """Adds every adapter to its weight, and leaves it without effect."""
     for layer in adapted_layers(model).values():
-        layer.weight.add_(layer.delta().to(layer.weight.dtype))
-        layer.lora_b.zero_()
+        layer.merge()
 
 
 @contextmanager

@@ -69,7 +69,8 @@ class Trainer:
             max_lr=options.lr,
             min_lr=options.min_lr,
             lr_warmup_steps=options.lr_warmup_iters,
-            lr_decay_steps=options.train_iters,
+            # positive, and beyond the warm-up, also where nothing is trained but a model is only measured
+            lr_decay_steps=max(options.train_iters, options.lr_warmup_iters + 1),
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,

@@ -13,14 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megaprune.errors import MegapruneError
 from megaprune.mcore.builder import uses_transformer_engine
-from megaprune.mcore.lora import (
-    TARGETS,
-    LoRAOptions,
-    adapted_layers,
-    add_adapters,
-    initialise_adapter,
-    is_adapter,
-)
+from megaprune.mcore.lora import is_adapter
 from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
 from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
@@ -56,24 +49,6 @@ def global_name(name: str, model: GPTModel) -> str:
     return _LOCAL_EXPERT.sub(globalised, name)
 
 
-def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int) -> None:
-    """Freezes an imported model and gives it fresh adapters, the same at every layout. Collective.
-
-    Raises:
-        MegapruneError: a target matched nothing in the whole model; names it.
-    """
-    matched: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(matched, add_adapters(model, options))
-    missing = set(options.targets) - set().union(*matched)
-    if options.targets != TARGETS and missing:
-        raise MegapruneError(
-            f"--lora-target-modules {' '.join(sorted(missing))} matched no linear layer of this model; known targets: "
-            f"{' '.join(sorted(set().union(*matched))) or ' '.join(TARGETS)}"
-        )
-    for name, layer in adapted_layers(model).items():
-        initialise_adapter(layer, global_name(name, model), seed)
-
-
 def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
     """The rule of each Megatron parameter of the source model, by its name under the layer spec in use."""
     rules: dict[str, WeightRule] = {}
@@ -104,7 +79,7 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
     error = None
     try:
         for name, parameter in global_weights(model):
-            rule = rules[_source_name(name, kept_layers)]
+            rule = rules[source_name(name, kept_layers)]
             shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
@@ -148,11 +123,11 @@ def export_weights(
     writer = ShardWriter(folder, max_shard_bytes, dist.get_rank())
     try:
         for name, parameter in global_weights(model):
-            rule = rules[_source_name(name, model_layers)]
+            rule = rules[source_name(name, model_layers)]
             if source.renamed(rule.hf[0], kept_layers) is None:
                 continue
-            parts = _gather_shards(parameter.detach(), rule)
-            if not (rule.export and _is_first_holder(rule)):
+            parts = gather_shards(parameter.detach(), rule)
+            if not (rule.export and is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
                 tensor = tensor.to(source.dtype(hf_name))
@@ -182,24 +157,26 @@ def round_to_source_dtype(model: GPTModel, source: HFSource, model_layers: Seque
     """
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     for name, parameter in global_weights(model):
-        dtype = source.dtype(rules[_source_name(name, model_layers)].hf[0])
+        dtype = source.dtype(rules[source_name(name, model_layers)].hf[0])
         parameter.copy_(parameter.to(dtype))
 
 
 def gather_over_tensor_parallel(shard: torch.Tensor) -> list[torch.Tensor]:
     """The shards of all tensor-parallel ranks, in order."""
-    return _gather(shard, parallel_state.get_tensor_model_parallel_group())
+    return gather_over(shard, parallel_state.get_tensor_model_parallel_group())
 
 
-def _gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
+def gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
+    """The shards of all ranks that share the rule's parameter, in order."""
     if rule.shard is Shard.COPY:
         return [shard]
     if rule.expert:
-        return _gather(shard, parallel_state.get_expert_tensor_parallel_group())
+        return gather_over(shard, parallel_state.get_expert_tensor_parallel_group())
     return gather_over_tensor_parallel(shard)
 
 
-def _gather(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+def gather_over(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The tensors, of one shape, of a group's ranks, in order."""
     if group.size() == 1:
         return [shard]
     parts = [torch.empty_like(shard) for _ in range(group.size())]
@@ -207,14 +184,14 @@ def _gather(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]
     return parts
 
 
-def _is_first_holder(rule: WeightRule) -> bool:
+def is_first_holder(rule: WeightRule) -> bool:
     """Whether this rank is the first of those that hold the rule's parameter, or a part of it."""
     if rule.expert:
         return expert_tensor_parallel().rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     return tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def _source_name(name: str, kept_layers: Sequence[int] | None) -> str:
+def source_name(name: str, kept_layers: Sequence[int] | None) -> str:
     """The name that a pruned model's parameter has in the source model."""
     match = _LAYER.match(name)
     if not match or kept_layers is None:

@@ -97,4 +97,4 @@ FAMILY = Family(
     mtp_keys=("num_nextn_predict_layers",),
 )
 
-KIMI_K2 = replace(FAMILY, model_type="kimi_k2")
+KIMI_K2 = replace(FAMILY, model_type="kimi_k2", stacks_experts=False)

@@ -98,4 +98,5 @@ FAMILY = Family(
     prune_config=_prune_config,
     ignored=(r"rotary_emb\.inv_freq$",),
     mtp_keys=("num_mtp_layers", "num_nextn_predict_layers"),
+    stacks_experts=False,
 )

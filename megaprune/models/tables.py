@@ -129,6 +129,8 @@ class Family:
         prune_config: edits a copy of the HF config for the kept layers (source indices, ascending).
         ignored: regular expressions of stored tensors that no model reads.
         mtp_keys: names under which config.json counts multi-token-prediction layers, where the family has any.
+        stacks_experts: transformers' class, where it has one, holds the experts of a layer as stacked parameters; the
+            code that comes with other families, as a module each.
     """
 
     model_type: str
@@ -138,6 +140,7 @@ class Family:
     prune_config: Callable[[HFConfig, Sequence[int]], HFConfig]
     ignored: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ()
+    stacks_experts: bool = True
 
     def rules(self, config: HFConfig) -> list[WeightRule]:
         """Every rule of a model with this config, layer by layer."""

@@ -71,17 +71,15 @@ class Activations:
             largest_trained: parameters of the largest trained tensor, whose gradient stands alone before it is added
                 to its buffer.
         """
-        layer = max(self._layer_gradients(moe) for moe in moe_layers) + largest_trained * self._bytes
+        layer = max(*map(self._gradients, moe_layers), largest_trained * self._bytes)
         if self._passes.recompute == "full":
-            layer += max(self._whole_layer(moe) for moe in moe_layers)
-        if not last_stage:
-            return layer
-        # The loss needs one more copy of the logits; they are gone when the layers' turn comes.
-        return max(self._logits(), layer - self._logits())
+            layer += max(map(self._whole_layer, moe_layers)) - self.layer(False)
+        # The loss needs one more copy of the logits. What the output kept is gone when the layers' turn comes.
+        return max(self._logits(), layer - self.output()) if last_stage else layer
 
     def teacher_pass(self, last_stage: bool) -> float:
         """What a forward pass of the teacher needs while nothing of the student's is held."""
-        layer = 4 * self._shard * self._hidden * self._bytes + self._widest() * self._bytes
+        layer = 4 * self._shard * self._hidden * self._bytes + self._gradients(False)
         ranked = min(_RANKED_BYTES, self._logits() / _FP32 * _BYTES_TO_RANK_A_LOGIT)
         return max(layer, self._logits() + max(self._logits(), ranked)) if last_stage else layer
 
@@ -132,6 +130,12 @@ class Activations:
     def _attended(self) -> float:
         width = self._fields["v_head_dim"] if self._arch.mla else self._arch.head_dim
         return self._tokens * self._fields["num_attention_heads"] * width / self._passes.tensor
+
+    def _queries(self) -> float:
+        """Elements of the queries."""
+        fields = self._fields
+        width = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] if self._arch.mla else self._arch.head_dim
+        return self._tokens * fields["num_attention_heads"] * width / self._passes.tensor
 
     def _rope(self, width: int) -> float:
         """Sines and cosines, for queries and for keys."""
@@ -187,11 +191,10 @@ class Activations:
         return kept
 
     def _experts(self) -> float:
-        fields, tokens, experts = self._fields, self._shard, self._arch.num_experts
-        chosen = fields["moe_router_topk"]
+        fields, tokens = self._fields, self._shard
         kept = tokens * self._hidden * self._bytes  # the norm's output, which the router reads
         kept += tokens * self._router()
-        routed = tokens * chosen * self._passes.expert_tensor
+        routed = self._routed()
         inner = routed * fields["moe_ffn_hidden_size"] / self._passes.expert_tensor
         kept += self._read_by("linear_fc1", tokens=routed, columns=self._hidden) + routed * _FP32  # with probabilities
         kept += 5 * inner * self._bytes + self._read_by("linear_fc2", tokens=1, columns=inner)
@@ -215,11 +218,17 @@ class Activations:
             kept += experts + (groups * chosen_in_group + fields["moe_router_group_topk"]) * _INDEX
         return kept
 
+    def _routed(self) -> float:
+        """Tokens that this rank's experts get."""
+        return self._shard * self._fields["moe_router_topk"] * self._passes.expert_tensor
+
     # Passing gradients
 
-    def _widest(self) -> float:
-        """Elements of the widest activation in a layer."""
-        return self._tokens * self._fields["ffn_hidden_size"] / self._passes.tensor
-
-    def _layer_gradients(self, moe: bool) -> float:
-        return 3 * self._widest() * self._bytes
+    def _gradients(self, moe: bool) -> float:
+        """The most that the gradients of a layer's activations take at once: as measured, multiples of the widest."""
+        widest = 4 * self._queries()
+        mlp = self._fields.get("moe_shared_expert_intermediate_size", 0) if moe else self._fields["ffn_hidden_size"]
+        widest = max(widest, 3 * self._tokens * mlp / self._passes.tensor)
+        if moe:
+            widest = max(widest, 4 * self._routed() * self._hidden)
+        return widest * self._bytes

@@ -13,7 +13,9 @@ from megaprune.report.run_report import Report, ideal_speedup, layer_ranges, mea
 CARD_NAME = "README.md"
 
 
-def model_card(report: Report, *, source_name: str, command: str, license: str | None = None) -> str:
+def model_card(
+    report: Report, *, source_name: str, command: str, license: str | None = None, adapter: bool = False
+) -> str:
     """The model card of the pruned model, as Hugging Face's README.md with YAML front matter.
 
     Args:
@@ -21,6 +23,7 @@ def model_card(report: Report, *, source_name: str, command: str, license: str |
         source_name: the source model's hub id, or the path of its folder, of which only the name is shown.
         command: the command line that made the model.
         license: the source's licence identifier, where known; a pruned model inherits it.
+        adapter: what was trained is a LoRA adapter that stands apart from the model.
     """
     base_model = _public_name(source_name)
     front_matter = yaml.safe_dump(
@@ -34,7 +37,7 @@ def model_card(report: Report, *, source_name: str, command: str, license: str |
 
 This model is `{base_model}` without {len(report["pruned_layers"])} of its transformer layers.
 They were chosen with the method `{report["method"]}` of megaprune, which then removed them and
-{_training_clause(report)}. It is an ordinary checkpoint of its architecture and needs no special code:
+{_training_clause(report, adapter)}. It is an ordinary checkpoint of its architecture and needs no special code:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +56,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 - kept layers (source indices, from 0): {layer_ranges(report["kept_layers"])}
 - removed layers: {layer_ranges(report["pruned_layers"])}
 - ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
-{_quality(report)}
+{_quality(report, adapter)}
 ## How it was made
 
 - training tokens: {report["tokens_seen"]:,}, in windows of {report["seq_length"]:,}
@@ -109,19 +112,22 @@ def _metadata(report: Report, base_model: str, license: str | None) -> dict[str,
     }
 
 
-def _training_clause(report: Report) -> str:
+def _training_clause(report: Report, adapter: bool) -> str:
+    if adapter:
+        return f"trained a LoRA adapter on {report['tokens_seen']:,} tokens, which is not part of these weights"
     if report["tokens_seen"]:
         return f"trained the model on {report['tokens_seen']:,} tokens"
     return "left every remaining weight as it was"
 
 
-def _quality(report: Report) -> str:
+def _quality(report: Report, adapter: bool) -> str:
     losses = measured_losses(report["valid"])
     if not losses:
         return ""
-    names = {"teacher": "source", "pruned": "pruned, before recovery", "recovered": "this model"}
+    recovered = "this model with its adapter" if adapter else "this model"
+    names = {"teacher": "source", "pruned": "pruned, before recovery", "recovered": recovered}
     if "recovered" not in losses:
-        names["pruned"] = names["recovered"]
+        names["pruned"] = "this model"
     rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]
     return "\n".join(
         [

@@ -19,8 +19,8 @@ def gumbel_topk_mask(scores: Tensor, k: int, temperature: float, noise: Tensor) 
     p = softmax(a / temperature), a <- a + log(1 - p); soft is the sum of the p. The logarithm is added
     before the temperature divides: after it, one item could be picked twice.
 
-    Returns (mask, soft), both [n]: soft sums to k; mask is soft's top k in the forward pass (of equals,
-    the lower index) and soft in the backward pass (straight-through). With k = 0 or k = n there is no
+    Returns (mask, soft), both [n]: soft sums to k; mask is the top k of scores + noise in the forward pass (of
+    equals, the lower index) and soft in the backward pass (straight-through). With k = 0 or k = n there is no
     choice, and both are constants without a graph.
     """
     if not 0 <= k <= len(scores):
@@ -33,12 +33,14 @@ def gumbel_topk_mask(scores: Tensor, k: int, temperature: float, noise: Tensor) 
         return constant, constant.clone()
 
     perturbed = scores.to(dtype) + noise.to(dtype)
+    # The exact Gumbel-TopK sample. The top k of `soft` is another set where scores are close beside the temperature:
+    # the better of two near-equal items is taken in part, lowered for it, and then passed over for the other.
+    chosen = torch.sort(perturbed.detach(), descending=True, stable=True).indices[:k]
     soft = torch.zeros_like(perturbed)
     for _ in range(k):
         soft = soft + torch.softmax(perturbed / temperature, dim=0)
         perturbed = perturbed + _log_complement(perturbed / temperature)
 
-    chosen = torch.sort(soft.detach(), descending=True, stable=True).indices[:k]
     hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
     # In this order the added term is exactly 0, and the mask exactly 0 or 1.
     return hard + (soft - soft.detach()), soft
@@ -145,6 +147,8 @@ class GumbelTopK:
         # graph as the mask's, and nothing has to be held, or saved, between the two calls.
         with torch.enable_grad():
             mask = self._draw(step)
+        # Like the noise, the steps shrink, so that near-equal layers don't change places at the very end.
+        self._optimizer.param_groups[0]["lr"] = self._lr * (1 - step / self._num_steps)
         self._optimizer.zero_grad()
         mask.backward(mask_grad.detach().to("cpu", torch.float32))
         self._optimizer.step()
@@ -179,7 +183,10 @@ class GumbelTopK:
         """This step's mask, [num_layers], with its graph to the scores where it has one."""
         if not 0 <= step < self._num_steps:
             raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
-        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free]
+        # The noise dies down over the search (ours): its last masks are close to the one that will be kept, so that
+        # the weights that train beside them are healing for that one already.
+        loudness = (1 - step / self._num_steps) ** 2
+        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free] * loudness
         scores = self._scores[self._free]
         free_mask, _ = gumbel_topk_mask(scores, self._num_free_kept_at(step), self.temperature(step), noise)
         return torch.ones(self.num_layers).index_copy(0, self._free, free_mask)

@@ -8,11 +8,12 @@ import torch
 from megaprune.distillation.losses import VocabShard
 from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, Teacher
 from megaprune.mcore import checkpoint
+from megaprune.mcore.adapter_io import attach_adapters
 from megaprune.mcore.builder import build_model, in_half_precision, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.lora import merge_adapters
 from megaprune.mcore.trainer import Trainer
-from megaprune.mcore.weights_io import attach_adapters, import_weights, round_to_source_dtype
+from megaprune.mcore.weights_io import import_weights, round_to_source_dtype
 from megaprune.training.setup import Setup
 
 
@@ -61,7 +62,7 @@ class Models:
         model = build_model(setup.arch.pruned(kept), setup.stages_of_layers(kept), setup.engine)
         if saved is None or setup.lora is not None:
             import_weights(model, setup.source, kept)
-        student = self._in_training(model)
+        student = self._in_training(model, kept)
         if saved is not None:
             checkpoint.load(saved, student, None if saved_is_pruned else kept)
         return student
@@ -85,7 +86,7 @@ class Models:
         merge_adapters(student.model)
         round_to_source_dtype(student.model, self._setup.source, None if self.student_stays_whole else kept)
 
-    def _in_training(self, model: torch.nn.Module) -> Trainer:
+    def _in_training(self, model: torch.nn.Module, kept: Sequence[int] | None = None) -> Trainer:
         if self._setup.lora is not None:
-            attach_adapters(model, self._setup.lora, self._setup.config.recovery.seed)
+            attach_adapters(model, self._setup.lora, self._setup.config.recovery.seed, kept)
         return Trainer(model, self._setup.engine, self._setup.optimizer)

@@ -11,13 +11,14 @@ from megaprune.config import Config, EngineConfig, ParallelConfig, RunConfig
 from megaprune.errors import MegapruneError
 from megaprune.report.files import write_json
 
-# How a run is spread out, computed and watched may change when it goes on; what it computes may not.
+# How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
+# optimizer's kind: Megatron-Core saves the state of each in a form of its own.
 _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
     *("micro_batch_size", "data_cache_path", "trust_remote_code"),
-}
+} - {"use_distributed_optimizer"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class RunDir:
     def hf(self) -> Path:
         """The pruned model; it appears last, so it says that the run is done."""
         return self.path / "hf"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, with ``--export-adapter``."""
+        return self.path / "adapter"
 
     @property
     def report(self) -> Path:

@@ -14,7 +14,7 @@ from megaprune.mcore.lora import TARGETS, LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.mcore.trainer import OptimizerOptions
-from megaprune.models import Architecture
+from megaprune.models import Architecture, Family
 from megaprune.models.sizes import layer_costs, model_size, output_cost
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import check_num_kept, protected_layers
@@ -98,16 +98,16 @@ def prepare(config: Config) -> Setup:
     source = HFSource(resolve_hf_model(config.model.hf_model))
     source.check_tensors()
     arch = source.family.architecture(source.config)
-    sizes = _parallel_sizes(config, arch)
+    sizes = parallel_sizes(config, arch)
     check_parallel_sizes(arch, sizes, parallel.world_size())
     transformer_engine = _uses_transformer_engine(config)
-    _check_sequence(config, arch, sizes)
+    check_sequence(config, arch, sizes)
     if config.distillation.distill_top_k > arch.vocab_size:
         raise UsageError(
             f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
             "vocabulary"
         )
-    manual, protected, num_kept = _layers(config, arch)
+    manual, protected, num_kept = layers_in_question(config, arch)
     setup = Setup(
         config=config,
         source=source,
@@ -119,9 +119,9 @@ def prepare(config: Config) -> Setup:
         engine=EngineOptions(
             sizes, transformer_engine, config.recovery.bf16, config.engine.recompute_granularity, config.data.seq_length
         ),
-        lora=_lora_options(config),
+        lora=lora_options(config, source.family, arch),
         optimizer=_optimizer_options(config),
-        global_batch_size=_global_batch_size(config, sizes),
+        global_batch_size=global_batch_size(config, sizes, parallel.world_size()),
         run_dir=run_dir,
     )
     setup.stages()
@@ -191,8 +191,11 @@ def load_tokenizer(setup: Setup) -> Any:
         raise MegapruneError(f"{setup.source.folder} holds no tokenizer that can be loaded: {reason}") from None
 
 
-def resolve_hf_model(name: str) -> Path:
+def resolve_hf_model(name: str, config_only: bool = False) -> Path:
     """The folder of ``--hf-model``: itself, or the download of a hub id.
+
+    Args:
+        config_only: config.json is all that is wanted.
 
     Raises:
         MegapruneError: there is neither.
@@ -206,9 +209,13 @@ def resolve_hf_model(name: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    if config_only:
+        wanted = {"allow_patterns": ["config.json"]}
+    else:
+        wanted = {"ignore_patterns": ["*.bin", "*.pth", "*.gguf", "original/*"]}
     try:
         # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        return Path(snapshot_download(name, **wanted))
     except Exception as error:  # no network, no such model, no access: the hub's own word says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MegapruneError(f"--hf-model {name} is no folder here, and the hub does not give it: {reason}") from None
@@ -223,7 +230,8 @@ def _uses_transformer_engine(config: Config) -> bool:
     return device.use_transformer_engine(choice)
 
 
-def _parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
+def parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
+    """The sizes of the groups that the flags ask for."""
     parallel_config = config.parallel
     expert_tensor = parallel_config.expert_tensor_parallel_size
     return ParallelSizes(
@@ -237,8 +245,12 @@ def _parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
     )
 
 
-def _layers(config: Config, arch: Architecture) -> tuple[list[int] | None, frozenset[int], int]:
-    """The user's own choice of kept layers if there is one, the protected layers, and how many stay."""
+def layers_in_question(config: Config, arch: Architecture) -> tuple[list[int] | None, frozenset[int], int]:
+    """The user's own choice of kept layers if there is one, the protected layers, and how many stay.
+
+    Raises:
+        UsageError: the flags don't fit the model.
+    """
     if config.prune.method == "manual":
         manual = manual_layers(arch.num_layers, pruned_layers_of(config.prune.prune_layers))
         return manual, frozenset(), len(manual)
@@ -250,7 +262,12 @@ def _layers(config: Config, arch: Architecture) -> tuple[list[int] | None, froze
     return None, protected, arch.num_layers - num_pruned
 
 
-def _check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:
+def check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:
+    """Checks that the model and the ranks can take the training windows.
+
+    Raises:
+        UsageError: they can't.
+    """
     seq_length = config.data.seq_length
     if seq_length > arch.max_position_embeddings:
         raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
@@ -260,8 +277,13 @@ def _check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) ->
         raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
 
 
-def _global_batch_size(config: Config, sizes: ParallelSizes) -> int:
-    replicas = parallel.world_size() // sizes.model
+def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> int:
+    """Windows in one iteration.
+
+    Raises:
+        UsageError: the replicas can't share them out.
+    """
+    replicas = world_size // sizes.model
     per_step = config.recovery.micro_batch_size * replicas
     size = config.recovery.global_batch_size or per_step
     if size % per_step:
@@ -272,12 +294,25 @@ def _global_batch_size(config: Config, sizes: ParallelSizes) -> int:
     return size
 
 
-def _lora_options(config: Config) -> LoRAOptions | None:
+def lora_options(config: Config, family: Family, arch: Architecture) -> LoRAOptions | None:
+    """The adapters that the flags ask for.
+
+    Raises:
+        UsageError: a target is no layer of the model.
+    """
     lora = config.lora
     if lora.lora_rank is None:
         return None
+    rules = [rule for layer in range(arch.num_layers) for rule in family.layer_rules(arch, layer)]
+    modules = {rule.megatron.split(".")[-2] for rule in rules}
+    known = [target for target in TARGETS if target in modules]
+    unknown = [target for target in lora.lora_target_modules if target not in known]
+    if unknown:
+        raise UsageError(
+            f"--lora-target-modules {unknown[0]} is no linear layer of this model: choose of {' '.join(known)}"
+        )
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
-    return LoRAOptions(lora.lora_rank, alpha, lora.lora_target_modules or TARGETS)
+    return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))
 
 
 def _optimizer_options(config: Config) -> OptimizerOptions:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -107,3 +109,32 @@ def finish_shards(folder: Path, shards: list[WrittenShard]) -> None:
         "weight_map": dict(sorted(weight_map.items())),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def join_shards(folder: Path, shards: list[WrittenShard], file: str) -> None:
+    """Joins the files into one, for readers that know no index, and removes them. Their bytes are copied as they are.
+
+    Raises:
+        MegapruneError: two files hold the same tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, length = [], 0
+    for shard in shards:
+        with (folder / shard.file).open("rb") as part:
+            entries = json.loads(part.read(int.from_bytes(part.read(8), "little")))
+            starts.append(part.tell())
+        for name in shard.names:
+            if name in header:
+                raise MegapruneError(f"{name} was exported twice")
+            begin, end = entries[name]["data_offsets"]
+            header[name] = entries[name] | {"data_offsets": [length + begin, length + end]}
+        length += shard.num_bytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begin aligned
+    with (folder / file).open("wb") as whole:
+        whole.write(len(encoded).to_bytes(8, "little") + encoded)
+        for shard, start in zip(shards, starts, strict=True):
+            with (folder / shard.file).open("rb") as part:
+                part.seek(start)
+                shutil.copyfileobj(part, whole)
+            (folder / shard.file).unlink()

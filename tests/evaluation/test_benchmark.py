@@ -27,6 +27,7 @@ def test_train_step_measures_every_case(result):
     for case in result["cases"]:
         assert 0 < case["forward_backward_seconds"] < case["step_seconds"] < math.inf
         assert case["step_ratio"] > 0 and case["forward_backward_ratio"] > 0
+        assert len(case["rounds"]) == 2 and all(0 < r["forward_backward"] < r["step"] for r in case["rounds"])
         assert case["tokens_per_second"] == pytest.approx(2 * 16 / case["step_seconds"])
     plain = result["cases"][0]
     assert plain["step_ratio"] == plain["forward_backward_ratio"] == plain["activation_ratio"] == 1
@@ -49,8 +50,8 @@ def test_table_names_every_case(result):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of train-step"),
-        (["train"], "not 'train'"),
+        ([], "name a benchmark: train-step"),
+        (["train"], "unknown benchmark 'train'"),
         (["train-step", "--num-layers", "3"], "--num-layers 3 is less than 4"),
         (["train-step", "--repeats", "0"], "--repeats 0"),
         (["train-step", "--hidden-size", "36", "--num-attention-heads", "4"], "--hidden-size 36"),

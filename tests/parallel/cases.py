@@ -12,7 +12,6 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.mcore.weights_io import export_weights, gather_over_tensor_parallel, import_weights
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.training.data import Batch
 from megaprune.training.signals import StopRequest
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
@@ -28,7 +27,8 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     stages = balanced_stages(layer_costs(source.config), sizes.pipeline, output_cost(source.config))
     built = build_model(arch, stages, EngineOptions(sizes))
     import_weights(built, source)
-    for logits in passes.forward(built, [batch(tiny.random_tokens())], whole_vocabulary):
+    batch = tiny.make_batch(tiny.random_tokens())
+    for logits in passes.forward(built, [batch], whole_vocabulary):
         if parallel.tensor_parallel().rank == 0:
             torch.save(logits.transpose(0, 1)[..., : arch.vocab_size].contiguous(), folder / "logits.pt")
     export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)
@@ -63,12 +63,6 @@ def interrupted_prune(stops: list[list[Any]]) -> None:
 def stop_after(iterations: int | None) -> None:
     asked = iter(range(1, 1_000_000))
     StopRequest.agreed = lambda self: next(asked) == iterations
-
-
-def batch(tokens: torch.Tensor) -> Batch:
-    """tokens [b, s] as a micro-batch."""
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return Batch(tokens, tokens, torch.ones(tokens.shape), positions, list(range(len(tokens))))
 
 
 def whole_vocabulary(logits: torch.Tensor, number: int) -> torch.Tensor:

@@ -61,6 +61,6 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
     if num_processes == 2:
         cases += [
             dict(kind="interrupted_prune", stops=[(argv(name, flags), iterations) for flags, iterations in goes])
-            for name, (_, goes) in INTERRUPTED_RUNS.items()
+            for name, goes in INTERRUPTED_RUNS.items()
         ]
     return cases

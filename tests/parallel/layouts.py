@@ -22,6 +22,7 @@ RUN_LAYOUTS = {
 }
 # Each go's flags, and after how many of its iterations it is stopped: in the search, in recovery, and not at all.
 INTERRUPTED_RUNS = {
-    "same_layout": ("dp2_distributed", [((_DISTRIBUTED,), 4), ((_DISTRIBUTED,), 9), ((_DISTRIBUTED,), None)]),
-    "other_layouts": (None, [(_TP2, 4), ((_DISTRIBUTED,), 9), (_PP2, None)]),
+    "same_layout": [((_DISTRIBUTED,), 4), ((_DISTRIBUTED,), 9), ((_DISTRIBUTED,), None)],
+    "other_layouts": [(_TP2, 4), ((), 9), (_PP2, None)],
+    "other_layouts_distributed": [((*_PP2, _DISTRIBUTED), 4), ((_DISTRIBUTED,), 9), ((*_TP2, _SP, _DISTRIBUTED), None)],
 }

@@ -9,26 +9,51 @@ import torch
 import torch.distributed as dist
 
 from megaprune.mcore.lora import adapted_layers
+from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import global_name
-from megaprune.training.models import Models
+
+_TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+_TP2_SP, _EP2 = (*_TP2, "--sequence-parallel"), ("--expert-model-parallel-size", "2")
+_ETP1, _ETP2 = (("--expert-tensor-parallel-size", size) for size in "12")
+_DISTRIBUTED = "--use-distributed-optimizer"
+# Family, processes and flags of each run; the same run on one process is what it is compared with.
+LAYOUTS = {
+    "dense_tp2": ("qwen3_tied", 2, _TP2),
+    "dense_pp2": ("qwen3_tied", 2, _PP2),
+    "tp2_sp_etp2": ("deepseek_v3", 2, (*_TP2_SP, *_ETP2)),
+    "tp2_sp_etp1": ("deepseek_v3", 2, (*_TP2_SP, *_ETP1)),
+    "tp2_sp_ep2": ("deepseek_v3", 2, (*_TP2_SP, *_EP2, *_ETP1)),
+    "ep2": ("deepseek_v3", 2, (*_EP2, _DISTRIBUTED)),
+    "etp2": ("deepseek_v3", 2, _ETP2),
+    "pp2_recompute": ("deepseek_v3", 2, (*_PP2, "--recompute-granularity", "full")),
+    "tp2_sp_pp2_ep2_adapter": ("deepseek_v3", 4, (*_TP2_SP, *_PP2, *_EP2, *_ETP1, "--export-adapter")),
+    "tp2_sp_dp2_etp2": ("deepseek_v3", 4, (*_TP2_SP, *_ETP2, _DISTRIBUTED)),
+}
+
+
+def argv(model: Any, data: Any, save: Any, *extra: str) -> list[str]:
+    """Flags of a small run with LoRA and the self teacher, half search and half recovery."""
+    flags = ("--train-iters", "6", "--search-iters", "3", "--lr", "1e-2", "--lr-warmup-iters", "1", "--teacher", "self")
+    return tiny.prune_argv(model, data, save, *flags, "--lora-rank", "4", "--lora-alpha", "8", *extra)
 
 
 def prune(argv: list[str]) -> None:
-    """A run to its end. Fails where ranks differ in what they both hold of the adapters when training ends."""
-    merge_and_round = Models.merge_and_round
+    """A run to its end. Fails where ranks differ in what they both hold of the adapters after a step."""
+    step = Trainer.step
 
-    def checked(self: Models, student: Any, kept: Any) -> None:
-        assert_copies_are_identical(student.model)
-        merge_and_round(self, student, kept)
+    def checked_step(self: Trainer, iteration: int) -> Any:
+        done = step(self, iteration)
+        _check_copies(self.model)
+        return done
 
-    Models.merge_and_round = checked
+    Trainer.step = checked_step
     try:
         tiny.run_here(argv)
     finally:
-        Models.merge_and_round = merge_and_round
+        Trainer.step = step
 
 
-def assert_copies_are_identical(model: torch.nn.Module) -> None:
+def _check_copies(model: torch.nn.Module) -> None:
     """Ranks that hold the same adapter, or the same shard of it, hold the same bits."""
     held = {}
     for name, layer in adapted_layers(model).items():

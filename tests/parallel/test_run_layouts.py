@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from layouts import INTERRUPTED_RUNS, RUN_LAYOUTS
+from layouts import RUN_LAYOUTS
 
 from megaprune.training.metrics import read_metrics
 
@@ -54,7 +54,7 @@ def test_run_moves_what_it_should(whole_run, tiny_model):
 
 def test_resumed_at_the_same_layout_ends_in_the_same_bits(results):
     found = results(2)
-    run, whole = found.run("same_layout"), found.run(INTERRUPTED_RUNS["same_layout"][0])
+    run, whole = found.run("same_layout"), found.run("dp2_distributed")
     tensors, expected = tiny.read_tensors(run / "hf"), tiny.read_tensors(whole / "hf")
     assert tensors.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
@@ -64,5 +64,6 @@ def test_resumed_at_the_same_layout_ends_in_the_same_bits(results):
         assert record | {"seconds": 0} == wanted | {"seconds": 0}
 
 
-def test_resumed_at_other_layouts_ends_in_the_same_model(results, whole_run):
-    assert_same_up_to_rounding(results(2).run("other_layouts"), whole_run)
+@pytest.mark.parametrize("name", ["other_layouts", "other_layouts_distributed"])
+def test_resumed_at_other_layouts_ends_in_the_same_model(results, whole_run, name):
+    assert_same_up_to_rounding(results(2).run(name), whole_run)

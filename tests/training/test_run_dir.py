@@ -50,6 +50,7 @@ def test_goes_on_with_its_own_run(run_dir):
         ("--method random", "--method (e3, now random)"),
         ("--train-data d e", "--train-data (['d'], now ['d', 'e'])"),
         ("--bf16", "--bf16 (False, now True)"),
+        ("--use-distributed-optimizer", "--use-distributed-optimizer (False, now True)"),
         ("--valid-data v", "--valid-data ([], now ['v'])"),
     ],
 )

@@ -1,0 +1,57 @@
+"""The verb `plan`: a run on paper, from its own flags and the number of processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megaprune.config import GROUPS, Config, check_for_plan, parse_groups
+from megaprune.errors import UsageError
+
+
+@dataclass
+class PlanConfig:
+    """What a plan needs beside the flags of the run that it plans."""
+
+    _argument_group_name = "plan"
+    world_size: int = field(metadata={"help": "processes of the cluster, one to each accelerator"})
+    device_memory_gib: float | None = field(
+        default=None, metadata={"help": "memory of an accelerator: says what will not fit"}
+    )
+    output: str | None = field(default=None, metadata={"help": "write the plan to this JSON file"})
+
+
+def run(argv: Sequence[str]) -> None:
+    """Plans, prints tables and writes ``--output`` where given.
+
+    Raises:
+        MegapruneError: the model can't be expressed.
+        UsageError: the flags don't fit each other, the model or the processes.
+    """
+    description = "Layers, parameters and memory of every rank of a run, without weights or accelerators."
+    *groups, settings = parse_groups(argv, (*GROUPS, PlanConfig), "plan.py", description)
+    config = Config(*groups)
+    check_for_plan(config)
+    _check(settings)
+    # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune.planning.plan import make_plan
+    from megaprune.planning.table import plan_record, plan_text
+    from megaprune.report.files import write_json
+    from megaprune.training.setup import resolve_hf_model
+    from megaprune.weights.source import read_hf_config
+
+    hf_config = read_hf_config(resolve_hf_model(config.model.hf_model, config_only=True))
+    plan = make_plan(config, hf_config, settings.world_size)
+    print(plan_text(plan, settings.device_memory_gib), flush=True)
+    if settings.output:
+        write_json(settings.output, plan_record(plan, settings.device_memory_gib))
+        print(f"\nwritten to {settings.output}", flush=True)
+
+
+def _check(settings: PlanConfig) -> None:
+    if settings.world_size < 1:
+        raise UsageError(f"--world-size {settings.world_size} is less than 1")
+    memory = settings.device_memory_gib
+    if memory is not None and not 0 < memory < float("inf"):
+        raise UsageError(f"--device-memory-gib {memory} is not a size above 0")
+    if settings.output and Path(settings.output).is_dir():
+        raise UsageError(f"--output {settings.output} is a folder: give the name of a JSON file")

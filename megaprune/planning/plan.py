@@ -1,0 +1,280 @@
+"""Plans a run on paper: what every rank of a cluster would hold and compute, from config.json and the flags alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megaprune.config import SEARCHES, WHAT_TO_PRUNE, Config
+from megaprune.errors import UsageError
+from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.lora import LoRAOptions
+from megaprune.mcore.paper import PaperCluster, Share
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.models import Architecture, HFConfig, family_of
+from megaprune.models.sizes import Size, layer_sizes, model_size, output_cost
+from megaprune.planning.activations import Activations, Passes
+from megaprune.planning.memory import (
+    Memory,
+    TrainingState,
+    forward_memory,
+    micro_batches_in_flight,
+    training_memory,
+)
+from megaprune.selection.one_shot import top_layers
+from megaprune.training.setup import (
+    check_sequence,
+    global_batch_size,
+    layers_in_question,
+    lora_options,
+    parallel_sizes,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage. All its ranks hold the same sizes.
+
+    Args:
+        layers: layers of the source that stand here; running_layers: those of them that run.
+        dense_layers: how many of those that run have no experts, and moe_layers: how many have.
+        parameters: on each rank.
+        trained_parameters: on each rank; those of adapters with LoRA, 0 where nothing trains.
+        cost: multiply-adds of the weights for a token, over all ranks of the stage.
+        memory: bytes on each rank.
+    """
+
+    first_rank: int
+    last_rank: int
+    layers: list[int]
+    running_layers: list[int]
+    dense_layers: int
+    moe_layers: int
+    parameters: int
+    trained_parameters: int
+    cost: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run in which the ranks hold the same.
+
+    Args:
+        kept_layers: layers of the source that the model consists of.
+        assumed: what is assumed of them, where they are not known.
+        size: parameters of the whole model.
+    """
+
+    name: str
+    kept_layers: list[int]
+    assumed: str | None
+    size: Size
+    stages: list[Stage]
+
+    @property
+    def imbalance(self) -> float:
+        """The cost of the dearest stage by the mean stage's."""
+        costs = [stage.cost for stage in self.stages]
+        return max(costs) * len(costs) / sum(costs)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How the processes are shared out, and what an iteration is."""
+
+    world_size: int
+    sizes: ParallelSizes
+    micro_batch_size: int
+    global_batch_size: int
+    seq_length: int
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // self.sizes.model
+
+    @property
+    def expert_data_parallel(self) -> int:
+        return self.world_size // (self.sizes.pipeline * self.sizes.expert * self.sizes.expert_tensor)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one replica in an iteration."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def bubble(self) -> float:
+        """Share of an iteration's time in which a stage of a balanced pipeline waits."""
+        waiting = self.sizes.pipeline - 1
+        return waiting / (self.micro_batches + waiting)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper."""
+
+    config: Config
+    model_type: str
+    cluster: Cluster
+    lora: LoRAOptions | None
+    teacher: str | None
+    phases: list[Phase]
+
+
+def make_plan(config: Config, hf_config: HFConfig, world_size: int) -> Plan:
+    """Plans the run of these flags on this many processes.
+
+    Raises:
+        MegapruneError: the model can't be expressed.
+        UsageError: the flags don't fit each other, the model or the processes.
+    """
+    return _Planner(config, hf_config, world_size).plan()
+
+
+class _Planner:
+    def __init__(self, config: Config, hf_config: HFConfig, world_size: int) -> None:
+        self._config, self._hf_config = config, hf_config
+        family = family_of(hf_config)
+        self._arch: Architecture = family.architecture(hf_config)
+        self._sizes = parallel_sizes(config, self._arch)
+        if world_size < 1:
+            raise UsageError(f"--world-size {world_size} is less than 1")
+        check_parallel_sizes(self._arch, self._sizes, world_size)
+        check_sequence(config, self._arch, self._sizes)
+        self._lora = lora_options(config, family, self._arch)
+        self._cluster = Cluster(
+            world_size,
+            self._sizes,
+            config.recovery.micro_batch_size,
+            global_batch_size(config, self._sizes, world_size),
+            config.data.seq_length,
+        )
+        # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
+        engine = EngineOptions(self._sizes, bf16=config.recovery.bf16, seq_length=config.data.seq_length)
+        self._paper = PaperCluster(engine, world_size, self._lora)
+        self._layer_sizes = layer_sizes(hf_config)
+        self._output_cost = output_cost(hf_config)
+        self._activations = Activations(self._arch, self._passes())
+        self._state = TrainingState(
+            config.recovery.bf16,
+            *((self._cluster.data_parallel, self._cluster.expert_data_parallel) if self._shards_state else (1, 1)),
+        )
+
+    @property
+    def _shards_state(self) -> bool:
+        return self._config.engine.use_distributed_optimizer
+
+    @property
+    def _teacher(self) -> str | None:
+        distillation = self._config.distillation
+        return None if distillation.distill_loss == "ce" or self._trains_nothing else distillation.teacher
+
+    @property
+    def _trains_nothing(self) -> bool:
+        return self._config.recovery.train_iters == 0
+
+    def _passes(self) -> Passes:
+        recovery, engine, sizes = self._config.recovery, self._config.engine, self._sizes
+        return Passes(
+            recovery.micro_batch_size,
+            self._config.data.seq_length,
+            bf16=recovery.bf16,
+            tensor=sizes.tensor,
+            expert_tensor=sizes.expert_tensor,
+            sequence_parallel=sizes.sequence_parallel,
+            recompute=engine.recompute_granularity,
+            adapter_rank=self._lora.rank if self._lora else None,
+            adapter_targets=self._lora.targets if self._lora else (),
+        )
+
+    def plan(self) -> Plan:
+        return Plan(
+            self._config, self._hf_config["model_type"], self._cluster, self._lora, self._teacher, self._phases()
+        )
+
+    def _phases(self) -> list[Phase]:
+        every, config = list(range(self._arch.num_layers)), self._config
+        if all(getattr(config.prune, name) is None for name in WHAT_TO_PRUNE):
+            return [self._phase("training", every, None)]
+        searching = config.prune.method in SEARCHES
+        first = self._phase("search", every, None) if searching else self._phase("original", every, None, False)
+        kept, assumed = self._kept_layers()
+        return [first, self._phase("recovery", kept, assumed)]
+
+    def _kept_layers(self) -> tuple[list[int], str | None]:
+        """The layers that stay, and what is assumed where a run would have to find out."""
+        manual, protected, num_kept = layers_in_question(self._config, self._arch)
+        if manual is not None:
+            return manual, None
+        sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
+        return top_layers(sizes, num_kept, protected), "the layers with the fewest parameters go, of equals the last"
+
+    def _phase(self, name: str, kept: Sequence[int], assumed: str | None, trained: bool = True) -> Phase:
+        original, whole = list(range(self._arch.num_layers)), self._original_stages()
+        stays_whole = self._teacher == "self"
+        built = original if stays_whole else list(kept)
+        counts = whole if len(built) == len(original) else self._balanced(kept)
+        shares = self._paper.shares(self._arch.pruned(built), counts)
+        teachers = self._paper.shares(self._arch, whole) if self._teacher == "online" else [None] * len(whole)
+        stages, first = [], 0
+        for number, (count, share, teacher) in enumerate(zip(counts, shares, teachers, strict=True)):
+            layers = built[first : first + count]
+            first += count
+            running = [layer for layer in layers if layer in set(kept)]
+            # A stage that keeps its pruned layers may turn out to lose none of them.
+            active = layers if stays_whole and assumed else running
+            last = number == len(counts) - 1
+            if trained and not self._trains_nothing:
+                memory = self._training_memory(share, teacher, number, active, last)
+            else:
+                memory = forward_memory(share, self._activations, last)
+            stages.append(self._stage(number, layers, running, share, memory, trained))
+        return Phase(name, list(kept), assumed, model_size(self._hf_config, kept), stages)
+
+    def _stage(
+        self, number: int, layers: list[int], running: list[int], share: Share, memory: Memory, trained: bool
+    ) -> Stage:
+        moe = sum(self._arch.is_moe(layer) for layer in running)
+        ranks = self._cluster.world_size // self._sizes.pipeline
+        last = number == self._sizes.pipeline - 1
+        return Stage(
+            first_rank=number * ranks,
+            last_rank=(number + 1) * ranks - 1,
+            layers=layers,
+            running_layers=running,
+            dense_layers=len(running) - moe,
+            moe_layers=moe,
+            parameters=share.parameters,
+            trained_parameters=share.trained + share.trained_experts if memory.gradients else 0,
+            cost=sum(self._layer_sizes[layer].active for layer in running) + (self._output_cost if last else 0),
+            memory=memory,
+        )
+
+    def _training_memory(
+        self, share: Share, teacher: Share | None, stage: int, layers: Sequence[int], last: bool
+    ) -> Memory:
+        return training_memory(
+            share,
+            self._state,
+            self._activations,
+            [self._arch.is_moe(layer) for layer in layers],
+            micro_batches_in_flight(stage, self._sizes.pipeline, self._cluster.micro_batches),
+            last,
+            teacher_bytes=teacher.model_bytes if teacher else 0,
+            taught=self._teacher is not None,
+        )
+
+    def _original_stages(self) -> list[int]:
+        layout = self._config.parallel.pipeline_model_parallel_layout
+        if layout is not None:
+            return stages_of(layout, self._sizes.pipeline, self._arch.num_layers)
+        return self._balanced(range(self._arch.num_layers))
+
+    def _balanced(self, layers: Sequence[int]) -> list[int]:
+        costs = [self._layer_sizes[layer].active for layer in layers]
+        return balanced_stages(costs, self._sizes.pipeline, self._output_cost)

@@ -1,0 +1,136 @@
+"""Checkpoints: whole or absent, complete, and loadable into a pruned model."""
+
+import hashlib
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megaprune.mcore import checkpoint
+from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.trainer import OptimizerOptions, Trainer
+from megaprune.mcore.weights_io import import_weights
+from megaprune.weights.source import HFSource
+
+pytestmark = pytest.mark.usefixtures("one_process")
+KEPT = [0, 2, 3, 6]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model):
+    return HFSource(tiny_model("qwen3"))
+
+
+@pytest.fixture(params=["plain", "distributed", "bf16"])
+def make_trainer(request, source):
+    """Makes a trainer of the model or of its kept layers, of one kind of optimizer."""
+
+    def make(kept=None):
+        arch = source.family.architecture(source.config)
+        arch = arch if kept is None else arch.pruned(kept)
+        engine = EngineOptions(ParallelSizes(), bf16=request.param == "bf16")
+        model = build_model(arch, [arch.num_layers], engine)
+        import_weights(model, source, kept)
+        options = OptimizerOptions(
+            lr=1e-2,
+            min_lr=0.0,
+            lr_decay_style="cosine",
+            lr_warmup_iters=1,
+            train_iters=10,
+            weight_decay=0.1,
+            clip_grad=0.0,
+            distributed=request.param == "distributed",
+        )
+        return Trainer(model, engine, options)
+
+    return make
+
+
+def parameters(trainer, kept=None):
+    """Parameters under the names that they have in the source model."""
+    for name, parameter in trainer.model.named_parameters():
+        if kept is not None and name.startswith("decoder.layers."):
+            words = name.split(".")
+            words[2] = str(kept[int(words[2])])
+            name = ".".join(words)
+        yield name, parameter
+
+
+def step(trainer, iteration, kept=None):
+    """A step on gradients that are made up, the same for a parameter of the source in any model."""
+    trainer.zero_grad()
+    for name, parameter in parameters(trainer, kept):
+        seed = int.from_bytes(hashlib.sha256(f"{name} {iteration}".encode()).digest()[:4], "little")
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    trainer.step(iteration)
+
+
+def assert_same_weights(trainer, other, kept=None):
+    expected = dict(parameters(other))
+    for name, parameter in parameters(trainer, kept):
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["whole", "pruned"])
+def test_loaded_model_trains_on_as_the_saved_one(make_trainer, tmp_path, kept):
+    """Adam's next step depends on every part of its state: from the same gradients come the same weights."""
+    saved = make_trainer()
+    for iteration in range(3):
+        step(saved, iteration)
+    folder = checkpoint.save(tmp_path, 3, saved, {"iteration": 3, "scores": [0.5, 1.0]})
+
+    loaded = make_trainer(kept)
+    checkpoint.load(folder, loaded, kept)
+    assert_same_weights(loaded, saved, kept)
+    for iteration in range(3, 5):
+        step(saved, iteration)
+        step(loaded, iteration, kept)
+    assert_same_weights(loaded, saved, kept)
+    assert checkpoint.load_state(folder) == {"iteration": 3, "scores": [0.5, 1.0]}
+
+    without_optimizer = make_trainer(kept)
+    with torch.no_grad():
+        for (_, parameter), (_, trained) in zip(parameters(without_optimizer), parameters(loaded), strict=True):
+            parameter.copy_(trained)
+    step(loaded, 5, kept)
+    step(without_optimizer, 5, kept)
+    with pytest.raises(AssertionError):
+        assert_same_weights(without_optimizer, loaded)
+
+
+def test_a_pruned_checkpoint_loads_as_it_is(make_trainer, tmp_path):
+    saved = make_trainer(KEPT)
+    step(saved, 0, KEPT)
+    loaded = make_trainer(KEPT)
+    checkpoint.load(checkpoint.save(tmp_path, 1, saved, {}), loaded)
+    for _ in range(2):
+        assert_same_weights(loaded, saved)
+        step(saved, 1, KEPT)
+        step(loaded, 1, KEPT)
+
+
+@pytest.mark.parametrize("make_trainer", ["plain"], indirect=True)
+def test_only_the_last_whole_checkpoint_is_there(make_trainer, tmp_path, monkeypatch):
+    folder, trainer = tmp_path / "checkpoints", make_trainer()
+    assert checkpoint.latest(folder) is None
+    checkpoint.save(folder, 3, trainer, {"iteration": 3})
+    (folder / "iter_0000009.tmp").mkdir()
+    (folder / "notes").mkdir()
+    assert checkpoint.latest(folder).name == "iter_0000003"
+
+    def killed_while_saving(state, path, *args, **kwargs):
+        save(state, path, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    save = dist_checkpointing.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dist_checkpointing, "save", killed_while_saving)
+        checkpoint.save(folder, 6, trainer, {"iteration": 6})
+    assert checkpoint.latest(folder).name == "iter_0000003"
+    assert checkpoint.load_state(checkpoint.latest(folder)) == {"iteration": 3}
+
+    checkpoint.save(folder, 6, trainer, {"iteration": 6})
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000006", "notes"]
+    checkpoint.save(folder, 6, trainer, {"iteration": 6, "again": True})
+    assert checkpoint.load_state(checkpoint.latest(folder)) == {"iteration": 6, "again": True}

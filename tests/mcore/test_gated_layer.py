@@ -1,0 +1,134 @@
+"""The gate on the layers of a model: against its formula left to autograd, and against the model without the layers."""
+
+import pytest
+import tiny
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megaprune.distillation.losses import cross_entropy
+from megaprune.mcore import passes
+from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.weights_io import import_weights
+from megaprune.weights.source import HFSource
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+MASKS = {
+    "ones": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    "zeros": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "hard": [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0],
+    "soft": [0.25, 0.0, 1.0, 0.5, 0.0, 1.5, 0.75],
+}
+RECOMPUTE = [None, "selective", "full"]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model):
+    return HFSource(tiny_model("qwen3"))
+
+
+def build(source, gate=None, kept=None, recompute=None):
+    arch = source.family.architecture(source.config)
+    arch = arch if kept is None else arch.pruned(kept)
+    model = build_model(arch, [arch.num_layers], EngineOptions(ParallelSizes(), recompute_granularity=recompute), gate)
+    import_weights(model, source, kept)
+    return model
+
+
+def gradients(source, mask, gate, recompute=None, trainable=""):
+    """Gradients of the parameters whose names hold ``trainable``, and of the mask, over two micro-batches."""
+    model = build(source, gate, recompute=recompute)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable in name)
+    shard = vocab_shard(source.family.architecture(source.config))
+    batches = [tiny.make_batch(tokens) for tokens in tiny.random_tokens(4, 21).split(2)]
+    gate.set(torch.tensor(mask))
+    passes.forward_backward(
+        model, batches, lambda logits, number: cross_entropy(logits, batches[number].labels.t(), shard).mean()
+    )
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    # a layer that was skipped has no gradient where autograd computes zeros
+    return {name: 0.0 if grad is None else grad for name, grad in grads.items()} | {"mask": gate.take_gradient()}
+
+
+def forward_by_formula(self, hidden_states, *args, **kwargs):
+    out, context = TransformerLayer.forward(self, hidden_states, *args, **kwargs)
+    return hidden_states + self.gate.mask[self.layer_number - 1] * (out - hidden_states), context
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(source):
+    """Gives the gradients by the formula."""
+    computed = {}
+
+    def get(mask, trainable=""):
+        if (mask, trainable) not in computed:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(GatedTransformerLayer, "forward", forward_by_formula)
+                computed[mask, trainable] = gradients(source, MASKS[mask], LayerGate(), trainable=trainable)
+        return computed[mask, trainable]
+
+    return get
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    assert expected["mask"].abs().min() > 1e-4
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            torch.as_tensor(found[name]).expand_as(grad), grad, atol=1e-5 * grad.abs().max().item(), rtol=1e-4, msg=name
+        )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("skip", [True, False])
+def test_gradients_are_those_of_the_formula(source, expected_gradients, mask, recompute, skip):
+    found = gradients(source, MASKS[mask], LayerGate(skip_masked_backward=skip), recompute)
+    assert_same_gradients(found, expected_gradients(mask))
+
+
+@pytest.mark.parametrize("recompute", [None, "selective"])
+def test_gradients_pass_layers_that_nothing_before_needs(source, expected_gradients, recompute):
+    """The embedding is frozen, and the first layers, masked or not, come to no weight's gradient."""
+    trainable = "layers.5.mlp"
+    found = gradients(source, MASKS["hard"], LayerGate(), recompute, trainable)
+    assert_same_gradients(found, expected_gradients("hard", trainable))
+    assert len(found) == 3
+
+
+def test_masked_backward_is_skipped(source):
+    """The layers whose mask is 0 leave no graph: their parameters get no gradient at all, not zeros."""
+    found = gradients(source, MASKS["hard"], LayerGate())
+    skipped = {int(name.split(".")[2]) for name, grad in found.items() if isinstance(grad, float)}
+    assert skipped == {0, 3, 4, 6}
+
+
+def logits(model):
+    """[s, b, vocab] by the forward schedule, and again with a graph."""
+    batch = tiny.make_batch(tiny.random_tokens())
+    (by_schedule,) = passes.forward(model, [batch], lambda logits, _: logits)
+    with_graph = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    assert with_graph.requires_grad
+    assert torch.equal(with_graph.detach(), by_schedule)
+    return by_schedule
+
+
+def test_a_mask_of_ones_changes_no_bit(source):
+    gate = LayerGate()
+    gated = build(source, gate)
+    plain = logits(build(source))
+    assert torch.equal(logits(gated), plain)  # no mask at all
+    gate.set(torch.ones(7))
+    assert torch.equal(logits(gated), plain)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 4, 6], [1, 2, 3], [3]])
+@pytest.mark.parametrize("skip", [True, False])
+def test_masked_model_is_the_pruned_model_bit_for_bit(source, kept, skip):
+    gate = LayerGate(skip_masked_backward=skip)
+    masked = build(source, gate)
+    gate.set(torch.zeros(7).index_fill(0, torch.tensor(kept), 1.0))
+    assert torch.equal(logits(masked), logits(build(source, kept=kept)))

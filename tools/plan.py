@@ -1,0 +1,6 @@
+"""See `megaprune plan --help`."""
+
+from megaprune.cli import main
+
+if __name__ == "__main__":
+    main("plan")
