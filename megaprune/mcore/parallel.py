@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from megaprune import device
 from megaprune.errors import MegapruneError
@@ -81,8 +82,13 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
 
 
 def finish() -> None:
-    """Gives up Megatron's groups; others may be set up in their place."""
+    """Gives up Megatron's groups; others may be set up in their place. Collective."""
+    dist.barrier()
     parallel_state.destroy_model_parallel()
+    # The core only forgets its groups: their threads and connections would live on.
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def leave() -> None:
