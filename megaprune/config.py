@@ -72,9 +72,9 @@ class SearchConfig:
 
     _argument_group_name = "search"
     search_iters: int | None = flag("iterations of search within --train-iters (default: a tenth)")
-    mask_lr: float = flag("learning rate of the layer scores (Adam)", 0.05)
-    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 1.0)
-    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 1.0)
+    mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02)
+    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 4.0)
+    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.2)
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
