@@ -222,7 +222,8 @@ def run_here(argv: Sequence[str]) -> None:
     try:
         run(parse_config(argv), "prune.py")
     finally:
-        parallel.finish()
+        if torch.distributed.is_initialized():
+            parallel.finish()
         signal.signal(signal.SIGTERM, on_sigterm)
 
 

@@ -92,7 +92,8 @@ def finish() -> None:
 
 
 def leave() -> None:
-    """Leaves the process group, if this process is in one."""
+    """Leaves the process group and Megatron's groups, if this process is in any."""
+    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class HFSource:
         scale = self._handles[self._file(name + SCALE_SUFFIX)].get_tensor(name + SCALE_SUFFIX)
         return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
 
-    @property
+    @cached_property
     def mtp_layers(self) -> list[int]:
         """The multi-token-prediction layers that are stored behind the model's own, by their index in the names."""
         matches = (_LAYER.match(name) for name in self._files)
@@ -100,7 +101,7 @@ class HFSource:
         copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
         return [name for name in self.names if self._belongs_to_mtp(name) and name not in copies]
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return self.family.architecture(self.config).num_layers
 

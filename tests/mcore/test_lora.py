@@ -128,8 +128,7 @@ def test_base_weights_take_no_gradient_and_no_optimizer_memory(source, distribut
     held = 0
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) != is_adapter(name), name
-        assert weight.grad is None
-        assert (getattr(weight, "main_grad", None) is None) != is_adapter(name), name
+        assert is_adapter(name) or weight.grad is getattr(weight, "main_grad", None) is None, name
         held += weight.numel() if is_adapter(name) else 0
     buffers = trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers
     assert held <= sum(buffer.grad_data.numel() for buffer in buffers) < 1.1 * held
@@ -140,7 +139,9 @@ def test_base_weights_take_no_gradient_and_no_optimizer_memory(source, distribut
     assert 2 * held <= moments < 1.1 * 2 * held
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("linear_fc2",), ("linear_fc1", "linear_proj")], ids=" ".join)
+@pytest.mark.parametrize(
+    "targets", [TARGETS, ("linear_fc2",), ("linear_fc1", "linear_proj")], ids=["all", "fc2", "fc1-proj"]
+)
 def test_merged_export_and_peft_give_the_logits_of_the_model_in_training(source, family, targets, tmp_path):
     kept, model = KEPT[family], build(source, targets, KEPT[family])
     trained = logits(model)

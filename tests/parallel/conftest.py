@@ -36,8 +36,14 @@ def results(tiny_model, source, tiny_data, tmp_path_factory):
 
     def get(num_processes):
         if num_processes not in launched:
-            found = launched[num_processes] = Results(tmp_path_factory.mktemp(f"processes{num_processes}"))
-            launch(num_processes, _cases(num_processes, found, tiny_model, source, tiny_data), found.folder)
+            found = Results(tmp_path_factory.mktemp(f"processes{num_processes}"))
+            try:
+                launch(num_processes, _cases(num_processes, found, tiny_model, source, tiny_data), found.folder)
+                launched[num_processes] = found
+            except pytest.fail.Exception as failure:
+                launched[num_processes] = failure
+        if isinstance(launched[num_processes], BaseException):
+            raise launched[num_processes]
         return launched[num_processes]
 
     return get

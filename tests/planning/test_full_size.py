@@ -1,6 +1,7 @@
 """Released models at full size: every stage of real layouts is built, and reads its part of the real checkpoint."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,7 @@ from paper_source import PaperSource
 from real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
 from megaprune import device
+from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes
 from megaprune.mcore.paper import rank_on_paper
 from megaprune.mcore.parallel import ParallelSizes
@@ -91,8 +93,17 @@ TOTALS = {
 @pytest.fixture(scope="module", params=CASES)
 def built(request):
     """A case, its source as all ranks read it, and the parameters that all of them hold, each once."""
-    parallel_case = CASES[request.param]
-    return parallel_case, *read_on_every_rank(parallel_case)
+    parallel.leave()
+    case = CASES[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", cat_on_meta)  # torch's own takes a millisecond, and there are thousands
+        return case, *read_on_every_rank(case)
+
+
+def cat_on_meta(tensors, dim=0):
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.empty(shape, device="meta")
 
 
 def read_on_every_rank(case):
@@ -110,6 +121,7 @@ def read_on_every_rank(case):
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
             model = build_model(model_arch, case.stages, EngineOptions(sizes, bf16=True))
             assert all(weight.is_meta for _, weight in global_weights(model))
+        with rank_on_paper(rank, case.world_size, sizes):
             for expert_rank in range(sizes.expert):
                 parallel_state.set_expert_model_parallel_rank(expert_rank)
                 for name, weight in global_weights(model):
@@ -124,7 +136,8 @@ def read_on_holders(rule, weight, source, arch, sizes):
     size = sizes.expert_tensor if rule.expert else sizes.tensor
     holders = 1 if rule.shard is Shard.COPY else size
     for rank in range(holders):
-        part = read_shard(rule, source, arch, TensorParallel(rank, size))
+        with torch.device("meta") if rule.shard is Shard.VOCAB else nullcontext():
+            part = read_shard(rule, source, arch, TensorParallel(rank, size))
         assert part.shape == weight.shape, rule.megatron
     padding = 0
     if rule.shard is Shard.VOCAB:
