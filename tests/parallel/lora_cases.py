@@ -59,7 +59,7 @@ def _check_copies(model: torch.nn.Module) -> None:
     for name, layer in adapted_layers(model).items():
         for which, cut in (("lora_a", layer.cut_a), ("lora_b", not layer.cut_a)):
             shard = layer.tp_group.rank() if cut else "whole"
-            data = getattr(layer, which).detach().numpy().tobytes()
+            data = getattr(layer, which).detach().float().numpy().tobytes()
             held[global_name(name, model), which, shard] = hashlib.sha256(data).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, held)

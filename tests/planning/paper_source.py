@@ -1,6 +1,7 @@
 """A real checkpoint without its bytes: answers what an import asks, and notes what was read."""
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 from hf_tensors import expected_tensors
@@ -19,11 +20,8 @@ class PaperSource(HFSource):
         self._files = dict.fromkeys(self.shapes)
         self.reads = defaultdict(list)
 
-    def shape(self, name):
-        return self.shapes[name]
-
-    def dtype(self, name):
-        return torch.bfloat16
+    def _slice(self, name):
+        return SimpleNamespace(get_shape=lambda: self.shapes[name], get_dtype=lambda: "BF16")
 
     def read(self, name, dim=0, start=0, stop=None):
         shape = list(self.shapes[name])

@@ -79,7 +79,7 @@ CASES = {
     "llama-2-7b": Case(LLAMA_2_7B, 8, (8, 9, 8, 7), sizes=dict(tensor=2)),
     "llama-2-7b-pruned": Case(LLAMA_2_7B, 2, (13,), (0, *range(20, 32)), dict(tensor=2)),
 }
-# Of whole models, without multi-token prediction: as their makers state them where they do. openPangu's makers say 718B.
+# Without multi-token prediction, as the makers state them; openPangu's makers say 718B.
 TOTALS = {
     "deepseek_v3": 671_026_419_200,
     "pangu_ultra_moe": 719_093_767_680,
