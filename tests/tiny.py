@@ -189,6 +189,25 @@ def make_batch(tokens: torch.Tensor, loss_mask: torch.Tensor | None = None) -> B
     return Batch(inputs, labels, loss_mask, positions, list(range(len(tokens))))
 
 
+def uneven_batches(sizes: Sequence[int]) -> list[Batch]:
+    """Four windows of which very different shares carry loss, in micro-batches of these sizes."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB_SIZE, (4, 21), generator=generator)
+    shares = torch.tensor([0.05, 1.0, 0.3, 0.6])[:, None]
+    loss_mask = (torch.rand(4, 20, generator=generator) < shares).float()
+    return [make_batch(t, m) for t, m in zip(tokens.split(sizes), loss_mask.split(sizes), strict=True)]
+
+
+class FixedMask:
+    """A selector for models of 7 layers that draws the same mask each time, and keeps the gradient that it gets."""
+
+    def mask(self, step: int) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+
+    def update(self, mask_grad: torch.Tensor, step: int) -> None:
+        self.mask_grad = mask_grad
+
+
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
     flags = {

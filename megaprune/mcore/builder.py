@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune import device
 from megaprune.distillation.losses import VocabShard
@@ -22,6 +23,7 @@ from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
 from megaprune.mcore.local_layers import LatentAttention, RMSNorm, ScaledDotProductAttention
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
+from megaprune.mcore.sandwich_layer import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.models import Architecture, RopeScaling
 from megaprune.weights.shards import padded_vocab_size
 
@@ -186,7 +188,7 @@ def build_model(
     config = transformer_config(arch, stages, options)
     model = LogitsModel(
         config,
-        _block_spec(config, options.transformer_engine, gated=gate is not None),
+        _block_spec(config, options.transformer_engine, _LAYERS[gate is not None, arch.sandwich_norm]),
         vocab_size=padded_vocab_size(arch.vocab_size, options.sizes.tensor),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -225,12 +227,20 @@ def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Modul
     return Float16Module(model.config, model) if options.bf16 else model
 
 
-def _block_spec(config: TransformerConfig, transformer_engine: bool, gated: bool) -> TransformerBlockSubmodules:
+# by whether layers are gated, and sandwiched between norms
+_LAYERS = {
+    (False, False): TransformerLayer,
+    (False, True): SandwichTransformerLayer,
+    (True, False): GatedTransformerLayer,
+    (True, True): GatedSandwichTransformerLayer,
+}
+
+
+def _block_spec(config: TransformerConfig, transformer_engine: bool, layer_class: type) -> TransformerBlockSubmodules:
     spec = get_gpt_decoder_block_spec(config, transformer_engine, normalization="RMSNorm")
     spec = copy.deepcopy(spec)  # the core shares one spec among all layers
     for layer in spec.layer_specs:
-        if gated:
-            layer.module = GatedTransformerLayer
+        layer.module = layer_class
         if not transformer_engine:
             parts, attention = layer.submodules, layer.submodules.self_attention.submodules
             parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

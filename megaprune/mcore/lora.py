@@ -112,7 +112,7 @@ class LoRAColumnParallelLinear(_LoRALinear, ColumnParallelLinear):
             latent = gather_from_sequence_parallel_region(F.linear(input_, self.lora_a), group=self.tp_group)
         else:
             latent = copy_to_tensor_model_parallel_region(F.linear(input_, self.lora_a), group=self.tp_group)
-        return output + self.lora.scale * F.linear(latent, self.lora_b), bias
+        return output + F.linear(self.lora.scale * latent, self.lora_b), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The base layer's, and the adapter's."""
@@ -144,7 +144,7 @@ class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
             latent = reduce_scatter_to_sequence_parallel_region(latent, group=self.tp_group)
         else:
             latent = reduce_from_tensor_model_parallel_region(latent, group=self.tp_group)
-        return output + self.lora.scale * F.linear(latent, lora_b), bias
+        return output + F.linear(self.lora.scale * latent, lora_b), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The base layer's, and the adapter's."""

@@ -82,7 +82,9 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
 
 
 def finish() -> None:
-    """Gives up Megatron's groups; others may be set up in their place. Collective."""
+    """Gives up Megatron's groups, if there are any; others may be set up in their place. Collective."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
     dist.barrier()
     parallel_state.destroy_model_parallel()
     # The core only forgets its groups: their threads and connections would live on.

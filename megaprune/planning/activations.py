@@ -71,8 +71,8 @@ class Activations:
             largest_trained: parameters of the largest trained tensor, whose gradient stands alone before it is added
                 to its buffer.
         """
-        layer = max(*map(self._gradients, moe_layers), largest_trained * self._bytes)
-        if self._passes.recompute == "full":
+        layer = max(max(map(self._gradients, moe_layers), default=0), largest_trained * self._bytes)
+        if self._passes.recompute == "full" and moe_layers:
             layer += max(map(self._whole_layer, moe_layers)) - self.layer(False)
         # The loss needs one more copy of the logits. What the output kept is gone when the layers' turn comes.
         return max(self._logits(), layer - self.output()) if last_stage else layer
@@ -155,23 +155,22 @@ class Activations:
         return kept + self._core_attention(a_head * heads, a_head * groups, projected, heads)
 
     def _latent_attention(self) -> float:
-        fields, tp, sp = self._fields, self._passes.tensor, self._passes.sequence_parallel
+        fields = self._fields
         query_rank, rank, rope = fields["q_lora_rank"], fields["kv_lora_rank"], fields["qk_pos_emb_head_dim"]
         downs = ("linear_q_down_proj" if query_rank else "linear_q_proj", "linear_kv_down_proj")
         kept = self._read_by(*downs, tokens=self._shard, columns=self._hidden) + self._rope(rope)
         kept += self._latents(*downs, "linear_kv_up_proj", tokens=self._tokens)
         if query_rank:
-            # Under sequence parallelism the norm reads a slice of the gathered latent, which stays whole behind it.
             kept += self._norm(self._shard * query_rank, self._shard, input_kept_anyway=True)
-            kept += self._tokens * query_rank * self._bytes if self._keeps_inputs() else 0
             kept += self._read_by("linear_q_up_proj", tokens=self._shard, columns=query_rank)
             kept += self._latents("linear_q_up_proj", tokens=self._tokens)
         kept += self._norm(self._shard * rank, self._shard, input_kept_anyway=True)
         if self._keeps_inputs():
-            kept += self._bytes * (self._shard * rank if tp > 1 and sp else self._tokens * (rank + rope))
+            # Under sequence parallelism the norms read slices of gathered latents, which stay whole behind them.
+            kept += self._tokens * ((query_rank or 0) + rank + rope) * self._bytes
         kept += self._read_by("linear_kv_up_proj", tokens=self._shard, columns=rank)
         heads = fields["num_attention_heads"]
-        a_head = self._tokens * heads / tp
+        a_head = self._tokens * heads / self._passes.tensor
         keys = a_head * (fields["qk_head_dim"] + rope)
         return kept + self._core_attention(keys, keys, a_head * fields["v_head_dim"], heads)
 

@@ -71,6 +71,7 @@ def training_memory(
     last_stage: bool,
     teacher_bytes: int = 0,
     taught: bool = False,
+    target_bytes: int = 0,
 ) -> Memory:
     """The memory of a rank in a training step.
 
@@ -78,11 +79,13 @@ def training_memory(
         moe_layers: whether each layer that runs on the stage has experts.
         teacher_bytes: weights of a teacher beside the student.
         taught: there is a teacher, whose forward pass comes before the student's.
+        target_bytes: what stays of that pass for all micro-batches, on the last stage.
     """
     kept = in_flight * sum(map(activations.layer, moe_layers))
     working = activations.working(moe_layers, last_stage, share.largest_trained)
     if last_stage:
-        kept += activations.output()  # of one micro-batch: its backward pass follows at once
+        # The output is one micro-batch's: its backward pass follows at once.
+        kept += activations.output() + target_bytes
     if taught:
         working = max(working, activations.teacher_pass(last_stage) - kept)
     return Memory(

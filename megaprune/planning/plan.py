@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from megaprune.config import SEARCHES, WHAT_TO_PRUNE, Config
-from megaprune.errors import UsageError
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.lora import LoRAOptions
 from megaprune.mcore.paper import PaperCluster, Share
@@ -142,8 +141,6 @@ class _Planner:
         family = family_of(hf_config)
         self._arch: Architecture = family.architecture(hf_config)
         self._sizes = parallel_sizes(config, self._arch)
-        if world_size < 1:
-            raise UsageError(f"--world-size {world_size} is less than 1")
         check_parallel_sizes(self._arch, self._sizes, world_size)
         check_sequence(config, self._arch, self._sizes)
         self._lora = lora_options(config, family, self._arch)
@@ -160,23 +157,13 @@ class _Planner:
         self._layer_sizes = layer_sizes(hf_config)
         self._output_cost = output_cost(hf_config)
         self._activations = Activations(self._arch, self._passes())
+        shards = (self._cluster.data_parallel, self._cluster.expert_data_parallel)
         self._state = TrainingState(
-            config.recovery.bf16,
-            *((self._cluster.data_parallel, self._cluster.expert_data_parallel) if self._shards_state else (1, 1)),
+            config.recovery.bf16, *(shards if config.engine.use_distributed_optimizer else (1, 1))
         )
-
-    @property
-    def _shards_state(self) -> bool:
-        return self._config.engine.use_distributed_optimizer
-
-    @property
-    def _teacher(self) -> str | None:
-        distillation = self._config.distillation
-        return None if distillation.distill_loss == "ce" or self._trains_nothing else distillation.teacher
-
-    @property
-    def _trains_nothing(self) -> bool:
-        return self._config.recovery.train_iters == 0
+        self._trains = config.recovery.train_iters != 0
+        taught = self._trains and config.distillation.distill_loss != "ce"
+        self._teacher = config.distillation.teacher if taught else None
 
     def _passes(self) -> Passes:
         recovery, engine, sizes = self._config.recovery, self._config.engine, self._sizes
@@ -212,7 +199,10 @@ class _Planner:
         if manual is not None:
             return manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
-        return top_layers(sizes, num_kept, protected), "the layers with the fewest parameters go, of equals the last"
+        assumed = "the layers with the fewest parameters go, of equals the last"
+        if self._teacher == "self":
+            assumed += "; activations are those of stages that lose none"
+        return top_layers(sizes, num_kept, protected), assumed
 
     def _phase(self, name: str, kept: Sequence[int], assumed: str | None, trained: bool = True) -> Phase:
         original, whole = list(range(self._arch.num_layers)), self._original_stages()
@@ -229,16 +219,14 @@ class _Planner:
             # A stage that keeps its pruned layers may turn out to lose none of them.
             active = layers if stays_whole and assumed else running
             last = number == len(counts) - 1
-            if trained and not self._trains_nothing:
+            if trained and self._trains:
                 memory = self._training_memory(share, teacher, number, active, last)
             else:
                 memory = forward_memory(share, self._activations, last)
-            stages.append(self._stage(number, layers, running, share, memory, trained))
+            stages.append(self._stage(number, layers, running, share, memory))
         return Phase(name, list(kept), assumed, model_size(self._hf_config, kept), stages)
 
-    def _stage(
-        self, number: int, layers: list[int], running: list[int], share: Share, memory: Memory, trained: bool
-    ) -> Stage:
+    def _stage(self, number: int, layers: list[int], running: list[int], share: Share, memory: Memory) -> Stage:
         moe = sum(self._arch.is_moe(layer) for layer in running)
         ranks = self._cluster.world_size // self._sizes.pipeline
         last = number == self._sizes.pipeline - 1
@@ -267,7 +255,15 @@ class _Planner:
             last,
             teacher_bytes=teacher.model_bytes if teacher else 0,
             taught=self._teacher is not None,
+            target_bytes=self._target_bytes(),
         )
+
+    def _target_bytes(self) -> int:
+        """Indices and logits of the teacher's top k, log-sum-exp and entropy, of every token of an iteration."""
+        if self._teacher is None:
+            return 0
+        tokens = self._cluster.micro_batches * self._cluster.micro_batch_size * self._cluster.seq_length
+        return tokens * (self._config.distillation.distill_top_k * (8 + 4) + 4 + 4)
 
     def _original_stages(self) -> list[int]:
         layout = self._config.parallel.pipeline_model_parallel_layout

@@ -8,8 +8,9 @@ from megaprune.planning.plan import Phase, Plan, Stage
 
 _GIB = 2**30
 _NOT_COUNTED = (
-    "not counted: the CUDA context, communication buffers, fragmentation and uneven routing (leave a tenth free); "
-    "layers are Megatron-Core's local ones, Transformer Engine's keep fewer activations"
+    "not counted: the CUDA context, communication buffers, fragmentation and uneven routing (leave a tenth free).\n"
+    "Layers are Megatron-Core's local ones: Transformer Engine's keep fewer activations. Adam is a fused one: "
+    "torch's own takes 4 more bytes for each trained parameter while it steps."
 )
 
 
@@ -85,7 +86,7 @@ def _heading(plan: Plan) -> list[str]:
         f"processes   {cluster.world_size}: TP {sizes.tensor}{' with SP' if sizes.sequence_parallel else ''} x "
         f"PP {sizes.pipeline} x DP {cluster.data_parallel}{experts}",
         f"iteration   {cluster.tokens_per_iteration:,} tokens: {cluster.global_batch_size} windows of "
-        f"{cluster.seq_length:,}, {cluster.micro_batches} micro-batches a replica; bubble {cluster.bubble:.0%}",
+        f"{cluster.seq_length:,}; micro-batches a replica: {cluster.micro_batches}; bubble {cluster.bubble:.0%}",
         f"training    {_training(plan)}",
     ]
     return lines
@@ -120,7 +121,7 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.teacher, memory.activations, memory.working)
         row = [
             str(number),
-            str(stage.first_rank) if stage.first_rank == stage.last_rank else f"{stage.first_rank}-{stage.last_rank}",
+            _ranks(stage),
             _ranges(stage.running_layers),
             f"{stage.dense_layers}+{stage.moe_layers}",
             f"{stage.parameters:,}",
@@ -152,9 +153,13 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
         numbers = _ranges([number for number, stage in enumerate(phase.stages) if stage in stages])
         lines.append(
             f"does not fit in {device_memory_gib:g} GiB: {phase.name}, stages {numbers}; the fullest needs "
-            f"{fullest.memory.total / _GIB:,.1f} GiB on each of ranks {fullest.first_rank}-{fullest.last_rank}"
+            f"{fullest.memory.total / _GIB:,.1f} GiB on each rank of {_ranks(fullest)}"
         )
     return lines
+
+
+def _ranks(stage: Stage) -> str:
+    return _ranges(range(stage.first_rank, stage.last_rank + 1))
 
 
 def _layers(phase: Phase) -> str:

@@ -7,12 +7,15 @@ import tiny
 import torch
 
 from megaprune.mcore import parallel, passes
-from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
+from megaprune.mcore.trainer import OptimizerOptions, Trainer
 from megaprune.mcore.weights_io import export_weights, gather_over_tensor_parallel, import_weights
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.training.signals import StopRequest
+from megaprune.training.step import Objective, search_step
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
 
@@ -34,6 +37,22 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)
     if parallel.rank() == 0:
         write_pruned_config(source, range(arch.num_layers), folder / "hf")
+    parallel.finish()
+
+
+def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
+    """One step of search on a fixed mask, each replica with its share of four uneven windows: to ``out``, its loss and
+    its gradients' norm and of the mask."""
+    sizes, source = ParallelSizes(**sizes), HFSource(hf_model)
+    arch, engine = source.family.architecture(source.config), EngineOptions(sizes)
+    gate, selector = LayerGate(), tiny.FixedMask()
+    parallel.initialize(sizes)
+    built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
+    import_weights(built, source)
+    trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
+    batches = tiny.uneven_batches([1, 1, 1, 1])[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    result = search_step(trainer, batches, Objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
+    torch.save({"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad}, f"{out}.{parallel.rank()}")
     parallel.finish()
 
 

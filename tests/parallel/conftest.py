@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from launch import launch
-from layouts import INTERRUPTED_RUNS, MODEL_LAYOUTS, RUN_LAYOUTS
+from layouts import INTERRUPTED_RUNS, MODEL_LAYOUTS, RUN_LAYOUTS, STEP_LAYOUTS
 
 
 @dataclass
@@ -18,6 +18,9 @@ class Results:
 
     def model(self, family, layout):
         return self.folder / f"model-{family}-{layout}"
+
+    def step(self, layout):
+        return self.folder / f"step-{layout}"
 
     def run(self, name):
         return self.folder / f"run-{name}"
@@ -58,6 +61,11 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
         for layout, (processes, sizes) in MODEL_LAYOUTS.items()
         if processes == num_processes
         for family in tiny.FAMILIES
+    ]
+    cases += [
+        dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(layout))
+        for layout, (processes, sizes) in STEP_LAYOUTS.items()
+        if processes == num_processes
     ]
     cases += [
         dict(kind="prune", argv=argv(name, flags))

@@ -7,6 +7,13 @@ MODEL_LAYOUTS = {
     "pp2": (2, PP2),
     "tp2_sp_pp2": (4, TP2 | PP2 | {"sequence_parallel": True}),
 }
+# data parallelism takes what is left of the processes
+STEP_LAYOUTS = MODEL_LAYOUTS | {
+    "dp2": (2, {}),
+    "tp2_dp2": (4, TP2),
+    "tp2_sp_dp2": (4, TP2 | {"sequence_parallel": True}),
+    "pp2_dp2": (4, PP2),
+}
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")

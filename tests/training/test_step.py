@@ -15,22 +15,11 @@ from megaprune.training.step import Objective, search_step, train_step
 from megaprune.weights.source import HFSource
 
 pytestmark = pytest.mark.usefixtures("one_process")
-MASK = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
 def source(tiny_model):
     return HFSource(tiny_model("qwen3"))
-
-
-class FixedMask:
-    """A selector that keeps what it is told to, and the gradient that it gets."""
-
-    def mask(self, step):
-        return torch.tensor(MASK)
-
-    def update(self, mask_grad, step):
-        self.mask_grad = mask_grad
 
 
 def build(source, gate=None):
@@ -40,27 +29,18 @@ def build(source, gate=None):
     return model
 
 
-def batches(sizes, seed=3):
-    """Four windows of which very different shares carry loss, in micro-batches of these sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(tiny.VOCAB_SIZE, (4, 21), generator=generator)
-    shares = torch.tensor([0.05, 1.0, 0.3, 0.6])[:, None]
-    loss_mask = (torch.rand(4, 20, generator=generator) < shares).float()
-    return [tiny.make_batch(t, m) for t, m in zip(tokens.split(sizes), loss_mask.split(sizes), strict=True)]
-
-
 def step(source, kind, sizes, searching):
     """The step's result, and its gradients: of the parameters and, where it searches, of the mask."""
-    gate, selector = LayerGate(), FixedMask()
+    gate, selector = LayerGate(), tiny.FixedMask()
     options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0)
     trainer = Trainer(build(source, gate), EngineOptions(ParallelSizes()), options)
     shard = vocab_shard(source.family.architecture(source.config))
     teacher = None if kind == "ce" else OnlineTeacher(build(source), shard, 10)
     objective = Objective(kind, "rest", shard, teacher)
     if searching:
-        result = search_step(trainer, batches(sizes), objective, 0, selector, gate)
+        result = search_step(trainer, tiny.uneven_batches(sizes), objective, 0, selector, gate)
     else:
-        result = train_step(trainer, batches(sizes), objective, 0)
+        result = train_step(trainer, tiny.uneven_batches(sizes), objective, 0)
     # clipping has scaled them, by the same factor where the norm is the same
     grads = {name: p.main_grad.clone() for name, p in trainer.model.named_parameters()}
     return result, grads | ({"mask": selector.mask_grad} if searching else {})
@@ -70,7 +50,7 @@ def step(source, kind, sizes, searching):
 def test_the_global_batch_counts_not_the_micro_batches(source, kind):
     (result, grads), *others = [step(source, kind, sizes, True) for sizes in ([4], [2, 2], [1, 1, 1, 1])]
     assert result.loss > 0.1 and result.grad_norm > 0.1 and grads["mask"].abs().min() > 1e-4
-    assert result.mask.tolist() == MASK
+    assert torch.equal(result.mask, tiny.FixedMask().mask(0))
     for other, other_grads in others:
         assert other.loss == pytest.approx(result.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
@@ -83,7 +63,7 @@ def test_the_global_batch_counts_not_the_micro_batches(source, kind):
 def test_loss_and_gradient_are_those_of_transformers(source):
     model = tiny.load_hf(source.folder)
     total, count = 0.0, 0.0
-    for batch in batches([1, 3]):
+    for batch in tiny.uneven_batches([1, 3]):
         losses = torch.nn.functional.cross_entropy(
             model(batch.tokens).logits.transpose(1, 2), batch.labels, reduction="none"
         )
@@ -111,4 +91,4 @@ def test_a_loss_that_is_not_finite_is_refused(source):
     trainer = Trainer(model, EngineOptions(ParallelSizes()), options)
     objective = Objective("ce", "rest", vocab_shard(source.family.architecture(source.config)), None)
     with pytest.raises(MegapruneError, match="the loss is nan at iteration 7"):
-        train_step(trainer, batches([4]), objective, 6)
+        train_step(trainer, tiny.uneven_batches([4]), objective, 6)

@@ -1,0 +1,27 @@
+"""A step of search has the same loss and gradients at every parallel layout, and on every process."""
+
+import cases
+import pytest
+import torch
+from layouts import STEP_LAYOUTS
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """The step on one process."""
+    out = tmp_path_factory.mktemp("step") / "step"
+    cases.mask_gradient(source("qwen3_tied"), {}, out)
+    return torch.load(f"{out}.0")
+
+
+@pytest.mark.parametrize("layout", STEP_LAYOUTS)
+def test_step_is_the_same_at_every_layout(results, alone, layout):
+    processes = STEP_LAYOUTS[layout][0]
+    found = [torch.load(f"{results(processes).step(layout)}.{rank}") for rank in range(processes)]
+    assert alone["mask"].abs().min() > 1e-4
+    torch.testing.assert_close(found[0]["mask"], alone["mask"], atol=1e-6, rtol=1e-4)
+    assert found[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert found[0]["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+    for other in found[1:]:
+        assert torch.equal(other["mask"], found[0]["mask"])  # the scores must never drift apart
+        assert (other["loss"], other["norm"]) == (found[0]["loss"], found[0]["norm"])
