@@ -85,9 +85,11 @@ def finish() -> None:
     """Gives up Megatron's groups, if there are any; others may be set up in their place. Collective."""
     if not parallel_state.model_parallel_is_initialized():
         return
-    dist.barrier()
     parallel_state.destroy_model_parallel()
+    if dist.get_world_size() == 1:
+        return
     # The core only forgets its groups: their threads and connections would live on.
+    dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
