@@ -16,7 +16,7 @@ from megaprune.errors import UsageError
 SEARCHES = ("e3",)
 ONE_SHOT = ("kl-init", "random", "manual")
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
-WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers")
+WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -64,6 +64,7 @@ class PruneConfig:
     num_layers_to_prune: int | None = flag("how many layers go")
     prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers")
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
+    target_params: int | None = flag("the most parameters that the pruned model may have (without MTP layers)")
 
 
 @dataclass
@@ -314,9 +315,7 @@ def pruned_layers_of(text: str) -> list[int]:
 
 
 def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
-    """How many layers of a model of ``num_layers`` are to go."""
-    if config.prune_layers is not None:
-        return len(pruned_layers_of(config.prune_layers))
+    """How many layers of a model of ``num_layers`` are to go, where the flags count layers."""
     if config.num_layers_to_prune is not None:
         return config.num_layers_to_prune
     return round(config.prune_ratio * num_layers)
@@ -371,6 +370,7 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
 
 def _check_ranges(config: Config) -> None:
     at_least_1 = (
+        "target_params",
         *("seq_length", "calibration_samples", "micro_batch_size", "global_batch_size", "distill_top_k"),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("expert_model_parallel_size", "expert_tensor_parallel_size", "lora_rank"),

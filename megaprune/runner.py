@@ -14,7 +14,7 @@ from megaprune.mcore.adapter_io import export_adapter
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import export_weights
-from megaprune.models.sizes import model_size
+from megaprune.models.sizes import inventory
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
@@ -137,21 +137,22 @@ class PruningRun:
             windows = self.config.data.calibration_samples * (num_layers + 1)
             with self.progress.timed("importance", windows * self.config.data.seq_length):
                 kl = layer_kl(model, self.models.gate, batches, num_layers, self.models.shard)
-            self.progress.scores = scores_from_kl(kl, self.setup.protected, self.config.search.mask_init_scale).tolist()
+            scale = self.config.search.mask_init_scale
+            self.progress.scores = scores_from_kl(kl, self.setup.protected, scale, self.setup.budget.costs).tolist()
 
     def _one_shot(self) -> list[int]:
-        num_kept, protected = self.setup.num_kept, self.setup.protected
+        budget, protected = self.setup.budget, self.setup.protected
         if self.setup.manual is not None:
             return self.setup.manual
         if self.config.prune.method == "random":
-            return random_layers(self.setup.arch.num_layers, num_kept, protected, self.config.recovery.seed)
-        return top_layers(torch.tensor(self.progress.scores), num_kept, protected)
+            return random_layers(budget, protected, self.config.recovery.seed)
+        return top_layers(torch.tensor(self.progress.scores), budget, protected)
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
         selector = GumbelTopK(
             torch.tensor(self.progress.scores),
-            self.setup.num_kept,
+            self.setup.budget,
             self.setup.protected,
             config.search_iters,
             temperature=config.search.gumbel_temperature,
@@ -229,14 +230,14 @@ class PruningRun:
     def _done(self, iteration: int, stage: str, result: StepResult, seconds: float, extra: dict | None = None) -> None:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.setup.tokens_per_iteration)
-        kept = result.mask if result.mask is not None else torch.ones(self.setup.num_kept)
+        num_kept = len(self.progress.kept_layers) if result.mask is None else int(result.mask.sum())
         record = {
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "num_kept": int(kept.sum()),
+            "num_kept": num_kept,
             "tokens": (iteration + 1) * self.setup.tokens_per_iteration,
             "seconds": seconds,
         }
@@ -309,8 +310,8 @@ class PruningRun:
             num_source_layers=setup.arch.num_layers,
             kept_layers=kept,
             scores=self.progress.scores,
-            params_before=model_size(setup.source.config).total,
-            params_after=model_size(setup.source.config, kept).total,
+            before=inventory(setup.source.config),
+            after=inventory(setup.source.config, kept),
             tokens_seen=self.progress.iteration * setup.tokens_per_iteration,
             seed=self.config.recovery.seed,
             stages=self.progress.stages,

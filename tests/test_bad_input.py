@@ -170,6 +170,13 @@ CASES = {
     "more layers than are free": lambda w: bad(
         "--num-layers-to-prune", "--protect-layers", status=2, num_layers_to_prune=6
     ),
+    "parameters of the whole model": lambda w: bad(
+        "--target-params 1,000,000,000", "the model has", status=2, num_layers_to_prune=None, target_params=10**9
+    ),
+    "fewer parameters than are protected": lambda w: bad(
+        "--target-params", "--protect-layers", status=2, num_layers_to_prune=None, target_params=100_000
+    ),
+    "parameters and a number of layers": lambda w: bad("--target-params", status=2, target_params=100_000),
     "all layers": lambda w: bad("--num-layers-to-prune", "7 of 7", status=2, num_layers_to_prune=7),
     "ratio of no layer": lambda w: bad("--prune-ratio 0.01", status=2, num_layers_to_prune=None, prune_ratio=0.01),
     "layer that is not there": lambda w: bad("no layer 7", status=2, **SURGERY | dict(prune_layers="2,7")),

@@ -132,7 +132,6 @@ def test_what_to_prune():
     assert num_layers_to_prune(parse_config([*BASE, "--prune-ratio", "0.6"]).prune, 32) == 19
     assert num_layers_to_prune(parse_config(E3).prune, 32) == 4
     manual = parse_config([*BASE, "--method", "manual", "--prune-layers", "3,7,9"])
-    assert num_layers_to_prune(manual.prune, 32) == 3
     assert manual.search_iters == 0
 
 

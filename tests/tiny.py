@@ -8,11 +8,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import pangu
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from megaprune.models.sizes import inventory, layer_sizes
 from megaprune.training.data import Batch
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -45,6 +47,16 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
+_YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    original_max_position_embeddings=64,
+)
 FAMILIES = {
     "llama2": ("llama", _COMMON | dict(num_hidden_layers=6, num_key_value_heads=4, rms_norm_eps=1e-5)),
     "llama3": ("llama", _COMMON | dict(num_hidden_layers=8, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE)),
@@ -75,6 +87,7 @@ MOE_FAMILIES = {
             n_shared_experts=1,
             moe_intermediate_size=40,
             routed_scaling_factor=2.5,
+            rope_parameters=_YARN,
             num_nextn_predict_layers=0,
         ),
     ),
@@ -101,6 +114,10 @@ _CHAT_TEMPLATE = (
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
     """Saves a random model of a family and its tokenizer. In ``bfloat16`` its norms stay fp32, as some releases' do."""
+    if family == pangu.CONFIG["model_type"]:
+        pangu.make_checkpoint(folder, dtype)
+        make_tokenizer().save_pretrained(folder)
+        return folder
     model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
@@ -172,7 +189,9 @@ def load_hf(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits [b, s, vocab] that transformers computes for tokens [b, s]."""
+    """The logits [b, s, vocab] that transformers, or openPangu's reference, computes for tokens [b, s]."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == pangu.CONFIG["model_type"]:
+        return pangu.logits(folder, tokens)
     return load_hf(folder)(tokens).logits
 
 
@@ -229,6 +248,17 @@ def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
         "--max-shard-size": "100KB",
     }
     return [str(word) for pair in flags.items() for word in pair] + list(extra)
+
+
+def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of such a run on `deepseek_v3`, in which a parameter too few is left for a dense and a MoE layer of the
+    three layers that may go, two of them MoE."""
+    argv = prune_argv(model, data, save, *extra)
+    sizes = layer_sizes(json.loads((model / "config.json").read_text()))
+    total = inventory(json.loads((model / "config.json").read_text())).size.total
+    at = argv.index("--num-layers-to-prune")
+    argv[at : at + 2] = ["--target-params", str(total - sizes[-1].total - 1)]
+    return argv
 
 
 def run_here(argv: Sequence[str]) -> None:

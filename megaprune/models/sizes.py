@@ -28,12 +28,29 @@ def layer_sizes(config: HFConfig) -> list[Size]:
 
 
 def model_size(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Size:
-    """The size of the model, or of the model of these layers; tied weights count once."""
+    """The size of the model, or of the model of these layers, without MTP layers; tied weights count once."""
     family = family_of(config)
     arch, layers = family.architecture(config), layer_sizes(config)
     outside = [rule for rule in family.model_rules if not (arch.tied and rule.megatron.startswith("output_layer"))]
     kept = range(len(layers)) if kept_layers is None else kept_layers
     return sum((layers[layer] for layer in kept), _size(outside, arch))
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a model is made of."""
+
+    size: Size
+    dense_layers: int
+    moe_layers: int
+
+
+def inventory(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Inventory:
+    """What the model, or the model of these layers, is made of."""
+    arch = family_of(config).architecture(config)
+    kept = range(arch.num_layers) if kept_layers is None else kept_layers
+    moe = sum(arch.is_moe(layer) for layer in kept)
+    return Inventory(model_size(config, kept), len(kept) - moe, moe)
 
 
 def layer_costs(config: HFConfig) -> list[int]:

@@ -195,14 +195,14 @@ class _Planner:
 
     def _kept_layers(self) -> tuple[list[int], str | None]:
         """The layers that stay, and what is assumed where a run would have to find out."""
-        manual, protected, num_kept = layers_in_question(self._config, self._arch)
+        manual, protected, budget = layers_in_question(self._config, self._hf_config)
         if manual is not None:
             return manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
         assumed = "the layers with the fewest parameters go, of equals the last"
         if self._teacher == "self":
             assumed += "; activations are those of stages that lose none"
-        return top_layers(sizes, num_kept, protected), assumed
+        return top_layers(sizes, budget, protected), assumed
 
     def _phase(self, name: str, kept: Sequence[int], assumed: str | None, trained: bool = True) -> Phase:
         original, whole = list(range(self._arch.num_layers)), self._original_stages()

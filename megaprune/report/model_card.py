@@ -52,7 +52,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 | --- | ---: | ---: |
 | layers | {before} | {report["num_layers"]} |
 | parameters | {report["params_before"]:,} | {report["params_after"]:,} |
-
+{_mixture_rows(report)}
 - kept layers (source indices, from 0): {layer_ranges(report["kept_layers"])}
 - removed layers: {layer_ranges(report["pruned_layers"])}
 - ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
@@ -118,6 +118,17 @@ def _training_clause(report: Report, adapter: bool) -> str:
     if report["tokens_seen"]:
         return f"trained the model on {report['tokens_seen']:,} tokens"
     return "left every remaining weight as it was"
+
+
+def _mixture_rows(report: Report) -> str:
+    """What a model with experts lost of each kind; nothing for a dense model."""
+    before, after = report["layer_kinds_before"], report["layer_kinds_after"]
+    if not before["moe"]:
+        return ""
+    return f"""| dense layers | {before["dense"]} | {after["dense"]} |
+| MoE layers | {before["moe"]} | {after["moe"]} |
+| parameters active in a token | {report["active_params_before"]:,} | {report["active_params_after"]:,} |
+"""
 
 
 def _quality(report: Report, adapter: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprune import __version__
+from megaprune.models.sizes import Inventory
 from megaprune.report.files import write_json
 
 MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
@@ -28,8 +29,8 @@ def build_report(
     num_source_layers: int,
     kept_layers: Sequence[int],
     scores: Sequence[float] | None,
-    params_before: int,
-    params_after: int,
+    before: Inventory,
+    after: Inventory,
     tokens_seen: int,
     seed: int,
     stages: dict[str, dict[str, float]],
@@ -40,6 +41,7 @@ def build_report(
 
     Args:
         method: what `--method` said.
+        before: what the source model is made of, and `after`, the pruned one.
         kept_layers: source indices, from 0, of the layers in the pruned model.
         scores: one per source layer, higher = keep; None where the method scores no single layers.
         stages: {name: {"seconds": s, "tokens": n}} in the order run.
@@ -53,8 +55,12 @@ def build_report(
         "kept_layers": kept,
         "pruned_layers": sorted(set(range(num_source_layers)) - set(kept)),
         "scores": None if scores is None else list(scores),
-        "params_before": params_before,
-        "params_after": params_after,
+        "params_before": before.size.total,
+        "params_after": after.size.total,
+        "active_params_before": before.size.active,
+        "active_params_after": after.size.active,
+        "layer_kinds_before": {"dense": before.dense_layers, "moe": before.moe_layers},
+        "layer_kinds_after": {"dense": after.dense_layers, "moe": after.moe_layers},
         "tokens_seen": tokens_seen,
         "seed": seed,
         "seq_length": seq_length,
@@ -99,6 +105,7 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
     """
     lines = [_headline(report), "", *_model_rows(report), ""]
     facts = [
+        *_mixture_facts(report),
         ("kept layers", layer_ranges(report["kept_layers"])),
         ("pruned layers", layer_ranges(report["pruned_layers"])),
         ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
@@ -130,6 +137,16 @@ def _headline(report: Report) -> str:
         f"{report['method']}: {before} -> {report['num_layers']} layers, "
         f"{report['params_before']:,} -> {report['params_after']:,} parameters, seed {report['seed']}"
     )
+
+
+def _mixture_facts(report: Report) -> list[tuple[str, str]]:
+    """What a model with experts lost of each kind; nothing for a dense model."""
+    before, after = report["layer_kinds_before"], report["layer_kinds_after"]
+    if not before["moe"]:
+        return []
+    changes = [f"{before[kind]} -> {after[kind]} {name}" for kind, name in (("dense", "dense"), ("moe", "MoE"))]
+    active = f"{report['active_params_before']:,} -> {report['active_params_after']:,} parameters a token"
+    return [("layers", ", ".join(changes)), ("active", active)]
 
 
 def _model_rows(report: Report) -> list[str]:

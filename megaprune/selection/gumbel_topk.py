@@ -1,47 +1,61 @@
 """The Gumbel-TopK mask search of E3-Pruner, after the relaxation of Ploetz and Roth (2018)."""
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import top_layers
-from megaprune.selection.selector import check_num_kept
 
 
-def gumbel_topk_mask(scores: Tensor, k: int, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask with exactly k ones whose gradient is that of a soft top-k.
+def gumbel_topk_mask(
+    scores: Tensor, limit: int, temperature: float, noise: Tensor, costs: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A mask of the best by perturbed score whose gradient is that of a soft top-k.
 
-    `scores` and `noise` are [n]; computed in fp32 (fp64 if given). With a = scores + noise, k times:
+    `scores` and `noise` are [n]; computed in fp32 (fp64 if given). With a = scores + noise, `limit` times:
     p = softmax(a / temperature), a <- a + log(1 - p); soft is the sum of the p. The logarithm is added
     before the temperature divides: after it, one item could be picked twice.
 
-    Returns (mask, soft), both [n]: soft sums to k; mask is the top k of scores + noise in the forward pass (of
-    equals, the lower index) and soft in the backward pass (straight-through). With k = 0 or k = n there is no
-    choice, and both are constants without a graph.
+    With `costs`, [n], the limit is what the ones may cost together (ours; without, each costs 1). Each round spends
+    p @ costs, and the last one counts in part, so that soft @ costs is the limit exactly. The mask takes items in the
+    order of a, each one that still fits.
+
+    Returns (mask, soft), both [n]: mask is 0 and 1 in the forward pass (of equals, the lower index comes first) and
+    soft in the backward pass (straight-through). Where nothing fits or everything does there is no choice, and both
+    are constants without a graph.
     """
-    if not 0 <= k <= len(scores):
-        raise MegapruneError(f"cannot keep {k} of {len(scores)} layers")
+    budget = Budget(tuple(costs or (1,) * len(scores)), limit)
+    if not 0 <= limit <= sum(budget.costs):
+        raise MegapruneError(f"a mask of {len(scores)} layers that cost {sum(budget.costs)} cannot cost {limit}")
     if temperature <= 0:
         raise UsageError(f"--gumbel-temperature: {temperature} is not positive")
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    if k in (0, len(scores)):
-        constant = torch.full_like(scores, float(k > 0), dtype=dtype, requires_grad=False)
-        return constant, constant.clone()
-
     perturbed = scores.to(dtype) + noise.to(dtype)
     # The exact Gumbel-TopK sample. The top k of `soft` is another set where scores are close beside the temperature:
     # the better of two near-equal items is taken in part, lowered for it, and then passed over for the other.
-    chosen = torch.sort(perturbed.detach(), descending=True, stable=True).indices[:k]
+    order = torch.sort(perturbed.detach(), descending=True, stable=True).indices.tolist()
+    chosen = torch.tensor(budget.take(order), dtype=torch.long)
+    hard = torch.zeros(len(scores), dtype=dtype).index_fill(0, chosen, 1.0)
+    if len(chosen) in (0, len(scores)):
+        return hard, hard.clone()
+
+    largest = max(budget.costs)
+    prices, room = torch.tensor(budget.costs, dtype=dtype) / largest, limit / largest
     soft = torch.zeros_like(perturbed)
-    for _ in range(k):
-        soft = soft + torch.softmax(perturbed / temperature, dim=0)
+    while True:
+        share = torch.softmax(perturbed / temperature, dim=0)
+        spent = share @ prices
+        if spent >= room:
+            soft = soft + share * (room / spent)
+            break
+        soft, room = soft + share, room - spent
         perturbed = perturbed + _log_complement(perturbed / temperature)
 
-    hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
     # In this order the added term is exactly 0, and the mask exactly 0 or 1.
     return hard + (soft - soft.detach()), soft
 
@@ -71,16 +85,16 @@ class GumbelTopK:
     """A Selector: learns one score a layer, drawing a Gumbel-TopK mask a step (E3-Pruner).
 
     `init_scores` is [num_layers] (see `scores_from_kl`). Over the `num_steps` of the search the temperature
-    falls linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) the number
-    of kept layers falls linearly from all to `num_kept`. Layers in `protected` are always kept and take no
-    part in the relaxation. `lr` is that of the scores' own Adam. Raises UsageError for settings out of
-    range, MegapruneError for scores that are not finite.
+    falls linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) what the kept
+    layers may cost falls linearly from the cost of all to the budget's limit. Layers in `protected` are always
+    kept and take no part in the relaxation. `lr` is that of the scores' own Adam. Raises UsageError for settings
+    out of range, MegapruneError for scores that are not finite.
     """
 
     def __init__(
         self,
         init_scores: Tensor,
-        num_kept: int,
+        budget: Budget,
         protected: Set[int],
         num_steps: int,
         temperature: float = 1.0,
@@ -90,8 +104,8 @@ class GumbelTopK:
         ramp: float = 1.0,
     ) -> None:
         self.num_layers = len(init_scores)
-        self.num_kept = num_kept
-        check_num_kept(self.num_layers, num_kept, protected)
+        self.budget = budget
+        budget.check(protected)
         _check_settings(num_steps, temperature, anneal, lr, ramp)
         if not init_scores.isfinite().all():
             raise MegapruneError("the initial scores of the search are not all finite")
@@ -112,23 +126,23 @@ class GumbelTopK:
         """[num_layers] fp32 on the CPU, detached; higher is kept. Protected layers keep their first score."""
         return self._scores.detach().clone()
 
-    def num_kept_at(self, step: int) -> int:
-        """How many layers this step's mask keeps: fewer than all from step 0 on, `num_kept` from the last ramp step
-        on.
+    def limit_at(self, step: int) -> int:
+        """What this step's mask may cost: less than all layers from step 0 on, the budget's limit from the last ramp
+        step on.
 
         The share that is gone rounds up. A step with every layer would distil the model from itself: its gradient
         is rounding noise, which Adam scales up to a full step.
         """
-        num_pruned = self.num_layers - self.num_kept
+        total = sum(self.budget.costs)
         ramp_step = min(step + 1, self._ramp_steps)
-        return self.num_layers - -(-num_pruned * ramp_step // self._ramp_steps)
+        return total - -(-(total - self.budget.limit) * ramp_step // self._ramp_steps)
 
     def temperature(self, step: int) -> float:
         """The start temperature times 1 - anneal * step / num_steps."""
         return self._temperature * (1 - self._anneal * step / self._num_steps)
 
     def mask(self, step: int) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached: this step's draw, `num_kept_at(step)` ones."""
+        """[num_layers] fp32 on the CPU, detached: this step's draw, within `limit_at(step)`."""
         return self._draw(step).detach()
 
     def update(self, mask_grad: Tensor, step: int) -> None:
@@ -141,12 +155,12 @@ class GumbelTopK:
             raise MegapruneError(
                 f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
             )
-        if self._num_free_kept_at(step) in (0, len(self._free)):
-            return
         # Drawn anew: the noise is a function of the step and the scores have not moved, so it is the same
         # graph as the mask's, and nothing has to be held, or saved, between the two calls.
         with torch.enable_grad():
             mask = self._draw(step)
+        if not mask.requires_grad:
+            return
         # Like the noise, the steps shrink, so that near-equal layers don't change places at the very end.
         self._optimizer.param_groups[0]["lr"] = self._lr * (1 - step / self._num_steps)
         self._optimizer.zero_grad()
@@ -155,7 +169,7 @@ class GumbelTopK:
 
     def kept_layers(self) -> list[int]:
         """The protected layers and the best of the others by score, without noise, ascending."""
-        return top_layers(self.scores, self.num_kept, self._protected)
+        return top_layers(self.scores, self.budget, self._protected)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores, Adam's moments, and the settings that the trajectory depends on."""
@@ -187,12 +201,10 @@ class GumbelTopK:
         # the weights that train beside them are healing for that one already.
         loudness = (1 - step / self._num_steps) ** 2
         noise = gumbel_noise(self.num_layers, self._seed, step)[self._free] * loudness
-        scores = self._scores[self._free]
-        free_mask, _ = gumbel_topk_mask(scores, self._num_free_kept_at(step), self.temperature(step), noise)
+        costs = [self.budget.costs[layer] for layer in self._free.tolist()]
+        limit = self.limit_at(step) - sum(self.budget.costs[layer] for layer in self._protected)
+        free_mask, _ = gumbel_topk_mask(self._scores[self._free], limit, self.temperature(step), noise, costs)
         return torch.ones(self.num_layers).index_copy(0, self._free, free_mask)
-
-    def _num_free_kept_at(self, step: int) -> int:
-        return self.num_kept_at(step) - len(self._protected)
 
     def _fresh_adam_state(self) -> dict[str, Tensor]:
         zeros = torch.zeros(self.num_layers)
@@ -201,7 +213,8 @@ class GumbelTopK:
     def _settings(self) -> dict[str, Any]:
         return {
             "num_layers": self.num_layers,
-            "num_kept": self.num_kept,
+            "costs": list(self.budget.costs),
+            "limit": self.budget.limit,
             "protected": sorted(self._protected),
             "num_steps": self._num_steps,
             "ramp_steps": self._ramp_steps,

@@ -1,6 +1,6 @@
 """Where a search starts: scores from the harm that each layer's removal does (E3-Pruner, initial scores)."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -11,14 +11,15 @@ from megaprune.errors import MegapruneError
 MIN_KL = 1e-6
 
 
-def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0) -> Tensor:
+def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: Sequence[int] | None = None) -> Tensor:
     """Scores, higher = keep, from `kl[l]` = KL(original || model without layer l) in nats per token.
 
     Both are [num_layers]; the result is fp32 on the CPU. The paper takes the KLs as they are; ours are
     logarithms, standardised over the unprotected layers to mean 0 and standard deviation `scale`, because
     the KLs' outliers drown the Gumbel noise (standard deviation 1.28) that the search explores with.
-    Protected layers, whose KL need not have been measured, get the highest score. Raises MegapruneError
-    if an unprotected layer's KL is not finite.
+    With `costs`, [num_layers], what is scored is KL per cost: the harm that a removed parameter does, where
+    dense and MoE layers are priced apart. Protected layers, whose KL need not have been measured, get the
+    highest score. Raises MegapruneError if an unprotected layer's KL is not finite.
     """
     kl = kl.detach().cpu().double()
     free = [layer for layer in range(len(kl)) if layer not in protected]
@@ -32,6 +33,8 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0) -> Tenso
                 "weights, and that the calibration data has tokens"
             )
     logs = kl[free].clamp_min(MIN_KL).log()
+    if costs is not None:
+        logs = logs - torch.tensor(costs, dtype=torch.float64)[free].log()
     deviation = logs.std(correction=0)
     # Logarithms of equal KLs may differ by rounding alone, which must not be blown up to `scale`.
     standardised = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)

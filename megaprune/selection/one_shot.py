@@ -4,36 +4,34 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Set
 
-import torch
 from torch import Tensor
 
 from megaprune.errors import MegapruneError, UsageError
-from megaprune.selection.selector import check_num_kept
+from megaprune.selection.budget import Budget
 
 
-def top_layers(scores: Tensor, num_kept: int, protected: Set[int]) -> list[int]:
-    """The protected layers and the highest-scoring others, `num_kept` in all, ascending.
+def top_layers(scores: Tensor, budget: Budget, protected: Set[int]) -> list[int]:
+    """The protected layers and the highest-scoring others that the budget has room for, ascending.
 
     `scores` is [num_layers]; those of protected layers are not looked at. Of equal scores the lower
-    layer is kept, so that every rank and every run answers the same. Raises UsageError if the numbers
-    don't fit, MegapruneError if a score is NaN.
+    layer is kept, so that every rank and every run answers the same. Raises UsageError if the budget
+    doesn't fit, MegapruneError if a score is NaN.
     """
-    check_num_kept(len(scores), num_kept, protected)
+    budget.check(protected)
     free = [layer for layer in range(len(scores)) if layer not in protected]
-    free_scores = scores[free]
-    if free_scores.isnan().any():
-        layer = free[int(free_scores.isnan().nonzero()[0])]
-        raise MegapruneError(f"the score of layer {layer} is not a number: layers cannot be ranked by it")
-    order = torch.sort(free_scores, descending=True, stable=True).indices
-    best = [free[i] for i in order[: num_kept - len(protected)].tolist()]
-    return sorted([*protected, *best])
+    if undefined := [layer for layer in free if scores[layer].isnan()]:
+        raise MegapruneError(f"the score of layer {undefined[0]} is not a number: layers cannot be ranked by it")
+    return budget.take(scores.sort(descending=True, stable=True).indices.tolist(), protected)
 
 
-def random_layers(num_layers: int, num_kept: int, protected: Set[int], seed: int) -> list[int]:
-    """The protected layers and a uniform draw from the others, `num_kept` in all, ascending."""
-    check_num_kept(num_layers, num_kept, protected)
-    free = [layer for layer in range(num_layers) if layer not in protected]
-    return sorted([*protected, *random.Random(seed).sample(free, num_kept - len(protected))])
+def random_layers(budget: Budget, protected: Set[int], seed: int) -> list[int]:
+    """The protected layers and those of the others, in a random order, that the budget has room for; ascending.
+
+    Where layers are counted, a uniform draw.
+    """
+    budget.check(protected)
+    free = [layer for layer in range(budget.num_layers) if layer not in protected]
+    return budget.take(random.Random(seed).sample(free, len(free)), protected)
 
 
 def manual_layers(num_layers: int, pruned: Iterable[int]) -> list[int]:

@@ -1,11 +1,11 @@
 """The interface of every learned search, and the checks that all ways of selecting layers share."""
 
-from collections.abc import Set
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from megaprune.errors import UsageError
+from megaprune.selection.budget import Budget
 
 
 class Selector(Protocol):
@@ -17,7 +17,7 @@ class Selector(Protocol):
     """
 
     num_layers: int
-    num_kept: int
+    budget: Budget
 
     def mask(self, step: int) -> Tensor:
         """[num_layers] fp32 on the CPU, detached; 1 keeps a layer, 0 bypasses it."""
@@ -33,7 +33,7 @@ class Selector(Protocol):
         """The relaxation's temperature at this step, without unit."""
 
     def kept_layers(self) -> list[int]:
-        """The search's answer: the `num_kept` layers that stay, ascending."""
+        """The search's answer: the layers that stay, ascending, within the budget."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data only; enough to continue the same trajectory bit for bit."""
@@ -68,19 +68,3 @@ def _protected_layer(word: str, num_layers: int) -> int:
             f"give numbers from 0 to {num_layers - 1}"
         )
     return layer % num_layers
-
-
-def check_num_kept(num_layers: int, num_kept: int, protected: Set[int]) -> None:
-    """Raises UsageError unless a model of `num_layers` can keep `num_kept`, the protected ones among them."""
-    num_pruned = num_layers - num_kept
-    if not 0 < num_kept <= num_layers:
-        raise UsageError(
-            f"--num-layers-to-prune: cannot prune {num_pruned} of {num_layers} layers; "
-            f"give a number from 0 to {num_layers - 1}"
-        )
-    if num_kept < len(protected):
-        raise UsageError(
-            f"--num-layers-to-prune: pruning {num_pruned} of {num_layers} layers leaves {num_kept}, but "
-            f"--protect-layers keeps {len(protected)} ({', '.join(map(str, sorted(protected)))}); "
-            f"prune at most {num_layers - len(protected)} or protect fewer"
-        )

@@ -14,10 +14,11 @@ from megaprune.mcore.lora import TARGETS, LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.mcore.trainer import OptimizerOptions
-from megaprune.models import Architecture, Family
-from megaprune.models.sizes import layer_costs, model_size, output_cost
+from megaprune.models import Architecture, Family, HFConfig
+from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
+from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
-from megaprune.selection.selector import check_num_kept, protected_layers
+from megaprune.selection.selector import protected_layers
 from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
 from megaprune.training.run_dir import RunDir
 from megaprune.weights.source import HFSource
@@ -31,7 +32,7 @@ class Setup:
     config: Config
     source: HFSource
     arch: Architecture
-    num_kept: int
+    budget: Budget
     protected: frozenset[int]
     manual: list[int] | None
     sizes: ParallelSizes
@@ -44,6 +45,10 @@ class Setup:
     @property
     def tokens_per_iteration(self) -> int:
         return self.global_batch_size * self.config.data.seq_length
+
+    def fewest_layers(self) -> list[int]:
+        """The layers of the shortest model that may come out."""
+        return self.budget.fewest_layers(self.protected) if self.manual is None else self.manual
 
     def stages(self) -> list[int]:
         """Layers of the original model on each pipeline stage."""
@@ -107,12 +112,12 @@ def prepare(config: Config) -> Setup:
             f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
             "vocabulary"
         )
-    manual, protected, num_kept = layers_in_question(config, arch)
+    manual, protected, budget = layers_in_question(config, source.config)
     setup = Setup(
         config=config,
         source=source,
         arch=arch,
-        num_kept=num_kept,
+        budget=budget,
         protected=protected,
         manual=manual,
         sizes=sizes,
@@ -125,7 +130,7 @@ def prepare(config: Config) -> Setup:
         run_dir=run_dir,
     )
     setup.stages()
-    setup.stages_of_layers(range(num_kept))
+    setup.stages_of_layers(setup.fewest_layers())
     return setup
 
 
@@ -135,11 +140,15 @@ def describe(setup: Setup) -> str:
     iterations = config.recovery.train_iters
     searching = f"{config.search_iters} of them search"
     parameters = f"{model_size(setup.source.config).total:,} parameters"
+    shortest = setup.fewest_layers()
+    goal = f"{len(shortest)} layers"
+    if not setup.budget.counts_layers:
+        goal = f"at most {config.prune.target_params:,} parameters, at least {goal}"
     lines = [
         f"model      {config.model.hf_model}: {setup.arch.num_layers} layers, {parameters}",
-        f"pruning    {config.prune.method}: {setup.arch.num_layers} -> {setup.num_kept} layers",
+        f"pruning    {config.prune.method}: {setup.arch.num_layers} layers -> {goal}",
         f"processes  TP {sizes.tensor} x PP {sizes.pipeline} x DP {parallel.data_parallel_size()}",
-        f"stages     {setup.stages()} layers, after pruning {setup.stages_of_layers(range(setup.num_kept))}",
+        f"stages     {setup.stages()} layers, after pruning {setup.stages_of_layers(shortest)}",
         f"training   {iterations} iterations ({searching}) of {setup.tokens_per_iteration:,} tokens",
         f"writes     {setup.run_dir.path}",
     ]
@@ -245,21 +254,33 @@ def parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
     )
 
 
-def layers_in_question(config: Config, arch: Architecture) -> tuple[list[int] | None, frozenset[int], int]:
-    """The user's own choice of kept layers if there is one, the protected layers, and how many stay.
+def layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] | None, frozenset[int], Budget]:
+    """The user's own choice of kept layers if there is one, the protected layers, and what those that stay may cost.
 
     Raises:
         UsageError: the flags don't fit the model.
     """
+    num_layers = len(layer_sizes(hf_config))
     if config.prune.method == "manual":
-        manual = manual_layers(arch.num_layers, pruned_layers_of(config.prune.prune_layers))
-        return manual, frozenset(), len(manual)
-    num_pruned = num_layers_to_prune(config.prune, arch.num_layers)
-    if num_pruned == 0:
-        raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {arch.num_layers} layers rounds to none")
-    protected = protected_layers(config.search.protect_layers, arch.num_layers)
-    check_num_kept(arch.num_layers, arch.num_layers - num_pruned, protected)
-    return None, protected, arch.num_layers - num_pruned
+        manual = manual_layers(num_layers, pruned_layers_of(config.prune.prune_layers))
+        return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
+    if config.prune.target_params is not None:
+        budget = _parameter_budget(config.prune.target_params, hf_config)
+    else:
+        num_pruned = num_layers_to_prune(config.prune, num_layers)
+        if num_pruned == 0:
+            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to none")
+        budget = Budget.of_layers(num_layers, num_layers - num_pruned)
+    protected = protected_layers(config.search.protect_layers, num_layers)
+    budget.check(protected)
+    return None, protected, budget
+
+
+def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
+    total, costs = model_size(hf_config).total, tuple(size.total for size in layer_sizes(hf_config))
+    if target >= total:
+        raise UsageError(f"--target-params {target:,}: the model has {total:,}; give a smaller number")
+    return Budget(costs, target - (total - sum(costs)))
 
 
 def check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:

@@ -50,7 +50,7 @@ def read_shard(rule: WeightRule, source: HFSource, arch: Architecture, tp: Tenso
     parts = [_read_cut(source, name, 0, tp) for name in rule.hf]
     if rule.shard is Shard.GATED:
         return torch.cat(parts)
-    return _interleave_qkv(parts, arch.query_groups // tp.size)
+    return interleave_qkv(parts, arch.query_groups // tp.size)
 
 
 def merge_shards(rule: WeightRule, shards: Sequence[torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
@@ -67,7 +67,7 @@ def merge_shards(rule: WeightRule, shards: Sequence[torch.Tensor], arch: Archite
         halves = [shard.chunk(2) for shard in shards]
         parts = [torch.cat([half[i] for half in halves]) for i in range(2)]
     else:
-        parts = _split_qkv(torch.cat(list(shards)), arch)
+        parts = split_qkv(torch.cat(list(shards)), arch)
     return dict(zip(rule.hf, parts, strict=True))
 
 
@@ -94,13 +94,13 @@ def _read_vocab(source: HFSource, name: str, arch: Architecture, tp: TensorParal
     return shard
 
 
-def _interleave_qkv(parts: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
+def interleave_qkv(parts: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
     """Query, key and value rows to Megatron's order: for each query group its queries, its key, its value."""
     tail = parts[0].shape[1:]
     return torch.cat([part.view(groups, -1, *tail) for part in parts], dim=1).reshape(-1, *tail)
 
 
-def _split_qkv(fused: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
+def split_qkv(fused: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
     tail = fused.shape[1:]
     by_group = fused.view(arch.query_groups, -1, *tail)
     per_group = by_group.shape[1] - 2 * arch.head_dim

@@ -32,7 +32,7 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     import_weights(built, source)
     batch = tiny.make_batch(tiny.random_tokens())
     for logits in passes.forward(built, [batch], whole_vocabulary):
-        if parallel.tensor_parallel().rank == 0:
+        if parallel.tensor_parallel().rank == parallel.data_parallel_rank() == 0:
             torch.save(logits.transpose(0, 1)[..., : arch.vocab_size].contiguous(), folder / "logits.pt")
     export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)
     if parallel.rank() == 0:

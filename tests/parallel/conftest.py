@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 from launch import launch
-from layouts import INTERRUPTED_RUNS, MODEL_LAYOUTS, RUN_LAYOUTS, STEP_LAYOUTS
+from layouts import INTERRUPTED_RUNS, MOE_FAMILIES, MOE_RUN_LAYOUTS, RUN_LAYOUTS, STEP_LAYOUTS, model_layouts
+
+IN_BF16 = ("llama3", "qwen3_moe")
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Results:
 
 @pytest.fixture(scope="session")
 def source(tiny_model):
-    """Gives a family's model, in several files; one is stored in bf16, the others in fp32."""
-    return lambda family: tiny_model(family, torch.bfloat16 if family == "llama3" else torch.float32, "200KB")
+    """Gives a family's model; most in several files, some stored in bf16, the others in fp32."""
+    return lambda family: tiny_model(family, torch.bfloat16 if family in IN_BF16 else torch.float32, "200KB")
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +60,9 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
 
     cases = [
         dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
-        for layout, (processes, sizes) in MODEL_LAYOUTS.items()
+        for family in (*tiny.FAMILIES, *MOE_FAMILIES)
+        for layout, (processes, sizes) in model_layouts(family).items()
         if processes == num_processes
-        for family in tiny.FAMILIES
     ]
     cases += [
         dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(layout))
@@ -70,6 +72,11 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
     cases += [
         dict(kind="prune", argv=argv(name, flags))
         for name, (processes, flags) in RUN_LAYOUTS.items()
+        if processes == num_processes
+    ]
+    cases += [
+        dict(kind="prune", argv=tiny.moe_prune_argv(tiny_model("deepseek_v3"), tiny_data, results.run(name), *flags))
+        for name, (processes, flags) in MOE_RUN_LAYOUTS.items()
         if processes == num_processes
     ]
     if num_processes == 2:

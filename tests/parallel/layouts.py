@@ -1,23 +1,42 @@
 """The parallel layouts under test."""
 
-TP2, PP2 = {"tensor": 2}, {"pipeline": 2}
+import tiny
+
+TP2, PP2, SP = {"tensor": 2}, {"pipeline": 2}, {"sequence_parallel": True}
 MODEL_LAYOUTS = {
     "tp2": (2, TP2),
-    "tp2_sp": (2, TP2 | {"sequence_parallel": True}),
+    "tp2_sp": (2, TP2 | SP),
     "pp2": (2, PP2),
-    "tp2_sp_pp2": (4, TP2 | PP2 | {"sequence_parallel": True}),
+    "tp2_sp_pp2": (4, TP2 | PP2 | SP),
+}
+MOE_FAMILIES = (*tiny.MOE_FAMILIES, "pangu_ultra_moe")
+_EP2 = {"expert": 2}
+MOE_LAYOUTS = {
+    "ep2": (2, _EP2),
+    "tp2_sp": (2, TP2 | SP),
+    "tp2_sp_ep2": (2, TP2 | SP | _EP2),
+    "tp2_etp2": (2, TP2 | {"expert_tensor": 2}),
+    "pp2": (2, PP2),
+    "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2),
 }
 # data parallelism takes what is left of the processes
 STEP_LAYOUTS = MODEL_LAYOUTS | {
     "dp2": (2, {}),
     "tp2_dp2": (4, TP2),
-    "tp2_sp_dp2": (4, TP2 | {"sequence_parallel": True}),
+    "tp2_sp_dp2": (4, TP2 | SP),
     "pp2_dp2": (4, PP2),
 }
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
 _SP, _DISTRIBUTED = "--sequence-parallel", "--use-distributed-optimizer"
+
+
+def model_layouts(family: str) -> dict[str, tuple[int, dict]]:
+    """The layouts, and their processes, at which a family's model is computed."""
+    return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
+
+
 RUN_LAYOUTS = {
     "tp2": (2, _TP2),
     "pp2": (2, _PP2),
@@ -26,6 +45,11 @@ RUN_LAYOUTS = {
     "dp2_distributed": (2, (_DISTRIBUTED,)),
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
+}
+MOE_RUN_LAYOUTS = {
+    "moe_ep2": (2, ("--expert-model-parallel-size", "2", _DISTRIBUTED)),
+    "moe_tp2_sp": (2, (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
+    "moe_pp2": (2, _PP2),
 }
 # Each go's flags, and after how many of its iterations it is stopped: in the search, in recovery, and not at all.
 INTERRUPTED_RUNS = {

@@ -5,8 +5,9 @@ import json
 import pytest
 import tiny
 import torch
-from layouts import RUN_LAYOUTS
+from layouts import MOE_RUN_LAYOUTS, RUN_LAYOUTS
 
+from megaprune.models.sizes import layer_sizes
 from megaprune.training.metrics import read_metrics
 
 
@@ -37,6 +38,37 @@ def assert_same_up_to_rounding(run, other):
 @pytest.mark.parametrize("layout", RUN_LAYOUTS)
 def test_run_is_the_same_at_every_layout(results, whole_run, layout):
     assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).run(layout), whole_run)
+
+
+@pytest.fixture(scope="module")
+def whole_moe_run(tiny_model, tiny_data, tmp_path_factory):
+    save = tmp_path_factory.mktemp("moe") / "run"
+    tiny.run_here(tiny.moe_prune_argv(tiny_model("deepseek_v3"), tiny_data, save))
+    return save
+
+
+@pytest.mark.parametrize("layout", MOE_RUN_LAYOUTS)
+def test_moe_run_is_the_same_at_every_layout(results, whole_moe_run, layout):
+    assert_same_up_to_rounding(results(MOE_RUN_LAYOUTS[layout][0]).run(layout), whole_moe_run)
+
+
+def test_moe_run_prunes_to_its_parameters(whole_moe_run, tiny_model):
+    """Dense and MoE layers are priced apart: the model is within the limit, and no layer more would be."""
+    argv, found = json.loads((whole_moe_run / "run.json").read_text()), report(whole_moe_run)
+    sizes = [size.total for size in layer_sizes(json.loads((tiny_model("deepseek_v3") / "config.json").read_text()))]
+    limit, after = argv["target_params"], found["params_after"]
+    assert after <= limit < after + min(sizes[layer] for layer in found["pruned_layers"])
+    assert after == sum(tensor.numel() for tensor in tiny.read_tensors(whole_moe_run / "hf").values())
+    kinds = [found["layer_kinds_before"], found["layer_kinds_after"]]
+    assert kinds[0] == {"dense": 2, "moe": 3}
+    assert kinds[1] == {
+        "dense": sum(layer < 2 for layer in found["kept_layers"]),
+        "moe": sum(layer >= 2 for layer in found["kept_layers"]),
+    }
+    config = json.loads((whole_moe_run / "hf" / "config.json").read_text())
+    assert config["first_k_dense_replace"] == kinds[1]["dense"]
+    assert found["active_params_after"] < found["params_after"]
+    tiny.load_hf(whole_moe_run / "hf")
 
 
 def test_run_moves_what_it_should(whole_run, tiny_model):

@@ -1,5 +1,6 @@
 import pytest
 
+from megaprune.models.sizes import Inventory, Size
 from megaprune.report.run_report import build_report
 
 
@@ -10,8 +11,8 @@ def report():
         num_source_layers=8,
         kept_layers=[7, 0, 1, 2, 5],
         scores=[0.5] * 8,
-        params_before=8_000_000,
-        params_after=5_600_000,
+        before=Inventory(Size(8_000_000, 8_000_000), dense_layers=8, moe_layers=0),
+        after=Inventory(Size(5_600_000, 5_600_000), dense_layers=5, moe_layers=0),
         tokens_seen=1_228_800,
         seed=1234,
         stages={"search": {"seconds": 1.25, "tokens": 122_880}, "recovery": {"seconds": 9.0, "tokens": 1_105_920}},

@@ -34,6 +34,15 @@ def test_no_nan_in_the_file(tmp_path, report):
     assert json.loads(text)["valid"]["pruned"]["loss"] is None
 
 
+def test_experts_are_told_apart(report):
+    assert "dense" not in result_table(report)
+    report["layer_kinds_before"], report["layer_kinds_after"] = {"dense": 2, "moe": 6}, {"dense": 1, "moe": 4}
+    report["active_params_before"], report["active_params_after"] = 3_000_000, 2_000_000
+    table = result_table(report)
+    assert "2 -> 1 dense, 6 -> 4 MoE" in table
+    assert "3,000,000 -> 2,000,000 parameters a token" in table
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
     path.write_text("old")

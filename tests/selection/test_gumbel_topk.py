@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import GumbelTopK, gumbel_noise, gumbel_topk_mask
 
 NO_NOISE = torch.zeros(12)
@@ -94,30 +95,30 @@ def test_noise_depends_on_seed_and_step_alone():
 
 
 def test_kept_layers_fall_linearly_from_the_first_step_on():
-    search = GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=13)
+    search = GumbelTopK(torch.zeros(12), Budget.of_layers(12, 6), PROTECTED, num_steps=13)
     # 6 * (step + 1) / 13, rounded up
-    assert [search.num_kept_at(step) for step in range(13)] == [11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 6]
-    half = GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=20, ramp=0.5)
-    counts = [half.num_kept_at(step) for step in range(20)]
+    assert [search.limit_at(step) for step in range(13)] == [11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 6]
+    half = GumbelTopK(torch.zeros(12), Budget.of_layers(12, 6), PROTECTED, num_steps=20, ramp=0.5)
+    counts = [half.limit_at(step) for step in range(20)]
     assert counts[0] == 11 and counts[7] > 6 and counts[9:] == [6] * 11
-    assert GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=1).num_kept_at(0) == 6
+    assert GumbelTopK(torch.zeros(12), Budget.of_layers(12, 6), PROTECTED, num_steps=1).limit_at(0) == 6
     # one layer over many steps: still none with all layers, whose only gradient would be rounding noise
-    slow = GumbelTopK(torch.zeros(12), 11, PROTECTED, num_steps=100)
-    assert {slow.num_kept_at(step) for step in range(100)} == {11}
+    slow = GumbelTopK(torch.zeros(12), Budget.of_layers(12, 11), PROTECTED, num_steps=100)
+    assert {slow.limit_at(step) for step in range(100)} == {11}
 
 
 def test_temperature_is_annealed_linearly():
-    search = GumbelTopK(torch.zeros(12), 6, PROTECTED, num_steps=100, temperature=2.0, anneal=0.9)
+    search = GumbelTopK(torch.zeros(12), Budget.of_layers(12, 6), PROTECTED, num_steps=100, temperature=2.0, anneal=0.9)
     assert [search.temperature(step) for step in (0, 50, 99)] == pytest.approx([2.0, 1.1, 0.218])
 
 
 def test_protected_layers_are_never_dropped():
     scores = torch.linspace(-1, 1, 12)
-    search = GumbelTopK(scores, 3, PROTECTED, num_steps=60, lr=0.5)
+    search = GumbelTopK(scores, Budget.of_layers(12, 3), PROTECTED, num_steps=60, lr=0.5)
     for step in range(60):
         mask = search.mask(step)
         assert mask.shape == (12,) and mask.dtype == torch.float32 and not mask.requires_grad
-        assert mask[[0, 11]].eq(1).all() and mask.sum() == search.num_kept_at(step)
+        assert mask[[0, 11]].eq(1).all() and mask.sum() == search.limit_at(step)
         # A loss that would have the protected layers go.
         search.update(torch.tensor([100.0] + [0.1] * 10 + [100.0]), step)
     kept = search.kept_layers()
@@ -127,7 +128,7 @@ def test_protected_layers_are_never_dropped():
 
 def search_planted(loss_of, init_scores, num_steps, **settings):
     """Runs a search against `loss_of(mask)` and returns the 6 of 12 layers that it keeps."""
-    search = GumbelTopK(init_scores, 6, PROTECTED, num_steps, **settings)
+    search = GumbelTopK(init_scores, Budget.of_layers(12, 6), PROTECTED, num_steps, **settings)
     for step in range(num_steps):
         mask = search.mask(step).requires_grad_()
         (grad,) = torch.autograd.grad(loss_of(mask), mask)
@@ -173,7 +174,7 @@ def trajectory(search, steps):
 
 def build(**changes):
     settings = {"num_kept": 5, "protected": PROTECTED, "num_steps": 40, "seed": 1} | changes
-    return GumbelTopK(torch.linspace(1, -1, 12), **settings)
+    return GumbelTopK(torch.linspace(1, -1, 12), Budget.of_layers(12, settings.pop("num_kept")), **settings)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 17])
@@ -201,7 +202,8 @@ def test_saved_state_is_a_copy():
 
 @pytest.mark.parametrize("change", [{"num_kept": 6}, {"seed": 2}, {"num_steps": 41}, {"protected": frozenset()}])
 def test_resuming_with_other_settings_is_refused(change):
-    with pytest.raises(MegapruneError, match=f"cannot resume: the saved search has {next(iter(change))}"):
+    name = next(iter(change)).replace("num_kept", "limit")
+    with pytest.raises(MegapruneError, match=f"cannot resume: the saved search has {name}"):
         build(**change).load_state_dict(build().state_dict())
 
 
@@ -240,7 +242,7 @@ def test_bad_settings_and_gradients_are_refused():
     with pytest.raises(MegapruneError, match="ramp"):
         build(ramp=0.0)
     with pytest.raises(MegapruneError, match="finite"):
-        GumbelTopK(torch.full((12,), torch.nan), 5, PROTECTED, 40)
+        GumbelTopK(torch.full((12,), torch.nan), Budget.of_layers(12, 5), PROTECTED, 40)
     with pytest.raises(MegapruneError, match="search step 3 is not finite"):
         build().update(torch.full((12,), torch.inf), 3)
     with pytest.raises(MegapruneError, match="step 40 is outside"):

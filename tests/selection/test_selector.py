@@ -1,7 +1,7 @@
 import pytest
 
 from megaprune.errors import UsageError
-from megaprune.selection.selector import check_num_kept, protected_layers
+from megaprune.selection.selector import protected_layers
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,3 @@ def test_protected_layers(spec, expected):
 def test_bad_protected_layers_name_the_flag(spec):
     with pytest.raises(UsageError, match="--protect-layers"):
         protected_layers(spec, 12)
-
-
-def test_num_kept_must_fit():
-    check_num_kept(12, 2, frozenset({0, 11}))
-    check_num_kept(12, 12, frozenset())
-    for num_kept in (0, -1, 13):
-        with pytest.raises(UsageError, match="--num-layers-to-prune"):
-            check_num_kept(12, num_kept, frozenset())
-    with pytest.raises(UsageError, match=r"leaves 1, but --protect-layers keeps 2 \(0, 11\)"):
-        check_num_kept(12, 1, frozenset({0, 11}))

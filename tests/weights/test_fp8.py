@@ -46,6 +46,15 @@ def test_a_slice_is_the_slice_of_the_whole(start, stop, dim):
     assert torch.equal(dequantise(part, scale, **offset), expected)
 
 
+def test_every_number_of_the_format():
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(130, 1)
+    for scale in (1.0, 3.3e-5, 1e30, 2.0**-130):
+        scales = torch.full(scale_shape(weight.shape), scale)
+        found, expected = dequantise(weight, scales), by_loop(weight, scales)
+        assert found.isnan().sum() == 2 * 130
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.fixture
 def fp8_folder(tmp_path):
     """A LLaMA whose matrices in the layers are FP8, with the scales in another file than their weights."""

@@ -1,0 +1,79 @@
+"""What the layers that stay may cost together: a number of layers, or of parameters."""
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+from megaprune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Costs of the layers, and the most that those which stay may cost; both in whole units.
+
+    Where every layer costs 1, the limit is the number of layers that stay, and every selection has exactly that
+    many. Where dense and MoE layers are priced apart, a selection is exact in this sense: it costs at most the
+    limit, and no layer that is left out would still fit.
+    """
+
+    costs: tuple[int, ...]
+    limit: int
+
+    @classmethod
+    def of_layers(cls, num_layers: int, num_kept: int) -> "Budget":
+        """Room for `num_kept` layers, whichever."""
+        return cls((1,) * num_layers, num_kept)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return len(self.costs)
+
+    @property
+    def counts_layers(self) -> bool:
+        """Whether the unit is the layer."""
+        return set(self.costs) == {1}
+
+    def take(self, order: Iterable[int], protected: Set[int] = frozenset()) -> list[int]:
+        """The protected layers, and then of the others in this order each one that still fits; ascending."""
+        room = self.limit - sum(self.costs[layer] for layer in protected)
+        taken = list(protected)
+        for layer in order:
+            if layer not in protected and self.costs[layer] <= room:
+                taken.append(layer)
+                room -= self.costs[layer]
+        return sorted(taken)
+
+    def fewest_layers(self, protected: Set[int]) -> list[int]:
+        """The selection that stays when the most expensive layers are preferred, and of equals the first."""
+        return self.take(sorted(range(self.num_layers), key=lambda layer: -self.costs[layer]), protected)
+
+    def check(self, protected: Set[int]) -> None:
+        """Raises UsageError unless something goes, something stays, and the protected layers fit."""
+        if self.counts_layers:
+            self._check_number(protected)
+            return
+        at_least = sum(self.costs[layer] for layer in protected) or min(self.costs)
+        if self.limit < at_least:
+            who = f"those that --protect-layers keeps ({_listed(protected)})" if protected else "the smallest layer"
+            raise UsageError(
+                f"--target-params: leaves {self.limit:,} parameters for layers, but {who} have {at_least:,}; "
+                "raise it or protect fewer"
+            )
+
+    def _check_number(self, protected: Set[int]) -> None:
+        num_pruned = self.num_layers - self.limit
+        if not 0 < self.limit <= self.num_layers:
+            raise UsageError(
+                f"--num-layers-to-prune: cannot prune {num_pruned} of {self.num_layers} layers; "
+                f"give a number from 0 to {self.num_layers - 1}"
+            )
+        if self.limit < len(protected):
+            raise UsageError(
+                f"--num-layers-to-prune: pruning {num_pruned} of {self.num_layers} layers leaves {self.limit}, but "
+                f"--protect-layers keeps {len(protected)} ({_listed(protected)}); "
+                f"prune at most {self.num_layers - len(protected)} or protect fewer"
+            )
+
+
+def _listed(layers: Set[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))
