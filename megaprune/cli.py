@@ -15,6 +15,7 @@ from megaprune.errors import MegapruneError, UsageError
 
 VERBS = {
     "prune": "prune and heal a model",
+    "convert": "HF safetensors to a Megatron-Core checkpoint and back",
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "benchmark": "speed ratios, measured side by side",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",

@@ -17,6 +17,8 @@ SEARCHES = ("e3",)
 ONE_SHOT = ("kl-init", "random", "manual")
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
+# Of each of these one is given; one on the command line replaces another in the recipe.
+_ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -33,8 +35,14 @@ class ModelConfig:
 
     _argument_group_name = "model"
     hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
+    load: str | None = flag("instead of --hf-model: a Megatron-Core checkpoint that convert.py import wrote")
     mtp: Literal["keep", "drop"] = flag("multi-token-prediction layers: carried along untrained, or left out", "keep")
     trust_remote_code: bool = flag("let the tokenizer run code that comes with the model", False)
+
+    @property
+    def given(self) -> str:
+        """The model as the user named it."""
+        return self.hf_model or self.load
 
 
 @dataclass
@@ -74,8 +82,8 @@ class SearchConfig:
     _argument_group_name = "search"
     search_iters: int | None = flag("iterations of search within --train-iters (default: a tenth)")
     mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02)
-    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 4.0)
-    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.2)
+    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 16.0)
+    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
@@ -290,7 +298,7 @@ def _recipe_arguments(path: Path, parser: Parser, argv: Sequence[str]) -> list[s
         name = str(key).replace("-", "_")
         if name not in takes_many or name in ("help", "config"):
             raise UsageError(f"--config {path}: unknown key {key!r}; keys are the flags' names, see --help")
-        overridden = name in WHAT_TO_PRUNE and given & set(WHAT_TO_PRUNE)
+        overridden = any(name in names and given.intersection(names) for names in _ALTERNATIVES)
         if value is None or value == [] or overridden:
             continue
         items = value if isinstance(value, list) else [value]
@@ -323,9 +331,9 @@ def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
 
 def _check(config: Config) -> None:
     """Everything that can be known before the model and the data are looked at."""
-    for name, value in (("--hf-model", config.model.hf_model), ("--save", config.run.save)):
-        if not value:
-            raise UsageError(f"{name} is required")
+    _check_model(config.model)
+    if not config.run.save:
+        raise UsageError("--save is required")
     _check_what_to_prune(config.prune)
     if config.recovery.train_iters is None:
         raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
@@ -343,14 +351,20 @@ def check_for_plan(config: Config) -> None:
     Raises:
         UsageError: names the flag.
     """
-    if not config.model.hf_model:
-        raise UsageError("--hf-model is required")
+    _check_model(config.model)
     if config.prune.method == "manual" or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
         _check_what_to_prune(config.prune)
     _check_ranges(config)
     if config.recovery.train_iters is not None:
         _check_iterations(config)
     _check_lora(config)
+
+
+def _check_model(model: ModelConfig) -> None:
+    if not (model.hf_model or model.load):
+        raise UsageError("--hf-model is required (or --load, with a checkpoint)")
+    if model.hf_model and model.load:
+        raise UsageError("--hf-model and --load both name the model: give one of them")
 
 
 def _check_what_to_prune(prune: PruneConfig) -> None:

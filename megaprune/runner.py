@@ -275,7 +275,7 @@ class PruningRun:
                 self.metrics.figure(path.stem, path)
             card = model_card(
                 report,
-                source_name=self.config.model.hf_model,
+                source_name=self.config.model.given,
                 command=self.command,
                 adapter=self.config.lora.export_adapter,
             )

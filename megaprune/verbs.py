@@ -15,6 +15,13 @@ def prune(argv: Sequence[str], command: str) -> None:
     parallel.leave()
 
 
+def convert(argv: Sequence[str], command: str) -> None:
+    """``tools/convert.py``"""
+    from megaprune.conversion.cli import run
+
+    run(argv)
+
+
 def evaluate(argv: Sequence[str], command: str) -> None:
     """``tools/evaluate.py``"""
     from megaprune.config import Parser

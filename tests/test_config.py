@@ -127,6 +127,15 @@ def test_lora_flags_go_together():
     assert flat([*E3, *words.split()]) == flat(E3) | lora | {"teacher": "self"}
 
 
+def test_the_model_is_named_once():
+    loaded = ["--load", "checkpoint", *E3[2:]]
+    assert E3[0] == "--hf-model" and parse_config(loaded).model.given == "checkpoint"
+    with pytest.raises(UsageError, match="--hf-model and --load"):
+        parse_config([*E3, "--load", "checkpoint"])
+    with pytest.raises(UsageError, match="--hf-model is required"):
+        parse_config(E3[2:])
+
+
 def test_what_to_prune():
     assert num_layers_to_prune(parse_config([*BASE, "--prune-ratio", "0.25"]).prune, 32) == 8
     assert num_layers_to_prune(parse_config([*BASE, "--prune-ratio", "0.6"]).prune, 32) == 19

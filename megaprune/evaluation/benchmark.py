@@ -96,8 +96,83 @@ def train_step_benchmark(argv: Sequence[str]) -> Result:
     return result
 
 
+@dataclass
+class ConvertConfig:
+    """The flags of `benchmark convert`: a synthetic checkpoint, and how often to convert it."""
+
+    size_gb: float = _flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0)
+    hidden_size: int = _flag("hidden size, a multiple of 512", 4096)
+    repeats: int = _flag("rounds", 3)
+    transformers: bool = _flag("measure transformers' load and save too, which hold the whole model", True)
+    folder: str | None = _flag("where to work: needs three times the size (default: the system's temporary folder)")
+    output: str | None = _flag("write the results to this JSON file")
+
+
+def convert_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark convert``: import and export by `cp` of the same bytes.
+
+    Raises:
+        MegapruneError: a conversion failed, or there is no room.
+        UsageError: flags out of range.
+    """
+    config = _parse(ConvertConfig, argv, "convert", "The cost of a conversion by that of copying its bytes.")
+    for name, value, least in (("size_gb", config.size_gb, 0.001), ("repeats", config.repeats, 1)):
+        if value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is less than {least}")
+    if config.hidden_size < 512 or config.hidden_size % 512:
+        raise UsageError(f"--hidden-size {config.hidden_size} is not a multiple of 512")
+    if config.output and Path(config.output).is_dir():
+        raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")
+    import tempfile
+
+    from megaprune.conversion.parts import check_room
+    from megaprune.evaluation.conversion_speed import measure, measure_fp8
+
+    num_bytes = int(config.size_gb * 1e9)
+    check_room(Path(config.folder or tempfile.gettempdir()), 3 * num_bytes)
+    fp8 = measure_fp8(max(5, config.repeats))
+    records = measure(num_bytes, config.hidden_size, config.repeats, config.transformers, config.folder)
+    result = {
+        "benchmark": "convert",
+        "settings": asdict(config),
+        "environment": _environment("cpu", 1),
+        "cases": records,
+        "fp8": fp8,
+    }
+    print(convert_table(result), flush=True)
+    _write(config.output, result)
+    return result
+
+
+def convert_table(result: Result) -> str:
+    """The measured conversions, for the terminal."""
+    cases = result["cases"]
+    rows = [("", "seconds", "GB/s", "ratio", "peak MiB")] + [
+        (
+            record["case"],
+            f"{record['seconds']:.2f}",
+            f"{record['gigabytes_per_second']:.2f}",
+            f"{record['ratio']:.2f}",
+            f"{record['peak_bytes'] / 2**20:,.0f}",
+        )
+        for record in cases
+    ]
+    fp8 = [("one FP8 matrix", "ms", "bit-equal")] + [
+        (record["case"], f"{record['milliseconds']:.1f}", "yes" if record["bit_equal"] else "NO")
+        for record in result["fp8"]
+    ]
+    head = (
+        f"{cases[0]['bytes'] / 1e9:.2f} GB, largest tensor {cases[0]['largest_tensor_bytes'] / 2**20:,.0f} MiB; "
+        f"medians of {result['settings']['repeats']} rounds; ratios are to cp"
+    )
+    return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
+
+
 # Each measures, prints a table, writes --output and returns what it wrote.
-BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {"train-step": train_step_benchmark}
+BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
+    "train-step": train_step_benchmark,
+    "convert": convert_benchmark,
+}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -138,14 +213,18 @@ def train_step_table(result: Result) -> str:
     if result["cases"][0]["peak_bytes"] is not None:
         peaks = ["peak MiB", *(f"{record['peak_bytes'] / 2**20:,.1f}" for record in result["cases"])]
         rows = [(*row, peak) for row, peak in zip(rows, peaks, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
+    lines = _aligned(rows)
     environment = result["environment"]
     where = f"{environment['device']}, {environment['processes']} processes x {environment['threads']} threads"
     return "\n".join([f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain", *lines])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
 
 
 def _parse(config: type, argv: Sequence[str], name: str, description: str) -> Any:

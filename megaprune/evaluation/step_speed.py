@@ -16,6 +16,7 @@ from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.trainer import OptimizerOptions, Trainer
 from megaprune.models import Architecture
+from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import GumbelTopK
 from megaprune.training.data import Batch
 from megaprune.training.step import Objective, search_step, train_step
@@ -149,7 +150,7 @@ class _Setup:
         # Another draw at every step, always of this many layers.
         selector = GumbelTopK(
             torch.zeros(num_layers),
-            case.kept_layers,
+            Budget.of_layers(num_layers, case.kept_layers),
             {0, num_layers - 1},
             self._rounds,
             ramp=1 / self._rounds,

@@ -33,13 +33,16 @@ def run(argv: Sequence[str]) -> None:
     check_for_plan(config)
     _check(settings)
     # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune.conversion.importing import HF_FOLDER
     from megaprune.planning.plan import make_plan
     from megaprune.planning.table import plan_record, plan_text
     from megaprune.report.files import write_json
-    from megaprune.training.setup import resolve_hf_model
+    from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import read_hf_config
 
-    hf_config = read_hf_config(resolve_hf_model(config.model.hf_model, config_only=True))
+    model = config.model
+    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.hf_model, config_only=True)
+    hf_config = read_hf_config(folder)
     plan = make_plan(config, hf_config, settings.world_size)
     print(plan_text(plan, settings.device_memory_gib), flush=True)
     if settings.output:

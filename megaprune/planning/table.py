@@ -38,7 +38,7 @@ def plan_record(plan: Plan, device_memory_gib: float | None) -> dict[str, Any]:
     cluster = plan.cluster
     iterations = plan.config.recovery.train_iters
     return {
-        "hf_model": plan.config.model.hf_model,
+        "hf_model": plan.config.model.given,
         "model_type": plan.model_type,
         "world_size": cluster.world_size,
         "parallel": asdict(cluster.sizes)
@@ -82,7 +82,7 @@ def _heading(plan: Plan) -> list[str]:
     if any(stage.moe_layers for stage in before.stages):
         experts = f"; experts: EP {sizes.expert} x ETP {sizes.expert_tensor} x DP {cluster.expert_data_parallel}"
     lines = [
-        f"model       {config.model.hf_model} ({plan.model_type}): {_layers(before)}, {_sizes(before)}",
+        f"model       {config.model.given} ({plan.model_type}): {_layers(before)}, {_sizes(before)}",
         f"processes   {cluster.world_size}: TP {sizes.tensor}{' with SP' if sizes.sequence_parallel else ''} x "
         f"PP {sizes.pipeline} x DP {cluster.data_parallel}{experts}",
         f"iteration   {cluster.tokens_per_iteration:,} tokens: {cluster.global_batch_size} windows of "

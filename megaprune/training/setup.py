@@ -7,6 +7,7 @@ from typing import Any
 
 from megaprune import device
 from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
+from megaprune.conversion.checkpoint_source import CheckpointSource
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
@@ -21,6 +22,7 @@ from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
 from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
 from megaprune.training.run_dir import RunDir
+from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
 
@@ -100,7 +102,7 @@ def prepare(config: Config) -> Setup:
     run_dir = RunDir(Path(config.run.save))
     run_dir.check(config)
     parse_size(config.run.max_shard_size)
-    source = HFSource(resolve_hf_model(config.model.hf_model))
+    source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
     sizes = parallel_sizes(config, arch)
@@ -134,6 +136,17 @@ def prepare(config: Config) -> Setup:
     return setup
 
 
+def open_source(config: Config) -> HFSource:
+    """The model that the flags name.
+
+    Raises:
+        MegapruneError: it is not there, or can't be read.
+    """
+    if config.model.load:
+        return CheckpointSource(config.model.load)
+    return HFSource(resolve_hf_model(config.model.hf_model))
+
+
 def describe(setup: Setup) -> str:
     """What a run would do, in a few lines."""
     config, sizes = setup.config, setup.sizes
@@ -145,7 +158,7 @@ def describe(setup: Setup) -> str:
     if not setup.budget.counts_layers:
         goal = f"at most {config.prune.target_params:,} parameters, at least {goal}"
     lines = [
-        f"model      {config.model.hf_model}: {setup.arch.num_layers} layers, {parameters}",
+        f"model      {config.model.given}: {setup.arch.num_layers} layers, {parameters}",
         f"pruning    {config.prune.method}: {setup.arch.num_layers} layers -> {goal}",
         f"processes  TP {sizes.tensor} x PP {sizes.pipeline} x DP {parallel.data_parallel_size()}",
         f"stages     {setup.stages()} layers, after pruning {setup.stages_of_layers(shortest)}",
@@ -198,36 +211,6 @@ def load_tokenizer(setup: Setup) -> Any:
     except Exception as error:  # transformers raises many kinds; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MegapruneError(f"{setup.source.folder} holds no tokenizer that can be loaded: {reason}") from None
-
-
-def resolve_hf_model(name: str, config_only: bool = False) -> Path:
-    """The folder of ``--hf-model``: itself, or the download of a hub id.
-
-    Args:
-        config_only: config.json is all that is wanted.
-
-    Raises:
-        MegapruneError: there is neither.
-    """
-    folder = Path(name)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
-    if folder.is_dir() or looks_like_path:
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise MegapruneError(f"--hf-model {name} {what}: give an HF model folder or a hub id (owner/name)")
-        return folder
-    from huggingface_hub import snapshot_download
-
-    if config_only:
-        wanted = {"allow_patterns": ["config.json"]}
-    else:
-        wanted = {"ignore_patterns": ["*.bin", "*.pth", "*.gguf", "original/*"]}
-    try:
-        # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
-        return Path(snapshot_download(name, **wanted))
-    except Exception as error:  # no network, no such model, no access: the hub's own word says which
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"--hf-model {name} is no folder here, and the hub does not give it: {reason}") from None
 
 
 def _uses_transformer_engine(config: Config) -> bool:

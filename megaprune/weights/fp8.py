@@ -18,20 +18,24 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-length // BLOCK) for length in shape)
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
+def dequantise(
+    weight: torch.Tensor, scale: torch.Tensor, row: int = 0, column: int = 0, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """A matrix, or a part of one, in bf16: each number times the scale of its block.
 
     Args:
         weight: [rows, columns] float8.
         scale: the whole matrix's scales.
         row: the matrix's row at which the part begins; ``column`` likewise.
+        out: where the result goes, [rows, columns] bf16; made anew if not given.
     """
     rows, columns = weight.shape
     first_column = column // BLOCK
     by_block = scale[:, first_column : -(-(column + columns) // BLOCK)].float() * _OF_HALF
     # blocks may begin before the part: repeat them in full, then cut
     by_column = by_block.repeat_interleave(BLOCK, 1)[:, column % BLOCK :][:, :columns]
-    out, stored = torch.empty(rows, columns, dtype=torch.bfloat16), weight.view(torch.int8)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16) if out is None else out
+    stored = weight.view(torch.int8)
     magnitude = torch.empty(_BAND, columns, dtype=torch.int8)
     bits, products = torch.empty(_BAND, columns, dtype=torch.int16), torch.empty(_BAND, columns)
     start = 0

@@ -16,7 +16,7 @@ from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -27,6 +27,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
@@ -39,9 +40,7 @@ class HFSource:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.config = read_hf_config(self.folder)
-        self.family: Family = family_of(self.config)
+        self._begin(Path(folder))
         self._files = _tensor_files(self.folder)
         self._handles: dict[Path, Any] = {}
         self._stored: dict[Path, set[str]] = {}
@@ -51,10 +50,20 @@ class HFSource:
             if name not in self._stored[path]:
                 raise MegapruneError(f"{self.folder / INDEX} places {name} in {path.name}, which does not hold it")
 
+    def _begin(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_hf_config(folder)
+        self.family: Family = family_of(self.config)
+
     @property
     def names(self) -> list[str]:
         """Every stored tensor's name, without the scales of quantised ones."""
         return [name for name in self._files if not name.endswith(SCALE_SUFFIX)]
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Every stored tensor's name, scales too."""
+        return list(self._files)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -68,20 +77,20 @@ class HFSource:
         if self._is_fp8(name):
             return torch.bfloat16
         stored = self._slice(name).get_dtype()
-        if stored not in _DTYPES:
+        if stored not in DTYPES:
             raise MegapruneError(f"{self.folder}: {name} is stored as {stored}, which megaprune does not read")
-        return _DTYPES[stored]
+        return DTYPES[stored]
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
         if stop is None and start == 0:
-            tensor = self._handles[self._file(name)].get_tensor(name)
+            tensor = self._handles[self.file(name)].get_tensor(name)
         else:
             stored = self._slice(name)
             tensor = stored[start:stop] if dim == 0 else stored[:, start:stop]
         if not self._is_fp8(name):
             return tensor
-        scale = self._handles[self._file(name + SCALE_SUFFIX)].get_tensor(name + SCALE_SUFFIX)
+        scale = self._handles[self.file(name + SCALE_SUFFIX)].get_tensor(name + SCALE_SUFFIX)
         return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
 
     @cached_property
@@ -171,13 +180,14 @@ class HFSource:
         match = _LAYER.match(name)
         return bool(match and self.family.mtp_keys and int(match[2]) >= self.num_layers)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """The file that a tensor is stored in."""
         if name not in self._files:
             raise MegapruneError(f"{self.folder} lacks the tensor {name}: the checkpoint is incomplete")
         return self._files[name]
 
     def _slice(self, name: str) -> Any:
-        return self._handles[self._file(name)].get_slice(name)
+        return self._handles[self.file(name)].get_slice(name)
 
     def _open(self, path: Path) -> None:
         if not path.is_file():

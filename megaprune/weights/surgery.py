@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megaprune.models import HFConfig
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
@@ -28,8 +29,18 @@ def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Pa
     # readers take an absent count for 1
     pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
     pruned.pop("quantization_config", None)  # block FP8 was dequantised
-    (folder / "config.json").write_text(json.dumps(pruned, indent=2) + "\n")
-    for path in sorted(source.folder.iterdir()):
+    write_config(pruned, folder)
+    copy_beside(source.folder, folder)
+
+
+def write_config(config: HFConfig, folder: Path) -> None:
+    """Writes config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_beside(source_folder: Path, folder: Path) -> None:
+    """Copies what an HF folder holds beside config and weights: tokenizer, generation config, chat template, code."""
+    for path in sorted(source_folder.iterdir()):
         if path.is_file() and _belongs_beside(path):
             shutil.copyfile(path, folder / path.name)
 

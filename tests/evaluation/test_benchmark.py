@@ -88,3 +88,21 @@ def test_saved_activations_count_a_storage_once_and_no_parameter():
         assert saved.held == saved.peak == 3 * x.nbytes
         loss.backward()
     assert saved.held == 0 and saved.peak == 3 * x.nbytes
+
+
+def test_convert_measures_every_case(tmp_path):
+    argv = ["convert", "--size-gb", "0.03", "--hidden-size", "512", "--repeats", "1", "--no-transformers"]
+    run([*argv, "--folder", str(tmp_path), "--output", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [record["case"] for record in result["cases"]] == ["cp", "import", "export"]
+    for record in result["cases"]:
+        assert record["seconds"] > 0 and record["peak_bytes"] > 2**20
+    assert result["cases"][0]["ratio"] == 1
+    assert all(record["bit_equal"] for record in result["fp8"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+@pytest.mark.parametrize("words", ["--size-gb 0", "--repeats 0", "--hidden-size 100"])
+def test_wrong_flags_of_convert_are_refused(words):
+    with pytest.raises(UsageError, match=words.split()[0]):
+        run(["convert", *words.split()])

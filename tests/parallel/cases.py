@@ -5,14 +5,22 @@ from typing import Any
 
 import tiny
 import torch
+from megatron.core import dist_checkpointing
 
+from megaprune.conversion.layout import checkpoint_key
 from megaprune.mcore import parallel, passes
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.mcore.trainer import OptimizerOptions, Trainer
-from megaprune.mcore.weights_io import export_weights, gather_over_tensor_parallel, import_weights
+from megaprune.mcore.weights_io import (
+    export_weights,
+    gather_over_tensor_parallel,
+    global_name,
+    global_weights,
+    import_weights,
+)
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.training.signals import StopRequest
 from megaprune.training.step import Objective, search_step
@@ -37,6 +45,35 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)
     if parallel.rank() == 0:
         write_pruned_config(source, range(arch.num_layers), folder / "hf")
+    parallel.finish()
+
+
+def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -> None:
+    """Has Megatron-Core load an imported checkpoint at a layout, and compares with the import of its source."""
+    sizes, source = ParallelSizes(**sizes), HFSource(hf_model)
+    arch = source.family.architecture(source.config)
+    parallel.initialize(sizes)
+    stages = balanced_stages(layer_costs(source.config), sizes.pipeline, output_cost(source.config))
+    expected, loaded = (build_model(arch, stages, EngineOptions(sizes)) for _ in range(2))
+    import_weights(expected, source)
+    keys = {rule.megatron: checkpoint_key(rule) for rule in source.family.rules(source.config) if rule.export}
+    wanted = {}
+    for name, entry in loaded.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
+        if not name.endswith("_extra_state"):
+            # These layers are the local ones; the checkpoint has the keys of Transformer Engine's. The experts' are
+            # the same.
+            entry.key = keys.get(global_name(name, loaded), entry.key) if ".experts." not in name else entry.key
+            wanted[name] = entry
+    loaded.load_state_dict(dist_checkpointing.load(wanted, megatron_path), strict=False)
+    found, count = dict(global_weights(loaded)), 0
+    for name, weight in global_weights(expected):
+        rows = min(len(weight), arch.vocab_size) if "embedding" in name or "output_layer" in name else len(weight)
+        if sizes.tensor == 1:
+            assert torch.equal(found[name][:rows], weight[:rows]), name
+        elif rows == len(weight):
+            assert torch.equal(found[name], weight), name
+        count += 1
+    assert count == len(found) > 10
     parallel.finish()
 
 

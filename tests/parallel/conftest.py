@@ -7,8 +7,20 @@ import pytest
 import tiny
 import torch
 from launch import launch
-from layouts import INTERRUPTED_RUNS, MOE_FAMILIES, MOE_RUN_LAYOUTS, RUN_LAYOUTS, STEP_LAYOUTS, model_layouts
+from layouts import (
+    INTERRUPTED_RUNS,
+    LOAD_LAYOUTS,
+    MOE_FAMILIES,
+    MOE_RUN_LAYOUTS,
+    RUN_LAYOUTS,
+    STEP_LAYOUTS,
+    model_layouts,
+)
 
+from megaprune import cli
+
+# runs that begin with an imported checkpoint
+LOADED = ("moe_tp2_sp", "moe_pp2")
 IN_BF16 = ("llama3", "qwen3_moe")
 
 
@@ -54,9 +66,25 @@ def results(tiny_model, source, tiny_data, tmp_path_factory):
     return get
 
 
+def _imported(model, folder):
+    """The checkpoint of a model."""
+    out = folder / "-".join(["imported", model.parent.name])
+    if not out.exists():
+        assert cli.attempt("convert", ["import", "--hf-model", str(model), "--megatron-path", str(out)]) == (0, None)
+    return out
+
+
 def _cases(num_processes, results, tiny_model, source, tiny_data):
     def argv(name, flags):
         return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags)
+
+    def moe_argv(name, flags):
+        model = tiny_model("deepseek_v3")
+        argv = tiny.moe_prune_argv(model, tiny_data, results.run(name), *flags)
+        if name in LOADED:
+            argv[argv.index("--hf-model")] = "--load"
+            argv[argv.index(str(model))] = str(_imported(model, results.folder))
+        return argv
 
     cases = [
         dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
@@ -75,11 +103,20 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
         if processes == num_processes
     ]
     cases += [
-        dict(kind="prune", argv=tiny.moe_prune_argv(tiny_model("deepseek_v3"), tiny_data, results.run(name), *flags))
+        dict(kind="prune", argv=moe_argv(name, flags))
         for name, (processes, flags) in MOE_RUN_LAYOUTS.items()
         if processes == num_processes
     ]
     if num_processes == 2:
+        cases += [
+            dict(
+                kind="load_by_the_core",
+                hf_model=tiny_model(family),
+                megatron_path=_imported(tiny_model(family), results.folder),
+                sizes=sizes,
+            )
+            for family, sizes in LOAD_LAYOUTS.values()
+        ]
         cases += [
             dict(kind="interrupted_prune", stops=[(argv(name, flags), iterations) for flags, iterations in goes])
             for name, goes in INTERRUPTED_RUNS.items()

@@ -46,6 +46,14 @@ RUN_LAYOUTS = {
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
+# at which Megatron-Core loads an imported checkpoint
+LOAD_LAYOUTS = {
+    "dense_tp2": ("qwen3_tied", TP2),
+    "dense_pp2": ("qwen2", PP2),
+    "moe_tp2_sp_ep2": ("deepseek_v3", TP2 | SP | _EP2),
+    "moe_etp2": ("qwen3_moe", TP2 | {"expert_tensor": 2}),
+    "moe_pp2": ("pangu_ultra_moe", PP2),
+}
 MOE_RUN_LAYOUTS = {
     "moe_ep2": (2, ("--expert-model-parallel-size", "2", _DISTRIBUTED)),
     "moe_tp2_sp": (2, (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),

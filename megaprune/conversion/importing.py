@@ -1,0 +1,153 @@
+"""HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaprune.conversion.layout import Piece, pieces
+from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut
+from megaprune.conversion.tensor_files import Buffer, TensorFiles
+from megaprune.conversion.torch_dist import (
+    Chunk,
+    Place,
+    append_tensor,
+    read_metadata,
+    stored_tensors,
+    without_checksums,
+    write_metadata,
+)
+from megaprune.errors import MegapruneError
+from megaprune.models import Architecture
+from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
+from megaprune.weights.source import HFSource
+from megaprune.weights.surgery import copy_beside, write_config
+
+# The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
+HF_FOLDER = "hf"
+_PART_BYTES = 2 * 10**9
+
+
+def import_checkpoint(source: HFSource, folder: Path, dtype: torch.dtype | None, labour: Labour) -> None:
+    """Writes the checkpoint `folder`. Collective where a launcher started several processes.
+
+    Args:
+        dtype: of the weights; None keeps each as it is stored (block FP8 becomes bf16). Routers' biases stay fp32.
+
+    Raises:
+        MegapruneError: a tensor is missing, unknown, of another shape or damaged, or the disk is full.
+        UsageError: the folder exists.
+    """
+    source.check_tensors()
+    work = _Import(source, dtype)
+    room = sum(part.num_bytes for part in work.parts)
+    if not labour.resume:
+        check_room(folder, room)
+    convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
+
+
+class _Import:
+    def __init__(self, source: HFSource, dtype: torch.dtype | None) -> None:
+        self._source, self._dtype = source, dtype
+        self._arch: Architecture = source.family.architecture(source.config)
+        self._pieces = pieces(source.family, source.config, {name: source.shape(name) for name in source.names})
+        _check_covered(self._pieces, source.names)
+        places = TensorFiles()
+        ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
+        places.close()
+        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), _PART_BYTES)
+        # the names that torch gives its own files: rank, number
+        self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
+
+    def plan(self) -> dict[str, Any]:
+        """What the parts follow from."""
+        files = sorted({self._source.file(name) for name in self._source.names})
+        stats = [path.stat() for path in files]
+        return {
+            "files": [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(files, stats, strict=True)],
+            "dtype": str(self._dtype),
+            "parts": [[part.file, part.num_bytes] for part in self.parts],
+        }
+
+    def write(self, part: Part[Piece], path: Path, advance: Advance) -> list[Any]:
+        """Writes one file. Gives offset and length of each of its pieces."""
+        files, buffer, record = TensorFiles(), Buffer(), []
+        with path.open("wb") as out, without_checksums():
+            for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
+                for name in following.hf if following else ():
+                    files.prefetch(self._source.file(name), name)
+                buffer.clear()
+                tensors = [self._read(name, files, buffer) for name in piece.hf]
+                chunk = piece.join(tensors, self._arch).to(self._final_dtype(piece))
+                place = append_tensor(out, chunk, part.file)
+                record.append([place.offset, place.length])
+                advance(chunk.nbytes)
+        files.close()
+        return record
+
+    def finish(self, folder: Path, records: dict[str, Any]) -> None:
+        """Metadata, and the HF model's own files."""
+        placed = [
+            (piece.key, piece.size, self._final_dtype(piece), Chunk(piece.offset, piece.shape, Place(part.file, *at)))
+            for part in self.parts
+            for piece, at in zip(part.items, records[part.file], strict=True)
+        ]
+        write_metadata(folder, stored_tensors(placed))
+        beside = folder / HF_FOLDER
+        beside.mkdir(exist_ok=True)
+        config = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
+        if self._dtype is not None:
+            name = str(self._dtype).removeprefix("torch.")
+            config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
+        write_config(config, beside)
+        copy_beside(self._source.folder, beside)
+        _check_written(folder, self._pieces)
+
+    def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> torch.Tensor:
+        tensor = files.read(self._source.file(name), name, buffer)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        scale = name + SCALE_SUFFIX
+        scales = files.read(self._source.file(scale), scale, buffer)
+        return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, torch.bfloat16))
+
+    def _final_dtype(self, piece: Piece) -> torch.dtype:
+        stored = self._source.dtype(piece.hf[0])
+        keeps = self._dtype is None or not stored.is_floating_point or piece.key.endswith("router.expert_bias")
+        return stored if keeps else self._dtype
+
+    def _num_bytes(self, piece: Piece) -> int:
+        return torch.Size(piece.shape).numel() * self._final_dtype(piece).itemsize
+
+    def _stored_at(self, places: TensorFiles, piece: Piece) -> tuple[str, int]:
+        path = self._source.file(piece.hf[0])
+        return path.name, places.place(path, piece.hf[0])[0]
+
+
+def _check_covered(found: Sequence[Piece], names: Sequence[str]) -> None:
+    used = sorted(name for piece in found for name in piece.hf)
+    if used != sorted(names):
+        odd = sorted(set(names).symmetric_difference(used)) or [name for name in used if used.count(name) > 1]
+        raise MegapruneError(f"{odd[0]} would not be converted exactly once")
+
+
+def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
+    """Reads back what a loader would see: every chunk, within its file.
+
+    Raises:
+        MegapruneError: something is not there.
+    """
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
+    stored = read_metadata(folder)
+    places = {(key, chunk.offset): chunk for key, tensor in stored.items() for chunk in tensor.chunks}
+    for piece in expected:
+        chunk = places.pop((piece.key, piece.offset), None)
+        if chunk is None or stored[piece.key].size != piece.size or chunk.shape != piece.shape:
+            raise MegapruneError(f"{folder}: {piece.key} was not written whole")
+        if chunk.place.offset + chunk.place.length > sizes.get(chunk.place.file, 0):
+            raise MegapruneError(f"{folder / chunk.place.file} is shorter than what was written to it")
+    if places:
+        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, and nobody asked for it")
+    json.loads((folder / HF_FOLDER / "config.json").read_text())

@@ -1,0 +1,102 @@
+"""Where each HF tensor lies in a Megatron-Core checkpoint: keys, sizes and offsets, from the families' tables."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megaprune.models import Architecture, Family, HFConfig, Shard, WeightRule
+from megaprune.weights.shards import interleave_qkv, split_qkv
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^(.+\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
+# Tensors of an MTP layer that are not its transformer layer's.
+_MTP = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "shared_head.norm.weight": "final_layernorm.weight",
+}
+# HF tensors that no Megatron model reads, kept as they are so that an export gives them back.
+UNREAD = "hf."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk of a Megatron tensor, and the HF tensors whose numbers it holds.
+
+    One HF tensor is one chunk, as it is stored; but query, key and value make one together.
+    """
+
+    key: str
+    size: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    hf: tuple[str, ...]
+
+    def join(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
+        """The chunk, from its HF tensors."""
+        whole = tensors[0] if len(tensors) == 1 else interleave_qkv(tensors, arch.query_groups)
+        return whole.reshape(self.shape)
+
+    def split(self, chunk: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
+        """The HF tensors, of their own shapes but for a leading expert dimension, from the chunk."""
+        return [chunk] if len(self.hf) == 1 else split_qkv(chunk, arch)
+
+
+def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
+    """Every chunk of a model's checkpoint; each of the tensors is in exactly one.
+
+    Keys are those of a GPTModel with Transformer Engine's layers, every layer under its own number. The vocabulary is
+    not padded: Megatron-Core pads as it loads.
+
+    Args:
+        shapes: of every HF tensor that the model is stored in.
+    """
+    arch = family.architecture(config)
+    rules = [(checkpoint_key(rule), rule) for rule in family.rules(config) if rule.export]
+    num_mtp = sum(name.endswith(".eh_proj.weight") for name in shapes)
+    rules += [(key, rule) for key, rule in mtp_rules(family, arch, num_mtp) if all(name in shapes for name in rule.hf)]
+    found = [piece for key, rule in rules for piece in _of_rule(rule, key, shapes, arch)]
+    taken = {name for piece in found for name in piece.hf}
+    found += [
+        Piece(UNREAD + name, shape, (0,) * len(shape), shape, (name,))
+        for name, shape in shapes.items()
+        if name not in taken
+    ]
+    return found
+
+
+def checkpoint_key(rule: WeightRule) -> str:
+    """The key of a rule's parameter; a layer's routed experts share one."""
+    expert = _EXPERT.match(rule.megatron)
+    return f"{expert[1]}.experts.{expert[3]}" if expert else rule.te or rule.megatron
+
+
+def mtp_rules(family: Family, arch: Architecture, num_mtp: int) -> Iterator[tuple[str, WeightRule]]:
+    """The rules of so many MTP layers behind the model's own, each with its key."""
+    for number in range(num_mtp if family.mtp_keys else 0):
+        layer, prefix = arch.num_layers + number, f"mtp.layers.{number}."
+        for theirs, ours in _MTP.items():
+            yield prefix + ours, WeightRule(prefix + ours, (f"model.layers.{layer}.{theirs}",), Shard.COPY)
+        for rule in family.layer_rules(arch, arch.num_layers - 1):  # its transformer layer is like the model's last
+            for expert in range(arch.num_experts if rule.expert else 1):
+                here = rule.at(layer, expert)
+                yield _LAYER.sub(f"{prefix}transformer_layer.", checkpoint_key(here)), here
+
+
+def _of_rule(rule: WeightRule, key: str, shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> Iterator[Piece]:
+    expert = _EXPERT.match(rule.megatron)
+    # experts are stacked along a dimension in front
+    front, at = ((arch.num_experts,), (int(expert[2]),)) if expert else ((), ())
+    own = [shapes[name] for name in rule.hf]
+    rows, rest = sum(shape[0] for shape in own), own[0][1:]
+    ones, zeros, size = (1,) * len(front), (0,) * len(rest), (*front, rows, *rest)
+    if rule.shard is Shard.QKV:
+        yield Piece(key, size, (0, *zeros), size, rule.hf)
+        return
+    row = 0
+    for name, shape in zip(rule.hf, own, strict=True):
+        yield Piece(key, size, (*at, row, *zeros), (*ones, *shape), (name,))
+        row += shape[0]

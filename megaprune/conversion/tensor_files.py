@@ -1,0 +1,142 @@
+"""Whole tensors to and from safetensors files by plain reads and writes, whose memory does not add up as that of mapped
+files does."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megaprune.errors import MegapruneError
+from megaprune.weights.source import DTYPE_NAMES, DTYPES
+
+
+class Buffer:
+    """Memory for the tensors of one item at a time, kept for the next: fresh memory costs as much as the copying."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Takes back all that was given out."""
+        self._used = 0
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor with a storage of its own size, its numbers undefined."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        start = -(-self._used // 64) * 64
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        if start + num_bytes > len(self._memory):  # what was given out keeps the old memory alive
+            self._memory, start = torch.empty(num_bytes, dtype=torch.uint8), 0
+        self._used = start + num_bytes
+        view = memoryview(self._memory.numpy())[start : self._used]
+        return torch.frombuffer(view, dtype=dtype).view(tuple(shape))
+
+
+class TensorFiles:
+    """The safetensors files of a folder, open for one worker."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+        self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
+
+    def place(self, path: Path, name: str) -> tuple[int, int]:
+        """The first byte of a tensor in its file, and the one behind its last."""
+        header, start = self._header(path)
+        begin, end = header[name]["data_offsets"]
+        return start + begin, start + end
+
+    def describe(self, path: Path, name: str) -> tuple[str, list[int]]:
+        """A tensor's dtype, as safetensors names it, and shape."""
+        entry = self._header(path)[0][name]
+        return entry["dtype"], entry["shape"]
+
+    def bytes_at(self, path: Path, start: int, length: int) -> bytes:
+        """Bytes of an open file; fewer at its end."""
+        self._files[path].seek(start)
+        return self._files[path].read(length)
+
+    def prefetch(self, path: Path, name: str) -> None:
+        """Has the system read a tensor ahead."""
+        begin, end = self.place(path, name)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._files[path].fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def read(self, path: Path, name: str, buffer: Buffer) -> Tensor:
+        """A tensor as it is stored.
+
+        Raises:
+            MegapruneError: the file ends before the tensor does.
+        """
+        begin, _ = self.place(path, name)
+        entry = self._header(path)[0][name]
+        tensor = buffer.tensor(entry["shape"], DTYPES[entry["dtype"]])
+        if not read_into(self._files[path], begin, tensor):
+            raise MegapruneError(f"{path} is truncated: it ends within {name}; fetch it again")
+        return tensor
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _header(self, path: Path) -> tuple[dict[str, Any], int]:
+        if path not in self._headers:
+            file = self._files[path] = path.open("rb", buffering=0)
+            length = int.from_bytes(file.read(8), "little")
+            self._headers[path] = json.loads(file.read(length)), 8 + length
+        return self._headers[path]
+
+
+def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> bool:
+    """Fills a contiguous tensor from a place in an unbuffered file. False where the file ends before."""
+    view, done = as_bytes(tensor), 0
+    file.seek(offset)
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], tensors: Iterable[Tensor]
+) -> None:
+    """Writes a file tensor by tensor.
+
+    Args:
+        shapes: shape and dtype of each, in order.
+        tensors: the tensors in this order, made as they are asked for.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
+    with path.open("wb", buffering=0) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor, (name, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
+            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                raise MegapruneError(f"{name} came as {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+            write_all(file, as_bytes(tensor.contiguous()))
+
+
+def write_all(file: BinaryIO, view: memoryview) -> None:
+    """Writes to an unbuffered file, which may take less at a time."""
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])

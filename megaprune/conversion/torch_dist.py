@@ -1,0 +1,263 @@
+"""The files of a `torch_dist` checkpoint: torch's distributed-checkpoint format as Megatron-Core reads it.
+
+Tensors lie in `.distcp` files, each as `torch.save` writes it, one behind the other; `.metadata` says which chunk of
+which tensor lies where. Writing and reading here go tensor by tensor, so that memory does not grow with the model.
+"""
+
+import io
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megaprune.conversion.tensor_files import read_into
+from megaprune.errors import MegapruneError
+
+# What a `.metadata` may name: data, and the classes that hold it. Nothing that could run.
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk lies: a file of the checkpoint, and the bytes of it that `torch.save` wrote."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangular part of a tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor of a checkpoint."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
+    """Writes a tensor, which must have a storage of its own, at the end of an open file."""
+    offset = file.tell()
+    torch.save(tensor, file)
+    return Place(name, offset, file.tell() - offset)
+
+
+@contextmanager
+def without_checksums() -> Any:
+    """torch.load never looks at the checksums of the zip format, which cost as much time as the writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Writes the files that make a folder of `.distcp` files a checkpoint for Megatron-Core."""
+    described, places = {}, {}
+    for key, tensor in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in tensor.chunks]
+        properties = TensorProperties(dtype=tensor.dtype)
+        described[key] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
+        for number, chunk in enumerate(tensor.chunks):
+            place = _StorageInfo(chunk.place.file, chunk.place.offset, chunk.place.length)
+            places[MetadataIndex(key, torch.Size(chunk.offset), number)] = place
+    with (folder / ".metadata").open("wb") as file:
+        pickle.dump(Metadata(described, storage_data=places), file)
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    core = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    core |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(core))
+
+
+def read_metadata(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint.
+
+    Raises:
+        MegapruneError: the folder is no `torch_dist` checkpoint, is damaged, or would run code.
+    """
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise MegapruneError(f"{folder} is no torch_dist checkpoint: it holds no .metadata")
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        chunks: dict[str, list[Chunk]] = {}
+        for index, info in metadata.storage_data.items():
+            described = metadata.state_dict_metadata[index.fqn]
+            if not isinstance(described, TensorStorageMetadata):
+                continue
+            shape = next(c.sizes for c in described.chunks if c.offsets == index.offset)
+            place = Place(info.relative_path, info.offset, info.length)
+            chunks.setdefault(index.fqn, []).append(Chunk(tuple(index.offset), tuple(shape), place))
+        return {
+            key: StoredTensor(tuple(described.size), described.properties.dtype, tuple(chunks[key]))
+            for key, described in metadata.state_dict_metadata.items()
+            if key in chunks
+        }
+    except Exception as error:  # pickle and what it restores raise of every kind
+        raise MegapruneError(f"{path} is damaged, or no checkpoint's metadata ({error}): save it again") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
+            found = super().find_class(module, name)
+        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            found = getattr(torch, name)
+        if found is None or (module in _METADATA_MODULES and not isinstance(found, type)):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return found
+
+
+class ChunkReader:
+    """Reads chunks of one checkpoint folder, each straight from its place in the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+
+    def read(self, chunk: Chunk, dtype: torch.dtype, into: torch.Tensor, skip: int = 0) -> None:
+        """Fills `into`, a contiguous tensor, with the chunk's numbers in their order, from behind the first `skip` on.
+
+        Raises:
+            MegapruneError: the file is missing, truncated, or holds something else there.
+        """
+        file, place = self._file(chunk.place.file), chunk.place
+        num_bytes = math.prod(chunk.shape) * dtype.itemsize
+        try:
+            offset = place.offset + _data_offset(file, place, num_bytes, chunk.shape)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+            raise self._damaged(place.file, error) from error
+        if not read_into(file, offset + skip * dtype.itemsize, into):
+            raise self._damaged(place.file, "it is truncated")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            try:
+                self._files[name] = (self._folder / name).open("rb", buffering=0)
+            except OSError as error:
+                raise MegapruneError(
+                    f"{self._folder / name} can't be read ({error}): the checkpoint is incomplete"
+                ) from error
+        return self._files[name]
+
+    def _damaged(self, name: str, reason: object) -> MegapruneError:
+        return MegapruneError(f"{self._folder / name} is damaged or truncated ({reason}): save the checkpoint again")
+
+
+def _data_offset(file: BinaryIO, place: Place, num_bytes: int, shape: tuple[int, ...]) -> int:
+    """Where the numbers of a saved tensor begin, counted from its first byte."""
+    window = _Window(file, place.offset, place.length)
+    with zipfile.ZipFile(window) as saved:
+        entries = {info.filename.partition("/")[2]: info for info in saved.infolist()}
+    described, data = entries["data.pkl"], entries["data/0"]
+    # not through zipfile, which would look at checksums that may not have been taken
+    window.seek(_entry_offset(window, described))
+    found = _TensorUnpickler(io.BytesIO(window.read(described.file_size))).load()
+    if data.file_size != num_bytes or data.compress_type != zipfile.ZIP_STORED or found != _contiguous(shape):
+        raise ValueError("another tensor lies there than the metadata says")
+    return _entry_offset(window, data)
+
+
+def _entry_offset(window: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin, behind its header, its name and what pads them."""
+    window.seek(entry.header_offset)
+    header = window.read(30)
+    return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(length, 1))
+    return 0, shape, tuple(strides[: len(shape)])
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Gives offset, shape and strides of the one tensor that `torch.save` wrote, without its numbers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: (offset, tuple(size), tuple(stride))
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, identifier: Any) -> Any:
+        return identifier
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count
+
+
+def stored_tensors(chunks: Iterable[tuple[str, tuple[int, ...], torch.dtype, Chunk]]) -> dict[str, StoredTensor]:
+    """Chunks of many tensors, each with its key, whole size and dtype, gathered by tensor."""
+    gathered: dict[str, StoredTensor] = {}
+    for key, size, dtype, chunk in chunks:
+        known = gathered.get(key)
+        gathered[key] = StoredTensor(size, dtype, (*(known.chunks if known else ()), chunk))
+    return gathered
