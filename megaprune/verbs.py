@@ -24,8 +24,8 @@ def convert(argv: Sequence[str], command: str) -> None:
 
 def evaluate(argv: Sequence[str], command: str) -> None:
     """``tools/evaluate.py``"""
-    from megaprune.config import Parser
     from megaprune.evaluation.cli import EvaluateConfig, run
+    from megaprune.flags import Parser
 
     parser = Parser(
         [EvaluateConfig], prog="evaluate.py", description="Loss of an HF model, and agreement with a teacher."

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megaprune.config import Parser, flag
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.flags import Parser, flag
 
 _DIFFERENCES_SHOWN = 10
 

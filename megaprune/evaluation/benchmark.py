@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from megaprune.config import Parser
 from megaprune.errors import UsageError
+from megaprune.flags import Parser
 from megaprune.models import Architecture
 from megaprune.report.files import write_json
 from megaprune.report.run_report import versions

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megaprune.config import GROUPS, Config, check_for_plan, parse_groups
+from megaprune.config import ALTERNATIVES, GROUPS, Config, check_for_plan
 from megaprune.errors import UsageError
+from megaprune.flags import parse_groups
 
 
 @dataclass
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
         UsageError: the flags don't fit each other, the model or the processes.
     """
     description = "Layers, parameters and memory of every rank of a run, without weights or accelerators."
-    *groups, settings = parse_groups(argv, (*GROUPS, PlanConfig), "plan.py", description)
+    *groups, settings = parse_groups(argv, (*GROUPS, PlanConfig), "plan.py", description, ALTERNATIVES)
     config = Config(*groups)
     check_for_plan(config)
     _check(settings)
