@@ -9,7 +9,8 @@ from megaprune.errors import UsageError
 from megaprune.flags import flag, parse_groups
 
 SEARCHES = ("e3",)
-ONE_SHOT = ("kl-init", "random", "manual")
+# Methods that look at calibration data, and do not train.
+CALIBRATED = ("auto", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
@@ -54,9 +55,19 @@ class PruneConfig:
     """What to prune."""
 
     _argument_group_name = "what to prune"
-    method: Literal["e3", "kl-init", "random", "manual"] = flag(
-        "e3: learned mask search; kl-init: its initial scores alone; random: a control; manual: --prune-layers", "e3"
-    )
+    method: Literal[
+        "e3",
+        "auto",
+        "shortgpt",
+        "minitron",
+        "sleb",
+        "shortened",
+        "evolution",
+        "kl-init",
+        "exhaustive",
+        "random",
+        "manual",
+    ] = flag("how layers are chosen (docs/methods.md); random is a control, manual takes --prune-layers", "e3")
     num_layers_to_prune: int | None = flag("how many layers go")
     prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers")
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
@@ -74,6 +85,9 @@ class SearchConfig:
     mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
+    selection_budget: int | None = flag(
+        "with auto: tokens of its forward passes (default: as many as a search of a tenth of --train-iters sees)"
+    )
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
 
 
@@ -134,7 +148,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
     pipeline_model_parallel_size: int = flag("pipeline stages", 1)
     expert_model_parallel_size: int = flag("ranks that share out the experts of each layer", 1)
-    expert_tensor_parallel_size: int | None = flag("ranks that cut each expert (default: the tensor-parallel size)")
+    expert_tensor_parallel_size: int | None = flag(
+        "ranks that cut each expert (default: the tensor-parallel size if there are processes enough, otherwise 1)"
+    )
     context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1)
     sequence_parallel: bool = flag("split activations along the sequence among tensor-parallel ranks", False)
     pipeline_model_parallel_layout: str | None = flag(
@@ -251,7 +267,7 @@ def _check(config: Config) -> None:
     _check_iterations(config)
     _check_lora(config)
     training = config.recovery.train_iters > 0
-    if not config.data.train_data and (training or config.prune.method == "kl-init"):
+    if not config.data.train_data and (training or config.prune.method in CALIBRATED):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
 
 
@@ -294,7 +310,7 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
 
 def _check_ranges(config: Config) -> None:
     at_least_1 = (
-        "target_params",
+        *("target_params", "selection_budget"),
         *("seq_length", "calibration_samples", "micro_batch_size", "global_batch_size", "distill_top_k"),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("expert_model_parallel_size", "expert_tensor_parallel_size", "lora_rank"),
@@ -342,6 +358,8 @@ def _check_iterations(config: Config) -> None:
             raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
         if not 1 <= config.search_iters <= train_iters:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
+    elif config.search.selection_budget and config.prune.method != "auto":
+        raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
     elif config.search.search_iters:
         raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:

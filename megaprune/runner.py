@@ -2,13 +2,15 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 
-from megaprune.config import SEARCHES, Config
+from megaprune.config import CALIBRATED, SEARCHES, Config
 from megaprune.distillation.teachers import Teacher
+from megaprune.errors import UsageError
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapter_io import export_adapter
 from megaprune.mcore.builder import in_half_precision
@@ -20,12 +22,20 @@ from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.gumbel_topk import GumbelTopK
 from megaprune.selection.initial_scores import scores_from_kl
-from megaprune.selection.one_shot import random_layers, top_layers
-from megaprune.training.data import train_batches
+from megaprune.selection.one_shot import random_layers
+from megaprune.training.data import Batch, train_batches
 from megaprune.training.metrics import MetricsLogger, read_metrics
 from megaprune.training.models import Models
 from megaprune.training.progress import Progress
-from megaprune.training.scoring import layer_kl, mean_loss
+from megaprune.training.scoring import mean_loss
+from megaprune.training.selecting import (
+    HELD_OUT_WINDOWS,
+    Choice,
+    Judge,
+    auto_passes,
+    choose_automatically,
+    choose_layers,
+)
 from megaprune.training.setup import Data, Setup, describe, load_tokenizer, prepare, prepare_data
 from megaprune.training.signals import StopRequest
 from megaprune.training.step import Objective, StepResult, search_step, train_step
@@ -107,7 +117,7 @@ class PruningRun:
         and the teacher."""
         searching = self.config.prune.method in SEARCHES
         if not searching and not self._needs_original():
-            self.progress.kept_layers = self._one_shot()
+            self.progress.kept_layers = self._named_layers()
             return None, None
         original = None
         if self.resume_from is None:
@@ -115,7 +125,6 @@ class PruningRun:
                 original = self.models.original()
             self._measure_original(original)
         if not searching:
-            self.progress.kept_layers = self._one_shot()
             return None, None if self.models.student_stays_whole else self.models.teacher(None, original)
         student = self.models.whole_student(original, self.resume_from)
         teacher = self.models.teacher(student)
@@ -125,28 +134,68 @@ class PruningRun:
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
         trained = self.config.recovery.train_iters > 0 and self.config.distillation.distill_loss != "ce"
-        return trained or bool(self.valid) or self.config.prune.method == "kl-init"
+        return trained or bool(self.valid) or self.config.prune.method in CALIBRATED
 
     def _measure_original(self, original: torch.nn.Module) -> None:
         """Measures the model's validation loss and, where they are wanted, its layers' scores."""
         model = in_half_precision(original, self.setup.engine)
         self._validate("teacher", model)
-        if self.config.prune.method in ("e3", "kl-init"):
-            num_layers = self.setup.arch.num_layers
-            batches = self.data.calibration_batches()
-            windows = self.config.data.calibration_samples * (num_layers + 1)
-            with self.progress.timed("importance", windows * self.config.data.seq_length):
-                kl = layer_kl(model, self.models.gate, batches, num_layers, self.models.shard)
+        method, setup = self.config.prune.method, self.setup
+        if method == "e3":
+            judge = self._judge(model, self.config.data.calibration_samples)
+            with self.progress.timed("importance"):
+                kl = judge.without_each(setup.protected)
             scale = self.config.search.mask_init_scale
-            self.progress.scores = scores_from_kl(kl, self.setup.protected, scale, self.setup.budget.costs).tolist()
+            self.progress.scores = scores_from_kl(kl, setup.protected, scale, setup.budget.costs).tolist()
+            self.progress.spend("importance", 0.0, judge.tokens)
+        elif method in CALIBRATED:
+            with self.progress.timed("importance"):
+                choice = self._choose(model)
+            self.progress.spend("importance", 0.0, choice.tokens)
+            self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
+            self.progress.candidates = choice.candidates
+        else:
+            self.progress.kept_layers = self._named_layers()
 
-    def _one_shot(self) -> list[int]:
-        budget, protected = self.setup.budget, self.setup.protected
+    def _choose(self, model: torch.nn.Module) -> Choice:
+        """The choice of a method that looks at calibration data."""
+        config, setup = self.config, self.setup
+        if config.prune.method != "auto":
+            scale, seed = config.search.mask_init_scale, config.recovery.seed
+            judge = self._judge(model, config.data.calibration_samples)
+            return choose_layers(config.prune.method, judge, setup.budget, setup.protected, scale, seed)
+        count = self._auto_windows()
+        held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)
+        return choose_automatically(self._judge(model, count), held_out, setup.budget, setup.protected)
+
+    def _auto_windows(self) -> int:
+        """How many calibration windows each pass of `auto` sees, within its budget of tokens.
+
+        Raises:
+            UsageError: the budget is too small.
+        """
+        config, asked = self.config, self.config.search.selection_budget
+        passes, seq_length = auto_passes(self.setup.budget, self.setup.protected), config.data.seq_length
+        search_iters = max(1, round(config.recovery.train_iters / 10))
+        count = (asked or search_iters * self.setup.tokens_per_iteration) // (passes * seq_length)
+        if asked and not count:
+            raise UsageError(
+                f"--selection-budget {asked} is too little: {passes} passes over a window take {passes * seq_length}"
+            )
+        most = min(config.data.calibration_samples, self.data.num_train_windows // (1 + HELD_OUT_WINDOWS))
+        return max(1, min(count, most))
+
+    def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
+        def windows(count: int) -> Sequence[Batch]:
+            return self.data.calibration_batches(count, skip)
+
+        return Judge(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
+
+    def _named_layers(self) -> list[int]:
+        """The user's own choice, or the control's."""
         if self.setup.manual is not None:
             return self.setup.manual
-        if self.config.prune.method == "random":
-            return random_layers(budget, protected, self.config.recovery.seed)
-        return top_layers(torch.tensor(self.progress.scores), budget, protected)
+        return random_layers(self.setup.budget, self.setup.protected, self.config.recovery.seed)
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
@@ -317,6 +366,7 @@ class PruningRun:
             stages=self.progress.stages,
             valid=self.progress.valid,
             seq_length=self.config.data.seq_length,
+            candidates=self.progress.candidates,
         )
 
 

@@ -261,6 +261,15 @@ def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str
     return argv
 
 
+def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -> list[str]:
+    """Flags of a run that chooses its layers by calibration data, and does not train."""
+    argv = prune_argv(model, data, save, "--method", method, *extra)
+    for flag in ("--search-iters", "--mask-lr", "--lr-warmup-iters"):
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    return [*argv, "--train-iters", "0"]
+
+
 def run_here(argv: Sequence[str]) -> None:
     """A run in this process, as the command line would do it; another may follow."""
     from megaprune.config import parse_config

@@ -180,6 +180,19 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def of_first_rank(value: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor, on the CPU: backends promise equal sums, not equal bits, and ranks must decide alike."""
+    box = value.to(device.torch_device())
+    dist.broadcast(box, src=0)
+    return box.cpu()
+
+
+def sum_over_all(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks of the run, on the CPU, the same bits on each."""
+    dist.all_reduce(value)
+    return of_first_rank(value)
+
+
 def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
     """The gradient of the mask over the whole run, bit for bit the same on every rank.
 

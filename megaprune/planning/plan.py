@@ -140,7 +140,7 @@ class _Planner:
         self._config, self._hf_config = config, hf_config
         family = family_of(hf_config)
         self._arch: Architecture = family.architecture(hf_config)
-        self._sizes = parallel_sizes(config, self._arch)
+        self._sizes = parallel_sizes(config, self._arch, world_size)
         check_parallel_sizes(self._arch, self._sizes, world_size)
         check_sequence(config, self._arch, self._sizes)
         self._lora = lora_options(config, family, self._arch)

@@ -36,6 +36,7 @@ def build_report(
     stages: dict[str, dict[str, float]],
     valid: dict[str, dict[str, float]],
     seq_length: int,
+    candidates: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """The contents of report.json.
 
@@ -47,6 +48,7 @@ def build_report(
         stages: {name: {"seconds": s, "tokens": n}} in the order run.
         valid: {"teacher" | "pruned" | "recovered": {"loss": nats}}, those measured; {} for no `--valid-data`.
         seq_length: tokens of one training window.
+        candidates: what the method chose among, with its measure of each.
     """
     kept = sorted(kept_layers)
     return {
@@ -66,6 +68,7 @@ def build_report(
         "seq_length": seq_length,
         "stages": stages,
         "valid": valid,
+        **({"candidates": list(candidates)} if candidates else {}),
         "versions": versions(),
     }
 

@@ -136,15 +136,15 @@ def _permutation(num_windows: int, seed: int, stream: int) -> np.ndarray:
     return np.random.RandomState([seed, stream]).permutation(num_windows)
 
 
-def calibration_ids(num_windows: int, count: int, seed: int) -> list[int]:
-    """`count` windows for calibration, in ascending order, the same at every call. Raises UsageError for more
-    windows than there are."""
-    if count > num_windows:
+def calibration_ids(num_windows: int, count: int, seed: int, skip: int = 0) -> list[int]:
+    """`count` windows for calibration, in ascending order, the same at every call; behind the `skip` that another call
+    gives. Raises UsageError for more windows than there are."""
+    if skip + count > num_windows:
         raise UsageError(
-            f"--calibration-samples {count} is more than the {num_windows} windows of --train-data: "
+            f"--calibration-samples {skip + count} is more than the {num_windows} windows of --train-data: "
             "lower it, give more data or a smaller --seq-length"
         )
-    return sorted(int(i) for i in _permutation(num_windows, seed, _CALIBRATION_STREAM)[:count])
+    return sorted(int(i) for i in _permutation(num_windows, seed, _CALIBRATION_STREAM)[skip : skip + count])
 
 
 def train_batches(

@@ -16,6 +16,7 @@ class Progress:
         kept_layers: what the selection chose, once it has.
         pruned: the checkpoint holds the pruned model (otherwise the whole one, under search).
         scores: the layers' scores, higher = keep, where the method has any.
+        candidates: what the selection chose among, where it did.
         selector: the searching selector's state.
         stages: seconds and tokens of each stage so far.
         valid: the report's validation losses so far.
@@ -25,6 +26,7 @@ class Progress:
     kept_layers: list[int] | None = None
     pruned: bool = False
     scores: list[float] | None = None
+    candidates: list[dict[str, Any]] = field(default_factory=list)
     selector: dict[str, Any] | None = None
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     valid: dict[str, dict[str, float]] = field(default_factory=dict)

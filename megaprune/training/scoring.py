@@ -1,8 +1,10 @@
-"""Passes that measure and change nothing: validation loss, and the harm that each layer's removal does."""
+"""Passes that measure and change nothing: validation loss, and the loss of the model without some of its layers."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megaprune import device
@@ -34,37 +36,83 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], shar
     return loss
 
 
-def layer_kl(
-    model: torch.nn.Module, gate: LayerGate, batches: Sequence[passes.MicroBatch], num_layers: int, shard: VocabShard
+def mask_losses(
+    model: torch.nn.Module,
+    gate: LayerGate,
+    batches: Sequence[passes.MicroBatch],
+    masks: Tensor,
+    shard: VocabShard,
+    loss: Literal["kl", "ce"],
 ) -> Tensor:
-    """KL(original || model without layer l) in nats per token, for every layer, [num_layers] (E3-Pruner's initial
-    scores). Collective.
+    """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
+    rank. Collective.
 
-    Each micro-batch runs once whole and once without each layer, one after the other through the pipeline, so that
-    one micro-batch's original logits are all that is kept.
+    Each micro-batch runs under all masks, one after the other through the pipeline, so that for KL one micro-batch's
+    original logits are all that is kept.
+
+    Args:
+        masks: [number of masks, num_layers]; 1 keeps a layer.
+        loss: KL(original || masked model), or cross-entropy with the data.
     """
-    masks: list[Tensor | None] = [None]
-    masks += [torch.ones(num_layers).index_fill(0, torch.tensor(layer), 0.0) for layer in range(num_layers)]
-    variants = len(masks)
-    runs = [batch for batch in batches for _ in masks]
+    rows: list[Tensor | None] = [*([None] if loss == "kl" else []), *masks]
+    runs = [batch for batch in batches for _ in rows]
     reference: list[Tensor] = []
 
     def before(number: int) -> None:
-        gate.set(masks[number % variants], device.torch_device())
+        gate.set(rows[number % len(rows)], device.torch_device())
 
     def collect(logits: Tensor, number: int) -> Tensor:
-        sums = torch.zeros(variants, dtype=torch.float64, device=logits.device)
-        loss_mask = runs[number].loss_mask.t().to(logits.device)
-        if number % variants == 0:
+        batch, row = runs[number], number % len(rows)
+        sums = torch.zeros(len(rows) + 1, dtype=torch.float64, device=logits.device)
+        loss_mask = batch.loss_mask.t().to(logits.device)
+        if row == 0:
+            sums[-1] = loss_mask.sum()
+        if rows[row] is None:
             reference[:] = [logits]
-            sums[0] = loss_mask.sum()
+            return sums
+        if loss == "kl":
+            losses = full_kl(reference[0], logits, shard)
         else:
-            sums[number % variants] = (full_kl(reference[0], logits, shard) * loss_mask).sum()
+            losses = cross_entropy(logits, batch.labels.t().to(logits.device), shard)
+        sums[row] = (losses * loss_mask).sum()
         return sums
 
-    sums = _total(passes.forward(model, runs, collect, before), variants)
+    sums = _total(passes.forward(model, runs, collect, before), len(rows) + 1)
     gate.set(None)
-    return (sums[1:] / sums[0]).float()
+    return parallel.of_first_rank(sums[len(rows) - len(masks) : -1] / sums[-1]).float()
+
+
+def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], num_layers: int) -> Tensor:
+    """ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(layer's input, its output), in
+    fp32, [num_layers] on the CPU, the same bits on every rank. Collective.
+
+    Tokens that carry no loss don't count.
+    """
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    sequence_parallel = bool(layers and layers[0].config.sequence_parallel)
+    # of each layer: the sum, and how many tokens are in it (as often as tensor-parallel ranks that hold them)
+    sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
+    weights = [torch.ones(())]
+
+    def before(number: int) -> None:
+        whole = batches[number].loss_mask.t().to(sums.device)
+        place = parallel.tensor_parallel()
+        weights[0] = whole.chunk(place.size)[place.rank] if sequence_parallel else whole
+
+    def measure(layer: TransformerLayer, args: tuple, kwargs: dict, output: tuple) -> None:
+        entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        similarity = torch.cosine_similarity(entered.float(), output[0].float(), dim=-1)
+        sums[0, layer.layer_number - 1] += ((1 - similarity) * weights[0]).sum()
+        sums[1, layer.layer_number - 1] += weights[0].sum()
+
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
+    try:
+        passes.forward(model, batches, lambda logits, number: None, before)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total, count = parallel.sum_over_all(sums)
+    return (total / count).float()
 
 
 def _total(collected: Sequence[Tensor], size: int) -> Tensor:

@@ -75,10 +75,14 @@ class Data:
     train: PackedDataset | None
     valid: PackedDataset | None
 
-    def calibration_batches(self) -> list[Batch]:
-        """This replica's share of the calibration windows."""
-        ids = calibration_ids(len(self.train), self.config.data.calibration_samples, self.config.recovery.seed)
+    def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
+        """This replica's share of `count` calibration windows, behind the first `skip`."""
+        ids = calibration_ids(len(self.train), count, self.config.recovery.seed, skip)
         return list(batches_for(self.train, ids, **self._dealt()))
+
+    @property
+    def num_train_windows(self) -> int:
+        return len(self.train)
 
     def valid_batches(self) -> list[Batch]:
         """This replica's share of the validation windows; each token counts once."""
@@ -105,7 +109,7 @@ def prepare(config: Config) -> Setup:
     source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
-    sizes = parallel_sizes(config, arch)
+    sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
     transformer_engine = _uses_transformer_engine(config)
     check_sequence(config, arch, sizes)
@@ -222,17 +226,23 @@ def _uses_transformer_engine(config: Config) -> bool:
     return device.use_transformer_engine(choice)
 
 
-def parallel_sizes(config: Config, arch: Architecture) -> ParallelSizes:
+def parallel_sizes(config: Config, arch: Architecture, world_size: int) -> ParallelSizes:
     """The sizes of the groups that the flags ask for."""
     parallel_config = config.parallel
     expert_tensor = parallel_config.expert_tensor_parallel_size
+    if expert_tensor is None:
+        # As in Megatron-LM, experts are cut like the rest unless the user says otherwise; but not where there are too
+        # few processes for that.
+        expert_tensor = parallel_config.tensor_model_parallel_size if arch.num_experts else 1
+        in_a_stage = world_size // parallel_config.pipeline_model_parallel_size
+        if in_a_stage % (expert_tensor * parallel_config.expert_model_parallel_size):
+            expert_tensor = 1
     return ParallelSizes(
         tensor=parallel_config.tensor_model_parallel_size,
         pipeline=parallel_config.pipeline_model_parallel_size,
         context=parallel_config.context_parallel_size,
         expert=parallel_config.expert_model_parallel_size,
-        # as in Megatron-LM, experts are cut like the rest unless the user says otherwise
-        expert_tensor=expert_tensor or (parallel_config.tensor_model_parallel_size if arch.num_experts else 1),
+        expert_tensor=expert_tensor,
         sequence_parallel=parallel_config.sequence_parallel,
     )
 

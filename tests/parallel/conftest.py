@@ -13,6 +13,8 @@ from layouts import (
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
     RUN_LAYOUTS,
+    SELECT_LAYOUTS,
+    SELECTING,
     STEP_LAYOUTS,
     model_layouts,
 )
@@ -86,6 +88,9 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
             argv[argv.index(str(model))] = str(_imported(model, results.folder))
         return argv
 
+    def select_argv(method, flags, save):
+        return tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, method, *flags)
+
     cases = [
         dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
         for family in (*tiny.FAMILIES, *MOE_FAMILIES)
@@ -108,6 +113,11 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
         if processes == num_processes
     ]
     if num_processes == 2:
+        cases += [
+            dict(kind="prune", argv=select_argv(method, flags, results.run(f"{method}-{name}")))
+            for method in SELECTING
+            for name, flags in SELECT_LAYOUTS.items()
+        ]
         cases += [
             dict(
                 kind="load_by_the_core",

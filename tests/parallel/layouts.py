@@ -46,6 +46,9 @@ RUN_LAYOUTS = {
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
+# methods that pass over calibration data, and the run on one process
+SELECTING = ("auto", "shortgpt", "sleb")
+SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),

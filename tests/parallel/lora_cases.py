@@ -26,7 +26,7 @@ LAYOUTS = {
     "ep2": ("deepseek_v3", 2, (*_EP2, _DISTRIBUTED)),
     "etp2": ("deepseek_v3", 2, _ETP2),
     "pp2_recompute": ("deepseek_v3", 2, (*_PP2, "--recompute-granularity", "full")),
-    "tp2_sp_pp2_ep2_adapter": ("deepseek_v3", 4, (*_TP2_SP, *_PP2, *_EP2, *_ETP1, "--export-adapter")),
+    "tp2_sp_pp2_ep2_adapter": ("deepseek_v3", 4, (*_TP2_SP, *_PP2, *_EP2, "--export-adapter")),
     "tp2_sp_dp2_etp2": ("deepseek_v3", 4, (*_TP2_SP, *_ETP2, _DISTRIBUTED)),
 }
 

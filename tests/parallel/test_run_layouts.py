@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from layouts import MOE_RUN_LAYOUTS, RUN_LAYOUTS
+from layouts import MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING
 
 from megaprune.models.sizes import layer_sizes
 from megaprune.training.metrics import read_metrics
@@ -69,6 +69,32 @@ def test_moe_run_prunes_to_its_parameters(whole_moe_run, tiny_model):
     assert config["first_k_dense_replace"] == kinds[1]["dense"]
     assert found["active_params_after"] < found["params_after"]
     tiny.load_hf(whole_moe_run / "hf")
+
+
+@pytest.fixture(scope="module")
+def selecting_alone(tiny_model, tiny_data, tmp_path_factory):
+    """Gives the report of a method's choice on one process."""
+    made = {}
+
+    def get(method):
+        if method not in made:
+            save = tmp_path_factory.mktemp(method) / "run"
+            tiny.run_here(tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, method))
+            made[method] = report(save)
+        return made[method]
+
+    return get
+
+
+@pytest.mark.parametrize("layout", SELECT_LAYOUTS)
+@pytest.mark.parametrize("method", SELECTING)
+def test_calibrated_methods_choose_the_same_at_every_layout(results, selecting_alone, method, layout):
+    found, expected = report(results(2).run(f"{method}-{layout}")), selecting_alone(method)
+    assert found["kept_layers"] == expected["kept_layers"]
+    if expected["scores"] is not None:
+        assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
+    for candidate, wanted in zip(found.get("candidates", []), expected.get("candidates", []), strict=True):
+        assert candidate == wanted | {"kl": pytest.approx(wanted["kl"], rel=1e-3), "tokens": candidate["tokens"]}
 
 
 def test_run_moves_what_it_should(whole_run, tiny_model):

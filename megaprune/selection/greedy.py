@@ -1,0 +1,32 @@
+"""Greedy removal, as in SLEB (Song et al., 2024): layer after layer, each time the one whose removal hurts least."""
+
+from collections.abc import Callable, Sequence, Set
+
+from megaprune.selection.budget import Budget
+
+# Takes sets of kept layers; gives the loss of the model of each, lower = better.
+Evaluate = Callable[[Sequence[Sequence[int]]], Sequence[float]]
+
+
+def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int]:
+    """The layers that stay, ascending. Every round evaluates each removal from what is left; ties keep the lower layer.
+
+    Where layers differ in cost, what goes first goes for the harm that it does, whatever it costs; layers that still
+    fit at the end come back, the last removed first.
+    """
+    budget.check(protected)
+    kept, removed = list(range(budget.num_layers)), list[int]()
+    while sum(budget.costs[layer] for layer in kept) > budget.limit:
+        free = [layer for layer in kept if layer not in protected]
+        losses = evaluate([[other for other in kept if other != layer] for layer in free])
+        _, _, layer = min((loss, -layer, layer) for loss, layer in zip(losses, free, strict=True))
+        kept.remove(layer)
+        removed.append(layer)
+    return budget.take([*kept, *reversed(removed)], protected)
+
+
+def num_evaluations(budget: Budget, protected: Set[int]) -> int:
+    """How many sets `greedy_layers` evaluates at most."""
+    free = budget.num_layers - len(protected)
+    rounds = budget.num_layers - len(budget.fewest_layers(protected))
+    return sum(free - number for number in range(rounds))

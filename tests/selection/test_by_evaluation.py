@@ -1,0 +1,129 @@
+"""Methods that compare sets of layers by a loss, on losses whose best set is known."""
+
+import itertools
+
+import pytest
+
+from megaprune.selection.budget import Budget
+from megaprune.selection.evolution import SIFTINGS, evolve
+from megaprune.selection.greedy import greedy_layers, num_evaluations
+from megaprune.selection.local_search import best_of, improve, neighbours
+from megaprune.selection.windows import best_window, windows
+
+PROTECTED = frozenset({0, 11})
+SIX = Budget.of_layers(12, 6)
+# dense layers in front, MoE layers behind
+PRICED = Budget((10, 10, 10, *[100] * 9), 455)
+USEFUL = (2, 5, 6, 9)
+
+
+class Planted:
+    """What is lost is the useful layers that are gone; counts how many sets it was shown."""
+
+    def __init__(self, useful=USEFUL):
+        self.useful, self.seen, self.shares = useful, [], []
+
+    def __call__(self, sets, share=1.0):
+        self.seen += [tuple(kept) for kept in sets]
+        self.shares.append(share)
+        return [sum(1.0 + 0.1 * i for i, layer in enumerate(self.useful) if layer not in kept) for kept in sets]
+
+
+def redundant(sets):
+    """Layers come in pairs that give the same: of each, one must stay."""
+    return [sum(not {layer, layer + 1} & set(kept) for layer in range(2, 10, 2)) for kept in sets]
+
+
+def is_exact(kept, budget):
+    cost = sum(budget.costs[layer] for layer in kept)
+    left = set(range(12)) - set(kept)
+    return kept == sorted(kept) and cost <= budget.limit and all(cost + budget.costs[i] > budget.limit for i in left)
+
+
+def test_greedy_finds_planted_layers_and_redundancy():
+    assert greedy_layers(SIX, PROTECTED, Planted()) == [0, 2, 5, 6, 9, 11]
+    assert redundant([greedy_layers(SIX, PROTECTED, redundant)]) == [0]
+    planted = Planted()
+    greedy_layers(SIX, PROTECTED, planted)
+    assert len(planted.seen) == num_evaluations(SIX, PROTECTED) == 10 + 9 + 8 + 7 + 6 + 5
+
+
+def test_greedy_by_price():
+    kept = greedy_layers(PRICED, PROTECTED, Planted((1, 4, 7)))
+    assert is_exact(kept, PRICED) and {0, 1, 4, 7, 11} <= set(kept)
+
+
+def test_windows_are_all_segments_between_protected_layers():
+    found = windows(SIX, PROTECTED)
+    assert len(found) == 5 and all(len(kept) == 6 and set(kept) >= PROTECTED for kept in found)
+    assert found[0] == [0, 7, 8, 9, 10, 11] and found[-1] == [0, 1, 2, 3, 4, 11]
+    assert len(windows(SIX, frozenset())) == 7
+    assert windows(SIX, frozenset({5})) == [[0, 1, 2, 3, 4, 5]]
+    assert windows(SIX, frozenset({3, 8})) == []
+    for kept in windows(PRICED, PROTECTED):
+        assert sum(PRICED.costs[layer] for layer in kept) <= PRICED.limit
+
+
+def test_best_window_is_the_planted_one():
+    assert best_window(SIX, PROTECTED, Planted((1, 2, 9, 10))) == [0, 1, 2, 9, 10, 11]
+    assert best_window(SIX, frozenset({3, 8}), Planted()) is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_evolution_finds_planted_layers(seed):
+    start, planted = [0, 1, 3, 4, 7, 11], Planted()
+    assert evolve(start, SIX, PROTECTED, planted, generations=40, seed=seed) == [0, 2, 5, 6, 9, 11]
+    assert evolve(start, SIX, PROTECTED, Planted(), generations=0, seed=seed) == start
+    assert {share for _, share in SIFTINGS} == set(planted.shares)
+    for kept in planted.seen:
+        assert is_exact(list(kept), SIX) and set(kept) >= PROTECTED
+
+
+def test_evolution_is_elitist_and_repeatable():
+    losses = []
+    for generations in (0, 5, 20):
+        kept = evolve([0, 1, 3, 4, 7, 11], SIX, PROTECTED, Planted(), generations, seed=3)
+        losses += Planted()([kept])
+        assert kept == evolve([0, 1, 3, 4, 7, 11], SIX, PROTECTED, Planted(), generations, seed=3)
+    assert losses == sorted(losses, reverse=True)
+    assert is_exact(evolve(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED, Planted(), 20), PRICED)
+
+
+def test_neighbours_are_the_single_swaps():
+    kept = [0, 1, 2, 3, 4, 11]
+    found = list(neighbours(kept, SIX, PROTECTED))
+    assert len(found) == len({tuple(other) for other in found}) == 4 * 6
+    assert all(len(set(kept) - set(other)) == 1 and is_exact(other, SIX) for other in found)
+    assert all(is_exact(other, PRICED) for other in neighbours(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED))
+
+
+def test_swaps_descend_to_the_best_set_within_their_number():
+    start = [0, 1, 2, 3, 4, 11]
+    best, loss, used = improve(start, Planted()([start])[0], SIX, PROTECTED, Planted(), most=1000)
+    assert (best, loss) == ([0, 2, 5, 6, 9, 11], 0.0) and used == 4 * 24
+    planted = Planted()
+    kept, _, used = improve(start, Planted()([start])[0], SIX, PROTECTED, planted, most=30)
+    assert used == len(planted.seen) == 30 and is_exact(kept, SIX)
+    assert improve(start, -1.0, SIX, PROTECTED, Planted(), most=1000)[0] == start
+    assert improve(start, 1.0, SIX, PROTECTED, Planted(), most=0) == (start, 1.0, 0)
+
+
+def test_greedy_and_swaps_reach_the_best_of_all_sets():
+    """By enumeration, on a loss in which layers depend on each other."""
+
+    def loss(sets):
+        def one(kept):
+            gaps = [b - a for a, b in itertools.pairwise(kept)]
+            return sum(gap**2 for gap in gaps) + 0.01 * sum(kept)
+
+        return [one(kept) for kept in sets]
+
+    every = [sorted({0, 11, *inner}) for inner in itertools.combinations(range(1, 11), 4)]
+    best = min(loss(every))
+    kept = greedy_layers(SIX, PROTECTED, loss)
+    _, found, _ = improve(kept, loss([kept])[0], SIX, PROTECTED, loss, most=1000)
+    assert found == pytest.approx(best)
+
+
+def test_the_best_candidate_is_the_first_of_equals():
+    assert best_of({"a": [0], "b": [1], "c": [2]}, {"a": 2.0, "b": 1.0, "c": 1.0}) == "b"

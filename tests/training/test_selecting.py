@@ -1,0 +1,142 @@
+"""Methods that choose layers by passes over calibration data: what they measure, and what they choose by it."""
+
+import pytest
+import tiny
+import torch
+
+from megaprune.errors import UsageError
+from megaprune.mcore import parallel
+from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.weights_io import import_weights
+from megaprune.selection.budget import Budget
+from megaprune.selection.windows import windows
+from megaprune.training.scoring import block_influence, mask_losses
+from megaprune.training.selecting import Judge, auto_passes, choose_automatically, choose_layers
+from megaprune.weights.source import HFSource
+
+BATCHES = tiny.uneven_batches([2, 2])
+PROTECTED = frozenset({0, 6})
+THREE = Budget.of_layers(7, 4)
+
+
+@pytest.fixture(scope="module")
+def gated(tiny_model):
+    """A model of 7 layers behind its gate, the gate, and the shard."""
+    parallel.initialize(ParallelSizes())
+    source = HFSource(tiny_model("qwen3_tied"))
+    arch, gate = source.family.architecture(source.config), LayerGate()
+    model = build_model(arch, [7], EngineOptions(ParallelSizes()), gate)
+    import_weights(model, source)
+    yield model, gate, vocab_shard(arch)
+    parallel.finish()
+
+
+@pytest.fixture(scope="module")
+def in_transformers(tiny_model):
+    """Gives logits and hidden states of a batch from the model of some layers."""
+    model = tiny.load_hf(tiny_model("qwen3_tied"))
+    layers = list(model.model.layers)
+
+    def run(tokens, kept=range(7)):
+        model.model.layers = torch.nn.ModuleList(layers[layer] for layer in kept)
+        with torch.no_grad():
+            return model(tokens, output_hidden_states=True, use_cache=False)
+
+    return run
+
+
+def mask_of(kept):
+    return torch.zeros(7).index_fill(0, torch.tensor(kept), 1.0)
+
+
+def mean(values):
+    """The mean over tokens that carry loss, of what `values` gives for a batch, [b, s]."""
+    total = sum((values(batch) * batch.loss_mask).sum() for batch in BATCHES)
+    return (total / sum(batch.loss_mask.sum() for batch in BATCHES)).item()
+
+
+def test_losses_under_masks_are_those_of_the_pruned_models(gated, in_transformers):
+    model, gate, shard = gated
+    sets = [[0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 6], [1, 5]]
+    masks = torch.stack([mask_of(kept) for kept in sets])
+    found = {loss: mask_losses(model, gate, BATCHES, masks, shard, loss) for loss in ("kl", "ce")}
+    for i, kept in enumerate(sets):
+
+        def kl(batch, kept=kept):
+            teacher = in_transformers(batch.tokens).logits.log_softmax(-1)
+            student = in_transformers(batch.tokens, kept).logits.log_softmax(-1)
+            return (teacher.exp() * (teacher - student)).sum(-1)
+
+        def ce(batch, kept=kept):
+            logits = in_transformers(batch.tokens, kept).logits.transpose(1, 2)
+            return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+
+        assert found["kl"][i] == pytest.approx(mean(kl), rel=1e-4, abs=1e-6)
+        assert found["ce"][i] == pytest.approx(mean(ce), rel=1e-5)
+    assert gate.mask is None
+
+
+def test_block_influence_is_that_of_the_hidden_states(gated, in_transformers):
+    found = block_influence(gated[0], BATCHES, 7)
+    # transformers gives the last hidden state behind the final norm: the last layer is left out
+    for layer in range(6):
+
+        def influence(batch, layer=layer):
+            hidden = in_transformers(batch.tokens).hidden_states
+            return 1 - torch.cosine_similarity(hidden[layer], hidden[layer + 1], dim=-1)
+
+        assert found[layer] == pytest.approx(mean(influence), rel=1e-4)
+    assert 0 < found[6] < 2
+
+
+def judge_of(gated, batches=BATCHES, budget=THREE):
+    model, gate, shard = gated
+    return Judge(model, gate, lambda count: batches, len(batches), budget, shard)
+
+
+@pytest.mark.parametrize("method", ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution"])
+def test_methods_keep_exactly_the_budget(gated, method):
+    choices = [choose_layers(method, judge_of(gated), THREE, PROTECTED, 1.0, 0) for _ in range(2)]
+    assert choices[0] == choices[1]
+    assert len(choices[0].kept_layers) == 4 and set(choices[0].kept_layers) >= PROTECTED
+    assert choices[0].tokens > 0
+
+
+def test_choices_are_the_best_by_their_measure(gated):
+    judge = judge_of(gated)
+    without = {layer: judge.losses([[i for i in range(7) if i != layer]])[0] for layer in range(1, 6)}
+    kl_init = choose_layers("kl-init", judge_of(gated), THREE, PROTECTED, 1.0, 0)
+    assert set(kl_init.kept_layers) == PROTECTED | set(sorted(without, key=without.get)[3:])
+    segment = choose_layers("exhaustive", judge_of(gated), THREE, PROTECTED, 1.0, 0).kept_layers
+    assert judge.losses([segment])[0] == min(judge.losses(windows(THREE, PROTECTED)))
+    one_less = Budget.of_layers(7, 6)
+    first = choose_layers("sleb", judge_of(gated), one_less, PROTECTED, 1.0, 0).kept_layers
+    every = [[i for i in range(7) if i != layer] for layer in range(1, 6)]
+    assert judge.losses([first], "ce")[0] == min(judge.losses(every, "ce"))
+
+
+def test_shortened_keeps_the_first_four_and_the_last_two(gated):
+    choice = choose_layers("shortened", judge_of(gated), Budget.of_layers(7, 6), PROTECTED, 1.0, 0)
+    assert choice.kept_layers == [0, 1, 2, 3, 5, 6]
+    with pytest.raises(UsageError, match="shortened keeps the first 4 layers and the last 2"):
+        choose_layers("shortened", judge_of(gated), THREE, PROTECTED, 1.0, 0)
+
+
+def test_no_segment_is_refused(gated):
+    with pytest.raises(UsageError, match="no contiguous segment"):
+        choose_layers("exhaustive", judge_of(gated), THREE, frozenset({0, 2, 4, 6}), 1.0, 0)
+
+
+def test_auto_takes_the_best_of_its_candidates(gated):
+    judge, held_out = judge_of(gated), judge_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
+    choice = choose_automatically(judge, held_out, THREE, PROTECTED)
+    names = [candidate["name"] for candidate in choice.candidates]
+    assert names[:4] == ["kl-init", "block influence", "best window", "greedy"] and names[4].endswith(", swapped")
+    chosen = [candidate for candidate in choice.candidates if candidate["chosen"]]
+    assert len(chosen) == 1 and chosen[0]["kept_layers"] == choice.kept_layers
+    assert chosen[0]["kl"] == min(candidate["kl"] for candidate in choice.candidates)
+    assert judge.tokens <= 20 * len(BATCHES) * auto_passes(THREE, PROTECTED)
+    # what was seen by all members and their best's swaps is no worse than any member
+    assert held_out.losses([choice.kept_layers])[0] == pytest.approx(chosen[0]["kl"])
