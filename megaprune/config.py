@@ -10,7 +10,7 @@ from megaprune.flags import flag, parse_groups
 
 SEARCHES = ("e3",)
 # Methods that look at calibration data, and do not train.
-CALIBRATED = ("auto", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
+CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
@@ -58,6 +58,7 @@ class PruneConfig:
     method: Literal[
         "e3",
         "auto",
+        "clp",
         "shortgpt",
         "minitron",
         "sleb",
@@ -79,7 +80,9 @@ class SearchConfig:
     """The search for the layers that stay."""
 
     _argument_group_name = "search"
-    search_iters: int | None = flag("iterations of search within --train-iters (default: a tenth)")
+    search_iters: int | None = flag(
+        "iterations of search within --train-iters (default: a tenth); clp's, which trains no weights, come on top"
+    )
     mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02)
     mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 16.0)
     mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
@@ -101,6 +104,10 @@ class RecoveryConfig:
     min_lr: float = flag("learning rate at the end", 0.0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag("decay", "cosine")
     lr_warmup_iters: int = flag("iterations of linear warm-up", 0)
+    recovery_layers: Literal["all", "endpoints"] | None = flag(
+        "what recovery trains: all layers, or the two beside the cut of a contiguous segment (default: all; with clp, "
+        "endpoints)"
+    )
     micro_batch_size: int = flag("windows in one forward pass of one replica", 1)
     global_batch_size: int | None = flag("windows in one iteration (default: one micro-batch per replica)")
     clip_grad: float = flag("largest gradient norm; 0 clips nothing", 1.0)
@@ -217,6 +224,17 @@ class Config:
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
     @property
+    def tunes_endpoints(self) -> bool:
+        """Whether recovery trains only the layers beside the cut."""
+        chosen = self.recovery.recovery_layers
+        return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps of a search that trains no weights."""
+        return self.search.search_iters or max(30, round((self.recovery.train_iters or 0) / 10))
+
+    @property
     def search_iters(self) -> int:
         """Iterations of search: none for methods that don't search."""
         if self.prune.method not in SEARCHES:
@@ -266,6 +284,7 @@ def _check(config: Config) -> None:
     _check_ranges(config)
     _check_iterations(config)
     _check_lora(config)
+    _check_endpoints(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.prune.method in CALIBRATED):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
@@ -338,6 +357,19 @@ def _check_ranges(config: Config) -> None:
         raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
 
 
+def _check_endpoints(config: Config) -> None:
+    if not config.tunes_endpoints:
+        return
+    if config.prune.method not in ("clp", "exhaustive", "manual"):
+        raise UsageError(
+            f"--recovery-layers endpoints needs one contiguous cut, which --method {config.prune.method} does not make"
+        )
+    if config.lora.lora_rank is not None:
+        raise UsageError(
+            "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
+        )
+
+
 def _check_lora(config: Config) -> None:
     if config.lora.lora_rank is None:
         for name in ("lora_alpha", "lora_target_modules", "export_adapter"):
@@ -360,7 +392,7 @@ def _check_iterations(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif config.search.selection_budget and config.prune.method != "auto":
         raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
-    elif config.search.search_iters:
+    elif config.search.search_iters and config.prune.method != "clp":
         raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:
         raise UsageError(

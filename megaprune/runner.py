@@ -163,7 +163,9 @@ class PruningRun:
         if config.prune.method != "auto":
             scale, seed = config.search.mask_init_scale, config.recovery.seed
             judge = self._judge(model, config.data.calibration_samples)
-            return choose_layers(config.prune.method, judge, setup.budget, setup.protected, scale, seed)
+            return choose_layers(
+                config.prune.method, judge, setup.budget, setup.protected, scale, seed, config.gradient_steps
+            )
         count = self._auto_windows()
         held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)
         return choose_automatically(self._judge(model, count), held_out, setup.budget, setup.protected)
@@ -186,8 +188,8 @@ class PruningRun:
         return max(1, min(count, most))
 
     def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
-        def windows(count: int) -> Sequence[Batch]:
-            return self.data.calibration_batches(count, skip)
+        def windows(count: int, behind: int) -> Sequence[Batch]:
+            return self.data.calibration_batches(count, skip + behind)
 
         return Judge(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
 

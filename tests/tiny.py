@@ -270,6 +270,11 @@ def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -
     return [*argv, "--train-iters", "0"]
 
 
+def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a short run by CLP, which then trains the two layers beside the cut."""
+    return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
+
+
 def run_here(argv: Sequence[str]) -> None:
     """A run in this process, as the command line would do it; another may follow."""
     from megaprune.config import parse_config

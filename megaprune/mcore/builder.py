@@ -1,7 +1,7 @@
 """Builds one rank's part of a model: configuration, layer specs, gates."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,24 @@ def vocab_shard(arch: Architecture) -> VocabShard:
     start = group.rank() * size
     valid = min(max(arch.vocab_size - start, 0), size)
     return VocabShard(start, size, valid, group if group.size() > 1 else None)
+
+
+def train_only(model: GPTModel, layers: Collection[int]) -> None:
+    """Freezes all weights but those of these layers (from 0, over all pipeline stages)."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in model.decoder.layers:
+        if layer.layer_number - 1 in layers:
+            for parameter in layer.parameters():
+                parameter.requires_grad_(True)
+
+    def with_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        # The schedule sends gradients back through every stage, also one in which nothing trains.
+        if output.requires_grad or not torch.is_grad_enabled():
+            return output
+        return output.detach().requires_grad_().clone()  # no leaf: it gives its memory up once it is sent
+
+    model.register_forward_hook(with_gradient)
 
 
 def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:

@@ -1,7 +1,9 @@
 """Contiguous segments: every one of them, which is the oracle of methods that look for the best."""
 
-from collections.abc import Set
+import itertools
+from collections.abc import Sequence, Set
 
+from megaprune.errors import MegapruneError
 from megaprune.selection.budget import Budget
 from megaprune.selection.greedy import Evaluate
 
@@ -24,6 +26,21 @@ def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
                 found.append([layer for layer in range(budget.num_layers) if not first <= layer <= last])
                 break
     return [kept for kept in found if kept]
+
+
+def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
+    """The positions among the kept layers of those beside the cut (CLP's endpoint tuning): two, or one where the cut
+    is at an end.
+
+    Raises MegapruneError unless exactly one contiguous segment is gone.
+    """
+    padded = [-1, *kept, num_layers]
+    cuts = [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
+    if len(cuts) != 1:
+        raise MegapruneError(
+            f"--recovery-layers endpoints needs one contiguous cut; the kept layers {list(kept)} have {len(cuts)}"
+        )
+    return [position for position in (cuts[0] - 1, cuts[0]) if 0 <= position < len(kept)]
 
 
 def best_window(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:

@@ -9,11 +9,12 @@ from megaprune.distillation.losses import VocabShard
 from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, Teacher
 from megaprune.mcore import checkpoint
 from megaprune.mcore.adapter_io import attach_adapters
-from megaprune.mcore.builder import build_model, in_half_precision, vocab_shard
+from megaprune.mcore.builder import build_model, in_half_precision, train_only, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.lora import merge_adapters
 from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import import_weights, round_to_source_dtype
+from megaprune.selection.windows import endpoints
 from megaprune.training.setup import Setup
 
 
@@ -62,6 +63,8 @@ class Models:
         model = build_model(setup.arch.pruned(kept), setup.stages_of_layers(kept), setup.engine)
         if saved is None or setup.lora is not None:
             import_weights(model, setup.source, kept)
+        if setup.config.tunes_endpoints:
+            train_only(model, endpoints(kept, setup.arch.num_layers))
         student = self._in_training(model, kept)
         if saved is not None:
             checkpoint.load(saved, student, None if saved_is_pruned else kept)

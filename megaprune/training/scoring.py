@@ -82,6 +82,47 @@ def mask_losses(
     return parallel.of_first_rank(sums[len(rows) - len(masks) : -1] / sums[-1]).float()
 
 
+def mask_gradient(
+    model: torch.nn.Module,
+    gate: LayerGate,
+    batches: Sequence[passes.MicroBatch],
+    mask: Tensor,
+    shard: VocabShard,
+) -> tuple[float, Tensor]:
+    """KL(original || masked model) in nats per token, and its gradient in the mask [num_layers], on the CPU; the
+    weights get none. The same bits on every rank. Collective.
+
+    Args:
+        mask: [num_layers], soft or hard.
+    """
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    with gate.all_layers():
+        references = passes.forward(model, batches, lambda logits, number: logits.detach().clone())
+    gate.set(mask, device.torch_device())
+    scale = 0.0
+    if parallel.is_last_stage():
+        counts = [batch.loss_mask.sum() for batch in batches]
+        total = parallel.sum_over_data_parallel(torch.stack(counts).sum().to(device.torch_device()))
+        scale = len(batches) * parallel.data_parallel_size() / total
+
+    def loss(logits: Tensor, number: int) -> Tensor:
+        loss_mask = batches[number].loss_mask.t().to(logits.device)
+        return (full_kl(references[number], logits, shard) * loss_mask).sum() * scale
+
+    losses = passes.forward_backward(model, batches, loss)
+    mean = torch.zeros((), device=device.torch_device())
+    if losses:
+        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
+    config = next(module.config for module in model.modules() if isinstance(module, TransformerLayer))
+    grad = parallel.reduce_mask_gradient(gate.take_gradient(), config.sequence_parallel)
+    gate.set(None)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return parallel.from_last_stage(mean.item()), grad
+
+
 def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], num_layers: int) -> Tensor:
     """ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(layer's input, its output), in
     fp32, [num_layers] on the CPU, the same bits on every rank. Collective.

@@ -11,6 +11,7 @@ from megaprune.distillation.losses import VocabShard
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.selection.budget import Budget
+from megaprune.selection.concave_gate import ConcaveGate
 from megaprune.selection.evolution import evolve
 from megaprune.selection.greedy import greedy_layers, num_evaluations
 from megaprune.selection.initial_scores import scores_from_kl
@@ -18,10 +19,12 @@ from megaprune.selection.local_search import best_of, improve
 from megaprune.selection.one_shot import top_layers
 from megaprune.selection.windows import best_window, windows
 from megaprune.training.data import Batch
-from megaprune.training.scoring import block_influence, mask_losses
+from megaprune.training.scoring import block_influence, mask_gradient, mask_losses
 
 # Shortened LLaMA keeps the first four layers and the last two.
 _SHORTENED_KEEPS = (4, 2)
+# calibration windows behind each step of CLP's search
+_WINDOWS_OF_A_STEP = 4
 # Of `auto`'s passes, those that are left for swaps.
 _SWAPS_SHARE = 0.4
 # Its final judgement sees so many times the windows of a pass before.
@@ -42,7 +45,8 @@ class Judge:
     """Losses of the original model without some of its layers, on calibration data. Collective.
 
     Args:
-        windows: gives this replica's share of so many calibration windows; the same windows at every layout.
+        windows: gives this replica's share of so many calibration windows, behind so many; the same windows at every
+            layout.
         num_windows: how many there are.
     """
 
@@ -50,14 +54,14 @@ class Judge:
         self,
         model: torch.nn.Module,
         gate: LayerGate,
-        windows: Callable[[int], Sequence[Batch]],
+        windows: Callable[[int, int], Sequence[Batch]],
         num_windows: int,
         budget: Budget,
         shard: VocabShard,
     ) -> None:
         self.model, self.tokens = model, 0
         self._gate, self._shard, self._budget = gate, shard, budget
-        self._windows = lru_cache(windows)
+        self._windows = lru_cache(maxsize=4)(windows)
         self._num_windows = num_windows
 
     def losses(
@@ -80,6 +84,13 @@ class Judge:
             found[free] = torch.tensor(self.losses(kept, loss))
         return found
 
+    def mask_gradient(self, mask: torch.Tensor, step: int) -> torch.Tensor:
+        """The gradient of the KL in a soft mask, [num_layers], on a few windows, others at each step."""
+        count = min(_WINDOWS_OF_A_STEP, self._num_windows)
+        batches = self._windows(count, step * count % max(1, self._num_windows - count + 1))
+        self.tokens += 2 * count * batches[0].tokens.shape[1]
+        return mask_gradient(self.model, self._gate, batches, mask, self._shard)[1]
+
     def block_influence(self) -> torch.Tensor:
         """ShortGPT's score of each layer, [num_layers]."""
         return block_influence(self.model, self._taken(1), self._budget.num_layers)
@@ -87,18 +98,25 @@ class Judge:
     def _taken(self, passes: int, share: float = 1.0) -> Sequence[Batch]:
         """A share of the windows, whose tokens are booked so many times."""
         count = max(1, round(share * self._num_windows))
-        batches = self._windows(count)
+        batches = self._windows(count, 0)
         self.tokens += passes * count * batches[0].tokens.shape[1]
         return batches
 
 
 def choose_layers(
-    method: str, judge: Judge, budget: Budget, protected: frozenset[int], scale: float, seed: int
+    method: str,
+    judge: Judge,
+    budget: Budget,
+    protected: frozenset[int],
+    scale: float = 1.0,
+    seed: int = 0,
+    steps: int = 60,
 ) -> Choice:
     """The layers that a method keeps.
 
     Args:
         scale: of the scores of `kl-init`, as the search would start from them.
+        steps: of gradient, for `clp`.
 
     Raises:
         UsageError: the method can't choose within this budget.
@@ -121,11 +139,28 @@ def choose_layers(
                 "--method exhaustive: no contiguous segment between protected layers is long enough; protect fewer"
             )
         return Choice(kept, tokens=judge.tokens)
+    if method == "clp":
+        return _clp(judge, budget, protected, steps)
     if method == "evolution":
         start = top_layers(judge.block_influence() / torch.tensor(budget.costs), budget, protected)
         kept = evolve(start, budget, protected, lambda sets, share: judge.losses(sets, "kl", share), 40, seed=seed)
         return Choice(kept, tokens=judge.tokens)
     raise MegapruneError(f"{method} does not choose layers by calibration passes")
+
+
+def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) -> Choice:
+    try:
+        gate = ConcaveGate(budget, protected, steps)
+    except UsageError:
+        raise
+    except MegapruneError as error:
+        raise UsageError(f"--method clp: {error}") from None
+    for step in range(steps):
+        gate.update(judge.mask_gradient(gate.mask(step), step), step)
+    ends = gate.kept_sets()
+    losses = judge.losses(ends)
+    kept = ends[min(range(len(ends)), key=lambda i: losses[i])]
+    return Choice(kept, tokens=judge.tokens)
 
 
 def _shortened(judge: Judge, budget: Budget, protected: frozenset[int]) -> Choice:

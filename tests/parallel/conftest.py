@@ -8,6 +8,7 @@ import tiny
 import torch
 from launch import launch
 from layouts import (
+    ENDPOINT_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
     MOE_FAMILIES,
@@ -117,6 +118,13 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
             dict(kind="prune", argv=select_argv(method, flags, results.run(f"{method}-{name}")))
             for method in SELECTING
             for name, flags in SELECT_LAYOUTS.items()
+        ]
+        cases += [
+            dict(
+                kind="prune",
+                argv=tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
+            )
+            for name, flags in ENDPOINT_LAYOUTS.items()
         ]
         cases += [
             dict(

@@ -49,6 +49,8 @@ RUN_LAYOUTS = {
 # methods that pass over calibration data, and the run on one process
 SELECTING = ("auto", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
+# endpoint tuning behind CLP's search; at PP 2 a stage may hold nothing that trains
+ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),

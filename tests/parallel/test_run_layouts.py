@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from layouts import MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING
+from layouts import ENDPOINT_LAYOUTS, MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING
 
 from megaprune.models.sizes import layer_sizes
 from megaprune.training.metrics import read_metrics
@@ -15,14 +15,14 @@ def report(run):
     return json.loads((run / "report.json").read_text())
 
 
-def assert_same_up_to_rounding(run, other):
+def assert_same_up_to_rounding(run, other, iterations=20):
     expected, found = report(other), report(run)
     assert found["kept_layers"] == expected["kept_layers"]
-    assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
+    assert found["scores"] == (expected["scores"] and pytest.approx(expected["scores"], rel=1e-3))
     for model, loss in expected["valid"].items():
         assert found["valid"][model]["loss"] == pytest.approx(loss["loss"], rel=1e-3), model
     records, expected_records = read_metrics(run), read_metrics(other)
-    assert len(records) == len(expected_records) == 20
+    assert len(records) == len(expected_records) == iterations
     for record, wanted in zip(records, expected_records, strict=True):
         assert record["iteration"] == wanted["iteration"]
         assert record.get("mask") == wanted.get("mask")
@@ -95,6 +95,18 @@ def test_calibrated_methods_choose_the_same_at_every_layout(results, selecting_a
         assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
     for candidate, wanted in zip(found.get("candidates", []), expected.get("candidates", []), strict=True):
         assert candidate == wanted | {"kl": pytest.approx(wanted["kl"], rel=1e-3), "tokens": candidate["tokens"]}
+
+
+@pytest.fixture(scope="module")
+def endpoints_alone(tiny_model, tiny_data, tmp_path_factory):
+    save = tmp_path_factory.mktemp("endpoints") / "run"
+    tiny.run_here(tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, save))
+    return save
+
+
+@pytest.mark.parametrize("layout", ENDPOINT_LAYOUTS)
+def test_endpoint_tuning_is_the_same_at_every_layout(results, endpoints_alone, layout):
+    assert_same_up_to_rounding(results(2).run(layout), endpoints_alone, iterations=4)
 
 
 def test_run_moves_what_it_should(whole_run, tiny_model):

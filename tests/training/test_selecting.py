@@ -12,7 +12,7 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.weights_io import import_weights
 from megaprune.selection.budget import Budget
 from megaprune.selection.windows import windows
-from megaprune.training.scoring import block_influence, mask_losses
+from megaprune.training.scoring import block_influence, mask_gradient, mask_losses
 from megaprune.training.selecting import Judge, auto_passes, choose_automatically, choose_layers
 from megaprune.weights.source import HFSource
 
@@ -91,12 +91,25 @@ def test_block_influence_is_that_of_the_hidden_states(gated, in_transformers):
     assert 0 < found[6] < 2
 
 
+def test_gradient_in_a_soft_mask_is_that_of_its_loss(gated):
+    model, gate, shard = gated
+    mask = torch.tensor([1.0, 0.8, 0.2, 0.5, 1.0, 0.0, 1.0])
+    loss, grad = mask_gradient(model, gate, BATCHES, mask, shard)
+    assert loss == pytest.approx(mask_losses(model, gate, BATCHES, mask[None], shard, "kl").item(), rel=1e-4)
+    for layer in range(7):
+        step = torch.zeros(7).index_fill(0, torch.tensor(layer), 0.02)
+        both = torch.stack([mask + step, mask - step])
+        above, below = mask_losses(model, gate, BATCHES, both, shard, "kl").tolist()
+        assert grad[layer] == pytest.approx((above - below) / 0.04, rel=0.03, abs=2e-3), layer
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def judge_of(gated, batches=BATCHES, budget=THREE):
     model, gate, shard = gated
-    return Judge(model, gate, lambda count: batches, len(batches), budget, shard)
+    return Judge(model, gate, lambda count, skip: batches, len(batches), budget, shard)
 
 
-@pytest.mark.parametrize("method", ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution"])
+@pytest.mark.parametrize("method", ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution", "clp"])
 def test_methods_keep_exactly_the_budget(gated, method):
     choices = [choose_layers(method, judge_of(gated), THREE, PROTECTED, 1.0, 0) for _ in range(2)]
     assert choices[0] == choices[1]

@@ -1,0 +1,38 @@
+"""Runs of methods that look at calibration data, and of endpoint tuning."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from megaprune.errors import UsageError
+
+
+def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
+    argv = [*tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "auto"), "--train-iters", "2"]
+    tiny.run_here([*argv, "--selection-budget", "60000"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["method"] == "auto" and len(report["candidates"]) == 5
+    assert next(c for c in report["candidates"] if c["chosen"])["kept_layers"] == report["kept_layers"]
+    assert 0 < report["stages"]["importance"]["tokens"] <= 60000
+    tiny.load_hf(tmp_path / "run" / "hf")
+    with pytest.raises(UsageError, match="--selection-budget 10 is too little"):
+        tiny.run_here([*argv, "--save", str(tmp_path / "other"), "--selection-budget", "10"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
+    model = tiny_model("qwen3_tied")
+    tiny.run_here(tiny.endpoint_argv(model, tiny_data, tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    kept, pruned = report["kept_layers"], report["pruned_layers"]
+    assert pruned == list(range(pruned[0], pruned[0] + 2)) and report["stages"]["importance"]["tokens"] > 0
+    found, source = tiny.read_tensors(tmp_path / "run" / "hf"), tiny.read_tensors(model)
+    moved = set()
+    for name, tensor in found.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        original = name if layer is None else name.replace(f".{layer}.", f".{kept[layer]}.", 1)
+        if not torch.equal(tensor, source[original]):
+            moved.add(None if layer is None else kept[layer])
+    assert moved == {pruned[0] - 1, pruned[-1] + 1}
