@@ -17,6 +17,7 @@ VERBS = {
     "prune": "prune and heal a model",
     "convert": "HF safetensors to a Megatron-Core checkpoint and back",
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
+    "compare": "several methods on one model, at equal budgets",
     "benchmark": "speed ratios, measured side by side",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }

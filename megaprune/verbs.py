@@ -33,6 +33,13 @@ def evaluate(argv: Sequence[str], command: str) -> None:
     run(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0])
 
 
+def compare(argv: Sequence[str], command: str) -> None:
+    """``tools/compare.py``"""
+    from megaprune.comparison.cli import run
+
+    run(argv)
+
+
 def benchmark(argv: Sequence[str], command: str) -> None:
     """``tools/benchmark.py``"""
     from megaprune.evaluation.benchmark import run

@@ -196,3 +196,45 @@ def _save(figure: Figure, path: str | Path) -> Path:
     with whole_file(path) as aside:
         figure.savefig(aside)
     return Path(path)
+
+
+def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
+    """Recovered loss against layers pruned, a line a method.
+
+    Args:
+        rows: `megaprune.comparison.table.rows_of`; `recovered_loss` may be NaN where nothing was validated.
+    """
+    figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["pruned"])
+        spread = [0.0 if np.isnan(row["spread"]) else row["spread"] for row in own]
+        x, y = [row["pruned"] for row in own], [row["recovered_loss"] for row in own]
+        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=2, label=label)
+    if rows and not np.isnan(rows[0]["teacher_loss"]):
+        axes.axhline(rows[0]["teacher_loss"], color=GREY, linestyle="--", linewidth=1, label="teacher")
+    axes.set(xlabel="layers pruned", ylabel="recovered loss (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color=PALE)
+    axes.legend(frameon=False, fontsize="small")
+    return _save(figure, path)
+
+
+def plot_recovery(runs: dict[str, Sequence[Record]], path: str | Path) -> Path:
+    """Training loss against tokens, a line a run.
+
+    Args:
+        runs: the records of each run by its name; those without records are left out.
+    """
+    figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, records in runs.items():
+        if records:
+            loss = np.array([record["loss"] for record in records], dtype=float)
+            axes.plot([record["tokens"] for record in records], _smooth(loss), linewidth=1.2, label=name)
+    axes.set(xlabel="tokens", ylabel="training loss (nats)", yscale="log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color=PALE)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="x-small")
+    return _save(figure, path)

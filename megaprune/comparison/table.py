@@ -1,0 +1,99 @@
+"""A comparison as rows, CSV and Markdown."""
+
+import csv
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_COLUMNS = (
+    ("label", "method"),
+    ("pruned", "layers pruned"),
+    ("seeds", "seeds"),
+    ("pruned_loss", "pruned loss"),
+    ("recovered_loss", "recovered loss"),
+    ("spread", "± over seeds"),
+    ("kl", "KL"),
+    ("top1_agreement", "top-1"),
+    ("tokens", "training tokens"),
+    ("selection_tokens", "selection tokens"),
+    ("seconds", "seconds"),
+    ("jaccard", "Jaccard"),
+    ("kept", "kept layers (first seed)"),
+)
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row for each method and size: means over its seeds, and how much they differ.
+
+    Args:
+        results: report.json's contents, with `label`, `name`, `kl` and `top1_agreement`.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        size = result["name"].removeprefix(result["label"]).rpartition("-seed")[0]
+        groups.setdefault((size, result["label"]), []).append(result)
+    return [_row(label, found) for (_, label), found in groups.items()]
+
+
+def _row(label: str, results: Sequence[dict[str, Any]]) -> Row:
+    recovered = [_loss(result, "recovered") for result in results]
+    masks = [set(result["pruned_layers"]) for result in results]
+    pairs = list(itertools.combinations(masks, 2))
+    return {
+        "label": label,
+        "pruned": len(results[0]["pruned_layers"]),
+        "seeds": len(results),
+        "teacher_loss": _loss(results[0], "teacher"),
+        "pruned_loss": statistics.fmean(_loss(result, "pruned") for result in results),
+        "recovered_loss": statistics.fmean(recovered),
+        "spread": statistics.stdev(recovered) if len(recovered) > 1 else math.nan,
+        "kl": statistics.fmean(result["kl"] for result in results),
+        "top1_agreement": statistics.fmean(result["top1_agreement"] for result in results),
+        "tokens": results[0]["tokens_seen"],
+        "selection_tokens": results[0]["stages"].get("importance", {}).get("tokens", 0),
+        "seconds": statistics.fmean(sum(s["seconds"] for s in result["stages"].values()) for result in results),
+        "jaccard": statistics.fmean(len(a & b) / len(a | b) for a, b in pairs) if pairs else math.nan,
+        "kept": " ".join(map(str, results[0]["kept_layers"])),
+    }
+
+
+def write_tables(rows: Sequence[Row], folder: Path) -> None:
+    """`table.csv` with all digits, and `table.md`, best first within each size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    ordered = sorted(rows, key=lambda row: (row["pruned"], row["recovered_loss"]))
+    lines = [
+        f"Teacher: loss {_shown('teacher_loss', rows[0]['teacher_loss'])}. Means over seeds; losses in nats per token, "
+        "KL from the teacher.",
+        "",
+        "| " + " | ".join(title for _, title in _COLUMNS) + " |",
+        "|" + " --- |" * len(_COLUMNS),
+    ]
+    lines += ["| " + " | ".join(_shown(key, row[key]) for key, _ in _COLUMNS) + " |" for row in ordered]
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _loss(result: dict[str, Any], model: str) -> float:
+    found = result["valid"].get(model, {}).get("loss")
+    return math.nan if found is None else found
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "–"
+    if key == "top1_agreement":
+        return f"{value:.1%}"
+    if key in ("tokens", "selection_tokens"):
+        return f"{value:,}"
+    if key == "seconds":
+        return f"{value:.0f}"
+    if key == "jaccard":
+        return f"{value:.2f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,131 @@
+"""Comparisons: what is asked for, the runs that come of it, and the tables."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import tiny
+import yaml
+
+from megaprune import cli
+from megaprune.comparison.plan import read_comparison
+from megaprune.comparison.table import rows_of, write_tables
+from megaprune.errors import UsageError
+
+COMMON = {"hf_model": "m", "train_data": ["d", "e"], "train_iters": 10, "bf16": True}
+ASKED = {"run": COMMON, "methods": ["e3", "random"], "num_layers_to_prune": [2, 3], "seeds": [1, 2]}
+
+
+def write(folder, **changes):
+    asked = {key: value for key, value in (ASKED | changes).items() if value is not None}
+    (folder / "c.yaml").write_text(yaml.safe_dump(asked))
+    return folder / "c.yaml"
+
+
+def test_a_run_for_each_method_size_and_seed(tmp_path):
+    runs = read_comparison(write(tmp_path), tmp_path / "save")
+    assert [run.folder.name for run in runs[:3]] == ["e3-2-seed1", "e3-2-seed2", "e3-3-seed1"] and len(runs) == 8
+    flat = [run.config.flat() for run in runs]
+    different = {key for key in flat[0] if len({str(settings[key]) for settings in flat}) > 1}
+    assert different == {"method", "num_layers_to_prune", "seed", "save"}
+    assert flat[0]["train_data"] == ["d", "e"] and flat[0]["bf16"] is True
+
+
+def test_methods_may_have_flags_and_labels_of_their_own(tmp_path):
+    methods = [
+        "clp",
+        {"method": "e3", "mask_lr": 0.5, "label": "fast"},
+        {"method": "clp", "recovery_layers": "endpoints", "label": "ends"},
+    ]
+    runs = read_comparison(write(tmp_path, methods=methods, seeds=[1], num_layers_to_prune=[2]), tmp_path)
+    assert [run.label for run in runs] == ["clp", "fast", "ends"]
+    assert [run.config.tunes_endpoints for run in runs] == [False, False, True]
+    assert runs[1].config.search.mask_lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run": None}, "key 'run'"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"methods": "e3"}, "methods must be a list"),
+        ({"seeds": None}, "seeds must be a list"),
+        ({"num_layers_to_prune": None}, "num_layers_to_prune, prune_ratio"),
+        ({"prune_ratio": [0.5]}, "give one of"),
+        ({"methods": ["e3", "e3"]}, "asked for twice"),
+        ({"methods": ["magic"]}, "magic"),
+        ({"run": COMMON | {"lr": -1}}, "--lr"),
+    ],
+)
+def test_bad_files(tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        read_comparison(write(tmp_path, **changes), tmp_path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        read_comparison(tmp_path / "none.yaml", tmp_path)
+
+
+def result(label, seed, pruned, loss):
+    return {
+        "label": label,
+        "name": f"{label}-2-seed{seed}",
+        "kept_layers": [layer for layer in range(6) if layer not in pruned],
+        "pruned_layers": pruned,
+        "tokens_seen": 1000,
+        "stages": {"importance": {"seconds": 1.0, "tokens": 50}, "recovery": {"seconds": 2.0, "tokens": 1000}},
+        "valid": {"teacher": {"loss": 2.0}, "pruned": {"loss": loss + 1}, "recovered": {"loss": loss}},
+        "kl": 0.5,
+        "top1_agreement": 0.75,
+    }
+
+
+def test_rows_are_means_over_seeds(tmp_path):
+    results = [result("a", 1, [1, 2], 3.0), result("a", 2, [2, 3], 4.0), result("b", 1, [1, 2], 2.5)]
+    rows = rows_of(results)
+    assert [row["label"] for row in rows] == ["a", "b"]
+    assert (rows[0]["recovered_loss"], rows[0]["pruned_loss"], rows[0]["seeds"]) == (3.5, 4.5, 2)
+    assert rows[0]["jaccard"] == pytest.approx(1 / 3) and rows[0]["spread"] == pytest.approx(0.5**0.5)
+    assert math.isnan(rows[1]["jaccard"]) and rows[1]["selection_tokens"] == 50
+    write_tables(rows, tmp_path)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[4].startswith("| b | 2 | 1 | 3.5000 | 2.5000 | – | 0.5000 | 75.0% | 1,000 | 50 | 3 | – |")
+    assert table[5].startswith("| a | 2 | 2 |")
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["recovered_loss"] for row in csv.DictReader(file)] == ["3.5", "2.5"]
+
+
+def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
+    run = {
+        "hf_model": str(tiny_model("qwen3_tied")),
+        "train_data": str(tiny_data / "train.jsonl"),
+        "valid_data": str(tiny_data / "valid.jsonl"),
+        "seq_length": tiny.SEQ_LENGTH,
+        "micro_batch_size": 2,
+        "train_iters": 4,
+        "calibration_samples": 2,
+    }
+    asked = write(tmp_path, run=run, methods=["e3", "shortgpt", "random"], seeds=[1], num_layers_to_prune=[2])
+    save = tmp_path / "out"
+    words = ["--config", str(asked), "--save", str(save)]
+    assert cli.attempt("compare", words) == (0, None)
+    made = {path.name for path in save.iterdir()}
+    assert made == {"runs", "table.csv", "table.md", "quality.png", "recovery.png"}
+    with (save / "table.csv").open() as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert {row["tokens"] for row in rows.values()} == {"256"}
+    for label, row in rows.items():
+        report = json.loads((save / "runs" / f"{label}-2-seed1" / "report.json").read_text())
+        assert float(row["recovered_loss"]) == report["valid"]["recovered"]["loss"]
+        assert float(row["kl"]) > 0 and 0 <= float(row["top1_agreement"]) <= 1
+    # again: finished runs stay as they are, a lost one is made anew, and comes out the same
+    shutil.rmtree(save / "runs" / "random-2-seed1")
+    assert cli.attempt("compare", words) == (0, None)
+    assert capfd.readouterr().out.count("holds the finished run already") == 2
+    with (save / "table.csv").open() as file:
+        again = {row["label"]: row for row in csv.DictReader(file)}
+    for label, row in rows.items():
+        assert again[label] | {"seconds": 0} == row | {"seconds": 0}
