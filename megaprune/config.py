@@ -8,7 +8,7 @@ from typing import Any, Literal
 from megaprune.errors import UsageError
 from megaprune.flags import flag, parse_groups
 
-SEARCHES = ("e3",)
+SEARCHES = ("e3", "sheared")
 # Methods that look at calibration data, and do not train.
 CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
@@ -61,6 +61,7 @@ class PruneConfig:
         "clp",
         "shortgpt",
         "minitron",
+        "sheared",
         "sleb",
         "shortened",
         "evolution",

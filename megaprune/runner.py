@@ -20,7 +20,6 @@ from megaprune.models.sizes import inventory
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
-from megaprune.selection.gumbel_topk import GumbelTopK
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers
 from megaprune.training.data import Batch, train_batches
@@ -35,6 +34,7 @@ from megaprune.training.selecting import (
     auto_passes,
     choose_automatically,
     choose_layers,
+    make_selector,
 )
 from megaprune.training.setup import Data, Setup, describe, load_tokenizer, prepare, prepare_data
 from megaprune.training.signals import StopRequest
@@ -201,17 +201,7 @@ class PruningRun:
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
-        selector = GumbelTopK(
-            torch.tensor(self.progress.scores),
-            self.setup.budget,
-            self.setup.protected,
-            config.search_iters,
-            temperature=config.search.gumbel_temperature,
-            anneal=config.search.gumbel_anneal,
-            lr=config.search.mask_lr,
-            seed=config.recovery.seed,
-            ramp=config.search.mask_ramp,
-        )
+        selector = make_selector(config, self.setup.budget, self.setup.protected, self.progress.scores)
         if self.resume_from is not None:
             selector.load_state_dict(self.progress.selector)
         objective = self._objective(teacher)
@@ -281,7 +271,7 @@ class PruningRun:
     def _done(self, iteration: int, stage: str, result: StepResult, seconds: float, extra: dict | None = None) -> None:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.setup.tokens_per_iteration)
-        num_kept = len(self.progress.kept_layers) if result.mask is None else int(result.mask.sum())
+        num_kept = len(self.progress.kept_layers) if result.mask is None else int((result.mask > 0).sum())
         record = {
             "iteration": iteration + 1,
             "stage": stage,

@@ -74,11 +74,20 @@ def _log_complement(logits: Tensor) -> Tensor:
 
 def gumbel_noise(num_layers: int, seed: int, step: int) -> Tensor:
     """[num_layers] fp32 standard Gumbel noise that depends on its arguments alone, not on earlier draws."""
+    return (-(-_uniform(num_layers, seed, step).log()).log()).float()
+
+
+def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
+    """[num_layers] fp32 uniform noise within (0, 1), likewise."""
+    return _uniform(num_layers, seed, step).clamp(1e-6, 1 - 1e-6).float()
+
+
+def _uniform(num_layers: int, seed: int, step: int) -> Tensor:
     # The CPU generator takes 32 bits of its seed, so the pair has to be mixed into 32 bits.
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     uniform = torch.rand(num_layers, dtype=torch.float64, generator=generator)
-    return (-(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()).float()
+    return uniform.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class GumbelTopK:

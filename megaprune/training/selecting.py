@@ -1,4 +1,4 @@
-"""Methods that choose layers by passes over calibration data, without training."""
+"""Methods that choose layers: by passes over calibration data, or, made here, learners beside the training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from megaprune.config import Config
 from megaprune.distillation.losses import VocabShard
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore.gated_layer import LayerGate
@@ -14,9 +15,12 @@ from megaprune.selection.budget import Budget
 from megaprune.selection.concave_gate import ConcaveGate
 from megaprune.selection.evolution import evolve
 from megaprune.selection.greedy import greedy_layers, num_evaluations
+from megaprune.selection.gumbel_topk import GumbelTopK
+from megaprune.selection.hard_concrete import HardConcrete
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.local_search import best_of, improve
 from megaprune.selection.one_shot import top_layers
+from megaprune.selection.selector import Selector
 from megaprune.selection.windows import best_window, windows
 from megaprune.training.data import Batch
 from megaprune.training.scoring import block_influence, mask_gradient, mask_losses
@@ -146,6 +150,29 @@ def choose_layers(
         kept = evolve(start, budget, protected, lambda sets, share: judge.losses(sets, "kl", share), 40, seed=seed)
         return Choice(kept, tokens=judge.tokens)
     raise MegapruneError(f"{method} does not choose layers by calibration passes")
+
+
+def make_selector(
+    config: Config, budget: Budget, protected: frozenset[int], scores: Sequence[float] | None
+) -> Selector:
+    """The learner of a method that searches while it trains.
+
+    Args:
+        scores: the layers' first ones, where the method begins from any.
+    """
+    if config.prune.method == "sheared":
+        return HardConcrete(budget, protected, config.search_iters, seed=config.recovery.seed)
+    return GumbelTopK(
+        torch.tensor(scores),
+        budget,
+        protected,
+        config.search_iters,
+        temperature=config.search.gumbel_temperature,
+        anneal=config.search.gumbel_anneal,
+        lr=config.search.mask_lr,
+        seed=config.recovery.seed,
+        ramp=config.search.mask_ramp,
+    )
 
 
 def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) -> Choice:

@@ -7,6 +7,9 @@ import tiny
 import torch
 
 from megaprune.errors import UsageError
+from megaprune.mcore import parallel
+from megaprune.training.metrics import read_metrics
+from megaprune.training.signals import StopRequest
 
 
 def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
@@ -36,3 +39,24 @@ def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
         if not torch.equal(tensor, source[original]):
             moved.add(None if layer is None else kept[layer])
     assert moved == {pruned[0] - 1, pruned[-1] + 1}
+
+
+def test_sheared_searches_and_resumes(tiny_model, tiny_data, tmp_path, monkeypatch):
+    def argv(name):
+        flags = ("--method", "sheared", "--train-iters", "6", "--search-iters", "4", "--lr-warmup-iters", "0")
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("whole"))
+    with monkeypatch.context() as stopping:
+        asked = iter(range(1, 100))
+        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 2)
+        stopping.setattr(parallel, "leave", lambda: None)
+        with pytest.raises(SystemExit):
+            tiny.run_here(argv("stopped"))
+    tiny.run_here(argv("stopped"))
+    whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
+    assert whole["num_layers"] == 5 and len(whole["scores"]) == 7
+    for key in ("kept_layers", "scores", "valid"):
+        assert whole[key] == stopped[key]
+    assert all(0 <= gate <= 1 for gate in read_metrics(tmp_path / "whole")[3]["mask"])
+    tiny.load_hf(tmp_path / "whole" / "hf")

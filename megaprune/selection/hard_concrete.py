@@ -1,0 +1,141 @@
+"""Sheared-LLaMA's search (Xia et al., 2024), layers only: hard concrete gates under a Lagrangian constraint."""
+
+import math
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaprune.errors import MegapruneError
+from megaprune.selection.budget import Budget
+from megaprune.selection.gumbel_topk import uniform_noise
+from megaprune.selection.one_shot import top_layers
+
+# Louizos et al. (2018): the concrete's temperature, and how far it is stretched beyond 0 and 1.
+BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
+_START = 5.0
+
+
+def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """Gates in [0, 1]: sigmoid((log u - log(1 - u) + log alpha) / beta), stretched and clipped."""
+    noise = uniform.log() - (1 - uniform).log()
+    return (torch.sigmoid((noise + log_alpha) / BETA) * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def expected_open(log_alpha: Tensor) -> Tensor:
+    """The probability of each gate not being 0."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
+
+
+class HardConcrete:
+    """A Selector: learns log alpha of each layer's gate; gates are soft in the forward pass.
+
+    Loss = the model's + l1 (s - t) + l2 (s - t)^2, with s the expected share of what the layers may cost that is
+    gone, t its target, which rises linearly over the first `ramp` of the steps, and l1, l2 that ascend. The best by
+    log alpha stay at the end. Protected layers' gates are 1. Raises UsageError if the budget doesn't fit.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        protected: Set[int],
+        num_steps: int,
+        lr: float = 0.1,
+        lagrangian_lr: float = 0.1,
+        ramp: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        budget.check(protected)
+        self.num_layers, self.budget = budget.num_layers, budget
+        self._protected = frozenset(protected)
+        self._free = torch.tensor([i for i in range(budget.num_layers) if i not in protected], dtype=torch.long)
+        self._num_steps, self._ramp_steps, self._seed = num_steps, max(1, round(ramp * num_steps)), seed
+        costs = torch.tensor(budget.costs, dtype=torch.float64)
+        self._shares = (costs[self._free] / costs.sum()).float()
+        self._target = 1 - budget.limit / sum(budget.costs)
+        self._log_alpha = torch.full((len(self._free),), _START, requires_grad=True)
+        self._multipliers = torch.zeros(2, requires_grad=True)
+        self._optimizers = (
+            torch.optim.Adam([self._log_alpha], lr=lr),
+            torch.optim.Adam([self._multipliers], lr=lagrangian_lr, maximize=True),
+        )
+
+    @property
+    def scores(self) -> Tensor:
+        """[num_layers] fp32 on the CPU, detached: log alpha; that of protected layers is the highest."""
+        best = self._log_alpha.detach().max() if len(self._free) else torch.tensor(_START)
+        return best.repeat(self.num_layers).index_copy(0, self._free, self._log_alpha.detach())
+
+    def temperature(self, step: int) -> float:
+        """The concrete distribution's, which does not change."""
+        return BETA
+
+    def target(self, step: int) -> float:
+        """The share of the cost that is to be gone at a step."""
+        return self._target * min(1.0, (step + 1) / self._ramp_steps)
+
+    def mask(self, step: int) -> Tensor:
+        """[num_layers] fp32 on the CPU, detached: this step's gates."""
+        return self._draw(step).detach()
+
+    def update(self, mask_grad: Tensor, step: int) -> None:
+        """One step of descent on log alpha and of ascent on the multipliers. Raises MegapruneError if the gradient is
+        not finite."""
+        if not mask_grad.isfinite().all():
+            raise MegapruneError(
+                f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
+            )
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        with torch.enable_grad():
+            gone = (self._shares * (1 - expected_open(self._log_alpha))).sum()
+            excess = gone - self.target(step)
+            constraint = self._multipliers[0] * excess + self._multipliers[1] * excess**2
+            gates = self._draw(step)
+            (gates @ mask_grad.detach().to("cpu", torch.float32) + constraint).backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def kept_layers(self) -> list[int]:
+        """The protected layers and the best of the others, within the budget."""
+        return top_layers(self.scores, self.budget, self._protected)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Enough to go on bit for bit."""
+        return {
+            "log_alpha": self._log_alpha.detach().clone(),
+            "multipliers": self._multipliers.detach().clone(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises MegapruneError if the saved search had other settings."""
+        for name, value in self._settings().items():
+            if state["settings"].get(name) != value:
+                raise MegapruneError(
+                    f"cannot resume: the saved search has {name} = {state['settings'].get(name)}, this run asks for "
+                    f"{value}; give the saved run's flags again, or another --save"
+                )
+        with torch.no_grad():
+            self._log_alpha.copy_(state["log_alpha"])
+            self._multipliers.copy_(state["multipliers"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def _draw(self, step: int) -> Tensor:
+        uniform = uniform_noise(self.num_layers, self._seed, step)[self._free]
+        gates = hard_concrete(self._log_alpha, uniform)
+        return torch.ones(self.num_layers).index_copy(0, self._free, gates)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "costs": list(self.budget.costs),
+            "limit": self.budget.limit,
+            "protected": sorted(self._protected),
+            "num_steps": self._num_steps,
+            "ramp_steps": self._ramp_steps,
+            "seed": self._seed,
+            "lr": self._optimizers[0].param_groups[0]["lr"],
+        }
