@@ -154,7 +154,7 @@ class PruningRun:
             self.progress.spend("importance", 0.0, choice.tokens)
             self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
             self.progress.candidates = choice.candidates
-        else:
+        elif method not in SEARCHES:
             self.progress.kept_layers = self._named_layers()
 
     def _choose(self, model: torch.nn.Module) -> Choice:
