@@ -1,5 +1,6 @@
 """The HF tensors of a Megatron-Core checkpoint, under the names that an HF folder would have them under."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from megaprune.conversion.importing import HF_FOLDER
 from megaprune.conversion.layout import UNREAD, Piece, mtp_rules, pieces
-from megaprune.conversion.tensor_files import Buffer
+from megaprune.conversion.tensor_files import Buffer, Range
 from megaprune.conversion.torch_dist import Chunk, ChunkReader, read_metadata
 from megaprune.errors import MegapruneError
 from megaprune.models.shapes import hf_shapes
@@ -45,6 +46,18 @@ class CheckpointSource(HFSource):
         self._files = dict.fromkeys(self._pieces, checkpoint)
         self._handles = {checkpoint: self}
         self._fused: tuple[str, list[Tensor]] = "", []
+
+    def range_of(self, reader: ChunkReader, name: str) -> Range | None:
+        """Where a tensor's bytes lie in a file as they are, if they do."""
+        piece, _ = self._pieces[name]
+        if len(piece.hf) > 1:
+            return None
+        stored = self._stored[piece.key]
+        for chunk in stored.chunks:
+            start = _start_in(chunk, piece)
+            if start is not None:
+                return reader.where(chunk, stored.dtype, math.prod(piece.shape), start)
+        return None
 
     def read_from(self, reader: ChunkReader, name: str, buffer: Buffer) -> Tensor:
         """A whole tensor, through a reader of the caller's own and in its memory."""

@@ -1,44 +1,21 @@
-"""The verb `convert`: import, export, verify."""
+"""The verb `convert`: import, export, verify.
 
+On argparse alone: what other verbs' command lines are made of takes a second to load, which here would count.
+"""
+
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import NoReturn
 
 from megaprune.errors import MegapruneError, UsageError
-from megaprune.flags import Parser, flag
 
 _DIFFERENCES_SHOWN = 10
 
 
-@dataclass
-class ImportConfig:
-    """HF safetensors to a Megatron-Core torch_dist checkpoint."""
-
-    hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
-    megatron_path: str | None = flag("the checkpoint folder to write")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = flag("dtype of the weights (default: as stored; bf16 for FP8)")
-    workers: int | None = flag("threads of each process (default: 2, under torchrun 1)")
-    resume: bool = flag("go on with interrupted work", False)
-
-
-@dataclass
-class ExportConfig:
-    """A Megatron-Core torch_dist checkpoint to HF safetensors."""
-
-    megatron_path: str | None = flag("a checkpoint folder that `convert.py import` wrote")
-    hf_path: str | None = flag("the HF folder to write")
-    max_shard_size: str = flag("largest safetensors file", "5GB")
-    workers: int | None = flag("threads of each process (default: 2, under torchrun 1)")
-    resume: bool = flag("go on with interrupted work", False)
-
-
-@dataclass
-class VerifyConfig:
-    """Compares two HF folders tensor by tensor."""
-
-    hf_model: str | None = flag("an HF folder")
-    hf_path: str | None = flag("the other")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -48,29 +25,46 @@ def run(argv: Sequence[str]) -> None:
         MegapruneError: what was asked can't be done, or the folders differ.
         UsageError: the flags are wrong.
     """
-    verbs = {"import": (ImportConfig, _import), "export": (ExportConfig, _export), "verify": (VerifyConfig, _verify)}
-    if not argv or argv[0] not in verbs:
-        if argv and argv[0] in ("-h", "--help"):
-            print("usage: convert.py {import,export,verify} [flags]\n")
-            for verb, (config, _) in verbs.items():
-                print(f"  {verb:<8} {config.__doc__}")
-            print("\nconvert.py <verb> --help shows its flags.")
-            return
-        given = f", not {argv[0]!r}" if argv else ""
-        raise UsageError(f"give one of {', '.join(verbs)}{given}")
-    settings, work = verbs[argv[0]]
-    parser = Parser([settings], prog=f"convert.py {argv[0]}", description=settings.__doc__)
-    config = parser.parse_args_into_dataclasses(list(argv[1:]), look_for_args_file=False)[0]
-    for name, value in vars(config).items():
-        shown = "--" + name.replace("_", "-")
-        if value is None and name not in ("dtype", "workers"):
-            raise UsageError(f"{shown} is required")
-        if name == "workers" and value is not None and value < 1:
-            raise UsageError(f"{shown} {value} is less than 1")
-    work(config)
+    arguments = _parser().parse_args(argv)
+    arguments.work(arguments)
 
 
-def _import(config: ImportConfig) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
+    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=_Parser)
+
+    def add(name: str, help: str, work: object) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        verb.set_defaults(work=work)
+        return verb
+
+    importing = add("import", "HF safetensors to a Megatron-Core torch_dist checkpoint", _import)
+    importing.add_argument("--hf-model", required=True, help="HF model: a folder with safetensors, or a hub id")
+    importing.add_argument("--megatron-path", required=True, help="the checkpoint folder to write")
+    importing.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: as stored; bf16 for FP8)"
+    )
+    exporting = add("export", "a Megatron-Core torch_dist checkpoint to HF safetensors", _export)
+    exporting.add_argument("--megatron-path", required=True, help="a checkpoint that `convert.py import` wrote")
+    exporting.add_argument("--hf-path", required=True, help="the HF folder to write")
+    exporting.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default: 5GB)")
+    for verb in (importing, exporting):
+        verb.add_argument("--workers", type=_positive, help="threads of each process (default: 2, under torchrun 1)")
+        verb.add_argument("--resume", action="store_true", help="go on with interrupted work")
+    verifying = add("verify", "compares two HF folders tensor by tensor", _verify)
+    verifying.add_argument("--hf-model", required=True, help="an HF folder")
+    verifying.add_argument("--hf-path", required=True, help="the other")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _import(config: argparse.Namespace) -> None:
     import torch
 
     from megaprune.conversion.importing import import_checkpoint
@@ -84,7 +78,7 @@ def _import(config: ImportConfig) -> None:
     _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")
 
 
-def _export(config: ExportConfig) -> None:
+def _export(config: argparse.Namespace) -> None:
     from megaprune.conversion.checkpoint_source import CheckpointSource
     from megaprune.conversion.exporting import export_checkpoint
     from megaprune.conversion.parts import Labour
@@ -96,7 +90,7 @@ def _export(config: ExportConfig) -> None:
     _say(f"exported {len(source.names):,} tensors of {config.megatron_path} into {folder}")
 
 
-def _verify(config: VerifyConfig) -> None:
+def _verify(config: argparse.Namespace) -> None:
     from megaprune.conversion.verifying import verify
     from megaprune.weights.source import HFSource
 
@@ -108,7 +102,7 @@ def _verify(config: VerifyConfig) -> None:
     print(f"{equal:,} tensors, all equal")
 
 
-def _say(text: str) -> Any:
+def _say(text: str) -> None:
     from megaprune.conversion.parts import is_first
 
     if is_first():

@@ -1,12 +1,15 @@
 """A Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megaprune.conversion.checkpoint_source import CheckpointSource
 from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut
-from megaprune.conversion.tensor_files import Buffer, write_safetensors
+from megaprune.conversion.tensor_files import Buffer, Range, write_safetensors
 from megaprune.conversion.torch_dist import ChunkReader
 from megaprune.weights.source import INDEX, HFSource
 from megaprune.weights.surgery import copy_beside, write_config
@@ -49,14 +52,12 @@ class _Export:
         """Writes one file."""
         reader, buffer = ChunkReader(self._source.folder.parent), Buffer()
 
-        def tensors() -> Any:
+        def contents() -> Iterator[Tensor | Range]:
             for name in part.items:
                 buffer.clear()
-                tensor = self._source.read_from(reader, name, buffer)
-                yield tensor
-                advance(tensor.nbytes)
+                yield self._source.range_of(reader, name) or self._source.read_from(reader, name, buffer)
 
-        write_safetensors(path, {name: self._shapes[name] for name in part.items}, tensors())
+        write_safetensors(path, {name: self._shapes[name] for name in part.items}, contents(), advance)
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:

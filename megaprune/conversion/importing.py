@@ -1,9 +1,11 @@
 """HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
 
+import importlib
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -13,16 +15,16 @@ from megaprune.conversion.tensor_files import Buffer, TensorFiles
 from megaprune.conversion.torch_dist import (
     Chunk,
     Place,
+    append_range,
     append_tensor,
     read_metadata,
     stored_tensors,
-    without_checksums,
     write_metadata,
 )
 from megaprune.errors import MegapruneError
 from megaprune.models import Architecture
 from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
-from megaprune.weights.source import HFSource
+from megaprune.weights.source import DTYPES, HFSource
 from megaprune.weights.surgery import copy_beside, write_config
 
 # The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
@@ -45,6 +47,8 @@ def import_checkpoint(source: HFSource, folder: Path, dtype: torch.dtype | None,
     room = sum(part.num_bytes for part in work.parts)
     if not labour.resume:
         check_room(folder, room)
+    # What the metadata is made of takes a second to load, and is needed last.
+    threading.Thread(target=importlib.import_module, args=["torch.distributed.checkpoint.filesystem"]).start()
     convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
 
 
@@ -74,18 +78,28 @@ class _Import:
     def write(self, part: Part[Piece], path: Path, advance: Advance) -> list[Any]:
         """Writes one file. Gives offset and length of each of its pieces."""
         files, buffer, record = TensorFiles(), Buffer(), []
-        with path.open("wb") as out, without_checksums():
+        with path.open("w+b", buffering=0) as out:
             for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
                 for name in following.hf if following else ():
                     files.prefetch(self._source.file(name), name)
-                buffer.clear()
-                tensors = [self._read(name, files, buffer) for name in piece.hf]
-                chunk = piece.join(tensors, self._arch).to(self._final_dtype(piece))
-                place = append_tensor(out, chunk, part.file)
+                place = self._write_piece(piece, out, part.file, files, buffer, advance)
                 record.append([place.offset, place.length])
-                advance(chunk.nbytes)
         files.close()
         return record
+
+    def _write_piece(
+        self, piece: Piece, out: BinaryIO, file: str, files: TensorFiles, buffer: Buffer, advance: Advance
+    ) -> Place:
+        dtype = self._final_dtype(piece)
+        if len(piece.hf) == 1:
+            path, (name,) = self._source.file(piece.hf[0]), piece.hf
+            if DTYPES[files.describe(path, name)[0]] == dtype:  # as it is stored: bytes are moved, and nothing else
+                return append_range(out, piece.shape, dtype, file, files.where(path, name), advance)
+        buffer.clear()
+        chunk = piece.join([self._read(name, files, buffer) for name in piece.hf], self._arch).to(dtype)
+        place = append_tensor(out, chunk, file)
+        advance(chunk.nbytes)
+        return place
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
         """Metadata, and the HF model's own files."""

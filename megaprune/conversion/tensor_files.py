@@ -1,10 +1,12 @@
 """Whole tensors to and from safetensors files by plain reads and writes, whose memory does not add up as that of mapped
 files does."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +15,19 @@ from torch import Tensor
 
 from megaprune.errors import MegapruneError
 from megaprune.weights.source import DTYPE_NAMES, DTYPES
+
+_COPIED_AT_ONCE = 64 * 2**20
+_BLOCK = 2**20  # fits the cache
+_CANNOT_COPY_IN_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of an open file."""
+
+    file: BinaryIO
+    start: int
+    num_bytes: int
 
 
 class Buffer:
@@ -62,6 +77,11 @@ class TensorFiles:
         self._files[path].seek(start)
         return self._files[path].read(length)
 
+    def where(self, path: Path, name: str) -> Range:
+        """Where a tensor's bytes are."""
+        begin, end = self.place(path, name)
+        return Range(self._files[path], begin, end - begin)
+
     def prefetch(self, path: Path, name: str) -> None:
         """Has the system read a tensor ahead."""
         begin, end = self.place(path, name)
@@ -105,19 +125,53 @@ def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> bool:
     return True
 
 
+def copy_range(
+    source: BinaryIO, start: int, out: BinaryIO, at: int, num_bytes: int, advance: Callable[[int], Any]
+) -> bool:
+    """Copies bytes from a place in one file to a place in another, within the kernel where it can. False where the
+    source ends before."""
+    done = 0
+    while done < num_bytes:
+        step = min(_COPIED_AT_ONCE, num_bytes - done)
+        count = _copy(source.fileno(), start + done, out.fileno(), at + done, step)
+        if not count:
+            return False
+        done += count
+        advance(count)
+    return True
+
+
+def _copy(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, out, num_bytes, start, at)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY_IN_THE_KERNEL:
+                raise
+    block = os.pread(source, min(num_bytes, _BLOCK), start)
+    return os.pwrite(out, block, at) if block else 0
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]], tensors: Iterable[Tensor]
+    path: Path,
+    shapes: Mapping[str, tuple[Sequence[int], torch.dtype]],
+    contents: Iterable[Tensor | Range],
+    advance: Callable[[int], Any] = lambda count: None,
 ) -> None:
     """Writes a file tensor by tensor.
 
     Args:
         shapes: shape and dtype of each, in order.
-        tensors: the tensors in this order, made as they are asked for.
+        contents: the tensors in this order, or where their bytes are, made as they are asked for.
+        advance: told how many bytes are written.
+
+    Raises:
+        MegapruneError: a tensor is not what was announced.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -128,11 +182,20 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
     with path.open("wb", buffering=0) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor, (name, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
-            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-                raise MegapruneError(f"{name} came as {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
-            write_all(file, as_bytes(tensor.contiguous()))
+        write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        first = file.tell()
+        for content, (name, (shape, dtype)) in zip(contents, shapes.items(), strict=True):
+            begin, end = header[name]["data_offsets"]
+            if isinstance(content, Range):
+                whole = content.num_bytes == end - begin
+                if not whole or not copy_range(content.file, content.start, file, first + begin, end - begin, advance):
+                    raise MegapruneError(f"{content.file.name} is truncated: it ends within {name}")
+                continue
+            if tuple(content.shape) != tuple(shape) or content.dtype != dtype:
+                raise MegapruneError(f"{name} came as {content.dtype} {list(content.shape)}, not {dtype} {list(shape)}")
+            file.seek(first + begin)
+            write_all(file, as_bytes(content.contiguous()))
+            advance(end - begin)
 
 
 def write_all(file: BinaryIO, view: memoryview) -> None:

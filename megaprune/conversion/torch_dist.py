@@ -9,33 +9,19 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from megaprune.conversion.tensor_files import read_into
+from megaprune.conversion.tensor_files import Range, copy_range, read_into
 from megaprune.errors import MegapruneError
 
-# What a `.metadata` may name: data, and the classes that hold it. Nothing that could run.
+# What a `.metadata` may name: the classes of torch's format, which `_Plain` stands for, and these.
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-}
+_METADATA_NAMES = {("torch", "Size"), ("collections", "OrderedDict"), ("builtins", "set")}
 
 
 @dataclass(frozen=True)
@@ -72,19 +58,46 @@ def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
     return Place(name, offset, file.tell() - offset)
 
 
-@contextmanager
-def without_checksums() -> Any:
-    """torch.load never looks at the checksums of the zip format, which cost as much time as the writing."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def append_range(
+    file: BinaryIO,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    name: str,
+    content: Range,
+    advance: Callable[[int], Any],
+) -> Place:
+    """The same for a tensor whose bytes are in another file, which they are copied from without passing through here.
+
+    Args:
+        file: unbuffered, open for reading too.
+
+    Raises:
+        MegapruneError: the other file ends before they do.
+    """
+    offset = file.tell()
+    with torch.serialization.skip_data():  # leaves room for the numbers
+        torch.save(torch.empty(tuple(shape), dtype=dtype), file)
+    end = file.seek(0, io.SEEK_END)
+    place = Place(name, offset, end - offset)
+    at = offset + _data_offset(file, place, content.num_bytes, tuple(shape))
+    if not copy_range(content.file, content.start, file, at, content.num_bytes, advance):
+        raise MegapruneError(f"{content.file.name} is truncated: fetch it again")
+    file.seek(end)
+    return place
 
 
 def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Writes the files that make a folder of `.distcp` files a checkpoint for Megatron-Core."""
+    # Here, because it takes a second to import; reading does without.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     described, places = {}, {}
     for key, tensor in tensors.items():
         chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in tensor.chunks]
@@ -116,13 +129,13 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
         chunks: dict[str, list[Chunk]] = {}
         for index, info in metadata.storage_data.items():
             described = metadata.state_dict_metadata[index.fqn]
-            if not isinstance(described, TensorStorageMetadata):
+            if not hasattr(described, "chunks"):  # an object, no tensor
                 continue
             shape = next(c.sizes for c in described.chunks if c.offsets == index.offset)
             place = Place(info.relative_path, info.offset, info.length)
             chunks.setdefault(index.fqn, []).append(Chunk(tuple(index.offset), tuple(shape), place))
         return {
-            key: StoredTensor(tuple(described.size), described.properties.dtype, tuple(chunks[key]))
+            key: StoredTensor(tuple(described.size), described.properties.state[0], tuple(chunks[key]))
             for key, described in metadata.state_dict_metadata.items()
             if key in chunks
         }
@@ -130,16 +143,30 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
         raise MegapruneError(f"{path} is damaged, or no checkpoint's metadata ({error}): save it again") from error
 
 
+class _Plain:
+    """Stands for any of the format's classes: its fields, or what else it was pickled as."""
+
+    def __init__(self, *state: Any) -> None:
+        self.state = state
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = None
-        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
-            found = super().find_class(module, name)
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        if found is None or (module in _METADATA_MODULES and not isinstance(found, type)):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return found
+        if module in _METADATA_MODULES:
+            return _Plain
+        if (module, name) in _METADATA_NAMES:
+            return super().find_class(module, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return str
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 class ChunkReader:
@@ -155,14 +182,23 @@ class ChunkReader:
         Raises:
             MegapruneError: the file is missing, truncated, or holds something else there.
         """
+        found = self.where(chunk, dtype, into.numel(), skip)
+        if not read_into(found.file, found.start, into):
+            raise self._damaged(chunk.place.file, "it is truncated")
+
+    def where(self, chunk: Chunk, dtype: torch.dtype, count: int, skip: int = 0) -> Range:
+        """Where so many of the chunk's numbers are, behind the first `skip`.
+
+        Raises:
+            MegapruneError: the file is missing or holds something else there.
+        """
         file, place = self._file(chunk.place.file), chunk.place
         num_bytes = math.prod(chunk.shape) * dtype.itemsize
         try:
             offset = place.offset + _data_offset(file, place, num_bytes, chunk.shape)
         except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
             raise self._damaged(place.file, error) from error
-        if not read_into(file, offset + skip * dtype.itemsize, into):
-            raise self._damaged(place.file, "it is truncated")
+        return Range(file, offset + skip * dtype.itemsize, count * dtype.itemsize)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megaprune import cli
-from megaprune.conversion import exporting, importing, parts
+from megaprune.conversion import exporting, importing, parts, tensor_files, torch_dist
 
 FLAGS = {"import": ("--hf-model", "--megatron-path"), "export": ("--megatron-path", "--hf-path")}
 
@@ -35,6 +35,7 @@ def count_steps(die_at: int | None = None) -> list[int]:
 
         return wrapped
 
+    tensor_files.copy_range = torch_dist.copy_range = counted(tensor_files.copy_range)
     importing.append_tensor = counted(importing.append_tensor)
     exporting.CheckpointSource.read_from = counted(exporting.CheckpointSource.read_from)
     Path.rename = counted(Path.rename)

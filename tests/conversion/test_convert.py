@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from megaprune import cli
-from megaprune.conversion import importing, parts
+from megaprune.conversion import importing, parts, tensor_files, torch_dist
 from megaprune.conversion.checkpoint_source import CheckpointSource
 from megaprune.conversion.torch_dist import (
     Chunk,
@@ -215,7 +215,7 @@ def test_killed_and_resumed_gives_the_same_bytes(models, verb, tmp_path, monkeyp
 def test_unfinished_work_is_not_taken_for_other_work(models, tmp_path, monkeypatch):
     out = tmp_path / "m"
     with monkeypatch.context() as broken:
-        broken.setattr(importing, "append_tensor", raising(OSError(errno.ENOSPC, "No space left on device")))
+        broken.setattr(torch_dist, "copy_range", raising(OSError(errno.ENOSPC, "No space left on device")))
         status, line = convert("import", "--hf-model", models("qwen2"), "--megatron-path", out)
     assert status == 1 and "No space left on device" in line and "--resume" in line and not out.exists()
     for flags, said in (((), "go on with it by --resume"), (("--resume", "--dtype", "bf16"), "other flags")):
@@ -403,6 +403,16 @@ def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
         for dim in range(len(shape)):
             part = (tensor, dim, shape[dim] // 4, shape[dim] // 2)
             assert torch.equal(source.read(*part), original.read(*part)), part
+
+
+def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
+    def cannot(*args):
+        raise OSError(errno.EXDEV, "other file system")
+
+    monkeypatch.setattr(tensor_files.os, "copy_file_range", cannot)
+    done("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "m")
+    done("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
+    assert_same_model(tmp_path / "hf", models("qwen3"))
 
 
 def test_remote_code_is_carried_and_not_run(models, tmp_path):
