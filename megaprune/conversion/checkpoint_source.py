@@ -14,6 +14,10 @@ from megaprune.errors import MegapruneError
 from megaprune.models.shapes import hf_shapes
 from megaprune.weights.source import DTYPE_NAMES, HFSource
 
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
+_PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
+
 
 class CheckpointSource(HFSource):
     """A checkpoint in the place of an HF folder: every name, shape, dtype and number that the export of it would have.
@@ -42,6 +46,16 @@ class CheckpointSource(HFSource):
         lacking = [piece.key for piece in found if not self._holds(piece)]
         if lacking:
             raise MegapruneError(f"{checkpoint} lacks {lacking[0]}: it is of another model than its config")
+        used = {piece.key for piece in found}
+        unused = [
+            key
+            for key in self._stored
+            if key.startswith(_MODEL_KEYS) and key not in used and not key.endswith("_extra_state")
+        ]
+        if unused:
+            raise MegapruneError(
+                f"{checkpoint} holds {unused[0]}, for which its config has no place: it would be lost on export"
+            )
         self._pieces = {name: (piece, number) for piece in found for number, name in enumerate(piece.hf)}
         self._files = dict.fromkeys(self._pieces, checkpoint)
         self._handles = {checkpoint: self}
@@ -110,9 +124,10 @@ class CheckpointSource(HFSource):
     def _holds(self, piece: Piece) -> bool:
         """Whether the checkpoint has the piece's tensor; of the vocabulary it may have more rows, which pad it."""
         stored = self._stored.get(piece.key)
-        return stored is not None and (
-            stored.size == piece.size or (stored.size[1:] == piece.size[1:] and stored.size[0] > piece.size[0])
-        )
+        if stored is None or stored.size == piece.size:
+            return stored is not None
+        padded = piece.key in _PADDED_KEYS and stored.size[1:] == piece.size[1:]
+        return padded and 0 < stored.size[0] - piece.size[0] < _MOST_PADDING
 
     def _read_piece(self, piece: Piece, reader: ChunkReader, buffer: Buffer) -> Tensor:
         stored = self._stored[piece.key]

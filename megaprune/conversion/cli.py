@@ -73,7 +73,7 @@ def _import(config: argparse.Namespace) -> None:
     from megaprune.weights.source import HFSource
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[config.dtype]
-    source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path)
+    source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path).absolute()
     import_checkpoint(source, folder, dtype, Labour(config.workers, config.resume))
     _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")
 
@@ -85,7 +85,7 @@ def _export(config: argparse.Namespace) -> None:
     from megaprune.weights.writer import parse_size
 
     size = parse_size(config.max_shard_size)
-    source, folder = CheckpointSource(config.megatron_path), Path(config.hf_path)
+    source, folder = CheckpointSource(config.megatron_path), Path(config.hf_path).absolute()
     export_checkpoint(source, folder, size, Labour(config.workers, config.resume))
     _say(f"exported {len(source.names):,} tensors of {config.megatron_path} into {folder}")
 

@@ -23,15 +23,15 @@ def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: i
         UsageError: the folder exists.
     """
     source.check_tensors()
-    work = _Export(source, max_shard_bytes)
+    work = _Export(source, max_shard_bytes, labour)
     if not labour.resume:
         check_room(folder, sum(part.num_bytes for part in work.parts))
     convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), labour)
 
 
 class _Export:
-    def __init__(self, source: CheckpointSource, max_shard_bytes: int) -> None:
-        self._source = source
+    def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
+        self._source, self._threads = source, labour.threads
         self._shapes = {name: (source.shape(name), source.dtype(name)) for name in source.names}
         sizes = {name: _num_bytes(*described) for name, described in self._shapes.items()}
         runs = cut(sizes.items(), max_shard_bytes)
@@ -57,7 +57,8 @@ class _Export:
                 buffer.clear()
                 yield self._source.range_of(reader, name) or self._source.read_from(reader, name, buffer)
 
-        write_safetensors(path, {name: self._shapes[name] for name in part.items}, contents(), advance)
+        shapes = {name: self._shapes[name] for name in part.items}
+        write_safetensors(path, shapes, contents(), advance, self._threads)
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:

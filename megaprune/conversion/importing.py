@@ -1,7 +1,9 @@
 """HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
 
+import hashlib
 import importlib
 import json
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ class _Import:
         self._arch: Architecture = source.family.architecture(source.config)
         self._pieces = pieces(source.family, source.config, {name: source.shape(name) for name in source.names})
         _check_covered(self._pieces, source.names)
+        self._check_tensors()
         places = TensorFiles()
         ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
         places.close()
@@ -65,12 +68,38 @@ class _Import:
         # the names that torch gives its own files: rank, number
         self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
 
+    def _check_tensors(self) -> None:
+        """Checks that each Megatron tensor is whole, and of one dtype.
+
+        Raises:
+            MegapruneError: HF tensors that belong together don't fit each other, or one of them is missing.
+        """
+        by_key: dict[str, list[Piece]] = {}
+        for piece in self._pieces:
+            by_key.setdefault(piece.key, []).append(piece)
+        for key, found in by_key.items():
+            names = [name for piece in found for name in piece.hf]
+            dtypes = {self._final_dtype_of(name, key) for name in names}
+            if len(dtypes) > 1:
+                shown = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                raise MegapruneError(
+                    f"{self._source.folder}: {names[0]} and others make one {key}, but are {shown}: give --dtype"
+                )
+            filled = sum(math.prod(piece.shape) for piece in found)
+            if len({piece.size for piece in found}) > 1 or filled != math.prod(found[0].size):
+                raise MegapruneError(
+                    f"{self._source.folder}: {names[0]} and others make {key}, but have shapes that don't fit each "
+                    "other, or one is missing: the checkpoint is damaged"
+                )
+
     def plan(self) -> dict[str, Any]:
         """What the parts follow from."""
+        config = json.dumps(self._source.config, sort_keys=True).encode()
         files = sorted({self._source.file(name) for name in self._source.names})
         stats = [path.stat() for path in files]
         return {
             "files": [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(files, stats, strict=True)],
+            "config": hashlib.sha256(config).hexdigest(),
             "dtype": str(self._dtype),
             "parts": [[part.file, part.num_bytes] for part in self.parts],
         }
@@ -128,8 +157,11 @@ class _Import:
         return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, torch.bfloat16))
 
     def _final_dtype(self, piece: Piece) -> torch.dtype:
-        stored = self._source.dtype(piece.hf[0])
-        keeps = self._dtype is None or not stored.is_floating_point or piece.key.endswith("router.expert_bias")
+        return self._final_dtype_of(piece.hf[0], piece.key)
+
+    def _final_dtype_of(self, name: str, key: str) -> torch.dtype:
+        stored = self._source.dtype(name)
+        keeps = self._dtype is None or not stored.is_floating_point or key.endswith("router.expert_bias")
         return stored if keeps else self._dtype
 
     def _num_bytes(self, piece: Piece) -> int:

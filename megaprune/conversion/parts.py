@@ -6,7 +6,6 @@ there are, and what an interrupted conversion has finished need not be done agai
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -108,6 +107,14 @@ class _Work:
     def record(self, part: Part) -> Path:
         return self.folder / f"{part.file}.json"
 
+    def clear(self) -> None:
+        """Removes the folder, the plan last: by it a removal that was cut short is known."""
+        for path in self.folder.iterdir():
+            if path != self.plan:
+                path.unlink()
+        self.plan.unlink()
+        self.folder.rmdir()
+
     def unfinished(self, part: Part) -> Path:
         return self.folder / part.file
 
@@ -130,13 +137,17 @@ def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: 
     if final.exists():
         if not (resume and same and not work.result.exists()):
             raise UsageError(f"{flag} {final} exists: remove it, or choose another folder")
-        shutil.rmtree(work.folder)
+        work.clear()
     elif begun:
         if not resume:
             raise UsageError(f"{work.folder} holds unfinished work: go on with it by --resume, or remove it")
         if not same:
             raise UsageError(f"{work.folder} holds unfinished work on other input or with other flags: remove it")
     else:
+        ours = {work.result.name, "plan.json.unfinished"}
+        found = {path.name for path in work.folder.iterdir()} if work.folder.is_dir() else set()
+        if found - ours or (work.result.is_dir() and any(work.result.iterdir())):
+            raise UsageError(f"{work.folder}, where the work would go on, holds other files: move or remove it")
         work.result.mkdir(parents=True, exist_ok=True)
         unnamed = work.folder / "plan.json.unfinished"
         unnamed.write_text(json.dumps(plan))
@@ -153,8 +164,10 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_thr
     torch.set_num_threads(1)  # the parts are what runs in parallel
     with tqdm(total=total, initial=done, **settings) as bar, ThreadPoolExecutor(num_threads) as pool:
         futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
-        failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
-        pool.shutdown(cancel_futures=True)
+        try:
+            failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
+        finally:  # also when the user has had enough
+            pool.shutdown(cancel_futures=True)
     torch.set_num_threads(threads_before)
     for future in failed:
         future.result()
@@ -169,7 +182,7 @@ def _write_part(work: _Work, part: Part[T], write: Callable, advance: Advance) -
 def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable) -> None:
     finish(work.result, {part.file: json.loads(work.record(part).read_text()) for part in parts})
     os.replace(work.result, final)
-    shutil.rmtree(work.folder)
+    work.clear()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -162,6 +163,7 @@ def write_safetensors(
     shapes: Mapping[str, tuple[Sequence[int], torch.dtype]],
     contents: Iterable[Tensor | Range],
     advance: Callable[[int], Any] = lambda count: None,
+    threads: int = 1,
 ) -> None:
     """Writes a file tensor by tensor.
 
@@ -169,6 +171,7 @@ def write_safetensors(
         shapes: shape and dtype of each, in order.
         contents: the tensors in this order, or where their bytes are, made as they are asked for.
         advance: told how many bytes are written.
+        threads: that copy ranges while tensors are made.
 
     Raises:
         MegapruneError: a tensor is not what was announced.
@@ -181,21 +184,26 @@ def write_safetensors(
         at = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
         write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
         first = file.tell()
+        copies: dict[Future, str] = {}
         for content, (name, (shape, dtype)) in zip(contents, shapes.items(), strict=True):
             begin, end = header[name]["data_offsets"]
             if isinstance(content, Range):
-                whole = content.num_bytes == end - begin
-                if not whole or not copy_range(content.file, content.start, file, first + begin, end - begin, advance):
-                    raise MegapruneError(f"{content.file.name} is truncated: it ends within {name}")
+                if content.num_bytes != end - begin:
+                    raise MegapruneError(f"{name} is {content.num_bytes:,} bytes long, not {end - begin:,}")
+                copy = pool.submit(copy_range, content.file, content.start, file, first + begin, end - begin, advance)
+                copies[copy] = f"{content.file.name} is truncated: it ends within {name}"
                 continue
             if tuple(content.shape) != tuple(shape) or content.dtype != dtype:
                 raise MegapruneError(f"{name} came as {content.dtype} {list(content.shape)}, not {dtype} {list(shape)}")
             file.seek(first + begin)
             write_all(file, as_bytes(content.contiguous()))
             advance(end - begin)
+        for copy, truncated in copies.items():
+            if not copy.result():
+                raise MegapruneError(truncated)
 
 
 def write_all(file: BinaryIO, view: memoryview) -> None:

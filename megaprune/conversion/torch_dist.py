@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megaprune.conversion.tensor_files import Range, copy_range, read_into
+from megaprune.conversion.tensor_files import Range, as_bytes, copy_range, read_into, write_all
 from megaprune.errors import MegapruneError
 
 # What a `.metadata` may name: the classes of torch's format, which `_Plain` stands for, and these.
@@ -52,10 +52,12 @@ class StoredTensor:
 
 
 def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
-    """Writes a tensor, which must have a storage of its own, at the end of an open file."""
-    offset = file.tell()
-    torch.save(tensor, file)
-    return Place(name, offset, file.tell() - offset)
+    """Writes a tensor at the end of an unbuffered file, open for reading too."""
+    place, at = _append_room(file, tensor.shape, tensor.dtype, name)
+    file.seek(at)
+    write_all(file, as_bytes(tensor.contiguous()))
+    file.seek(place.offset + place.length)
+    return place
 
 
 def append_range(
@@ -68,22 +70,23 @@ def append_range(
 ) -> Place:
     """The same for a tensor whose bytes are in another file, which they are copied from without passing through here.
 
-    Args:
-        file: unbuffered, open for reading too.
-
     Raises:
         MegapruneError: the other file ends before they do.
     """
-    offset = file.tell()
-    with torch.serialization.skip_data():  # leaves room for the numbers
-        torch.save(torch.empty(tuple(shape), dtype=dtype), file)
-    end = file.seek(0, io.SEEK_END)
-    place = Place(name, offset, end - offset)
-    at = offset + _data_offset(file, place, content.num_bytes, tuple(shape))
+    place, at = _append_room(file, shape, dtype, name)
     if not copy_range(content.file, content.start, file, at, content.num_bytes, advance):
         raise MegapruneError(f"{content.file.name} is truncated: fetch it again")
-    file.seek(end)
+    file.seek(place.offset + place.length)
     return place
+
+
+def _append_room(file: BinaryIO, shape: Sequence[int], dtype: torch.dtype, name: str) -> tuple[Place, int]:
+    """What `torch.save` writes around a tensor's numbers, and where in the file these belong."""
+    offset = file.tell()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(tuple(shape), dtype=dtype), file)
+    place = Place(name, offset, file.seek(0, io.SEEK_END) - offset)
+    return place, offset + _data_offset(file, place, math.prod(shape) * dtype.itemsize, tuple(shape))
 
 
 def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -196,7 +199,7 @@ class ChunkReader:
         num_bytes = math.prod(chunk.shape) * dtype.itemsize
         try:
             offset = place.offset + _data_offset(file, place, num_bytes, chunk.shape)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # what damaged bytes are taken for is beyond listing
             raise self._damaged(place.file, error) from error
         return Range(file, offset + skip * dtype.itemsize, count * dtype.itemsize)
 

@@ -93,8 +93,9 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
 def measure(num_bytes: int, hidden_size: int, repeats: int, with_transformers: bool, folder: str | None) -> list[dict]:
     """Runs every command once a round, each as a process of its own; one record a case.
 
-    Before each, the source is read once, what is dirty is written out, and the output of the one before is gone: the
-    page cache holds the source for all.
+    Before each, its input is read once, what is dirty is written out, and a file of the model's size is written and
+    removed: the page cache holds the input, and the memory that it grows into was in use a moment ago. (On a virtual
+    machine whose host takes free memory back, the first touch of a page costs ten times the copying.)
 
     Raises:
         MegapruneError: a command failed.
@@ -127,6 +128,7 @@ def measure(num_bytes: int, hidden_size: int, repeats: int, with_transformers: b
                 shutil.rmtree(made, ignore_errors=True)
                 _read(given)
                 os.sync()
+                _fill_and_free(root / "filler", sum(path.stat().st_size for path in source.iterdir()))
                 samples[name].append(_run(command))
                 if made == out:
                     shutil.rmtree(out)
@@ -194,6 +196,14 @@ def _read(folder: Path) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(block):
                     pass
+
+
+def _fill_and_free(path: Path, num_bytes: int) -> None:
+    block = bytes(2**24)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(-(-num_bytes // len(block))):
+            file.write(block)
+    path.unlink()
 
 
 def _by_loop(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

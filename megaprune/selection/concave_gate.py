@@ -51,7 +51,7 @@ class ConcaveGate:
         self._starts = [min(set(range(self.num_layers)) - set(kept)) for kept in self._kept]
         self._protected = sorted(protected)
         self._begins = max(1, min(begins, len(self._starts), num_steps))
-        self._steps = -(-num_steps // self._begins)
+        self._ends_at = [round(num_steps * (number + 1) / self._begins) for number in range(self._begins)]
         self._temperatures = temperature, final_temperature
         self._lr = lr
         self._ends: list[float] = []
@@ -70,7 +70,9 @@ class ConcaveGate:
     def temperature(self, step: int) -> float:
         """Falls linearly over the steps of each beginning."""
         first, last = self._temperatures
-        return first + (last - first) * min(1.0, step % self._steps / max(1, self._steps - 1))
+        number = sum(step >= end for end in self._ends_at[:-1])
+        begun, end = self._begun_at(number), self._ends_at[number]
+        return first + (last - first) * min(1.0, (step - begun) / max(1, end - begun - 1))
 
     def mask(self, step: int) -> Tensor:
         """[num_layers] fp32 on the CPU, detached: this step's soft gates."""
@@ -88,7 +90,7 @@ class ConcaveGate:
         with torch.no_grad():
             self._start.clamp_(min(self._starts), max(self._starts))
         self._step = step + 1
-        if self._step % self._steps == 0:
+        if self._step == self._ends_at[len(self._ends)]:
             self._ends.append(self._start.item())
             if len(self._ends) < self._begins:
                 self._begin()
@@ -126,7 +128,10 @@ class ConcaveGate:
         place = low + (high - low) * (len(self._ends) + 0.5) / self._begins
         self._start = torch.tensor(place, requires_grad=True)
         self._optimizer = torch.optim.Adam([self._start], lr=self._lr)
-        self._step = len(self._ends) * self._steps
+        self._step = self._begun_at(len(self._ends))
+
+    def _begun_at(self, number: int) -> int:
+        return self._ends_at[number - 1] if number else 0
 
     def _gates(self, step: int) -> Tensor:
         gates = notch(self.num_layers, self._start, self._length, self.temperature(step))

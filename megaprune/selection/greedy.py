@@ -27,6 +27,12 @@ def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> li
 
 def num_evaluations(budget: Budget, protected: Set[int]) -> int:
     """How many sets `greedy_layers` evaluates at most."""
-    free = budget.num_layers - len(protected)
-    rounds = budget.num_layers - len(budget.fewest_layers(protected))
-    return sum(free - number for number in range(rounds))
+    excess = sum(budget.costs) - budget.limit
+    cheapest = sorted(cost for layer, cost in enumerate(budget.costs) if layer not in protected)
+    freed, evaluations = 0, 0
+    for number, cost in enumerate(cheapest):
+        if freed >= excess:
+            break
+        freed += cost
+        evaluations += len(cheapest) - number
+    return evaluations

@@ -25,7 +25,8 @@ def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
             if freed >= excess:
                 found.append([layer for layer in range(budget.num_layers) if not first <= layer <= last])
                 break
-    return [kept for kept in found if kept]
+    # Where layers differ in cost, a shorter segment may free enough, and is a candidate of its own.
+    return [kept for kept in found if kept and budget.take([*kept, *range(budget.num_layers)], protected) == kept]
 
 
 def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:

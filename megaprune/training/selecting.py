@@ -76,7 +76,10 @@ class Judge:
         masks = torch.zeros(len(kept_sets), num_layers)
         for mask, kept in zip(masks, kept_sets, strict=True):
             mask[list(kept)] = 1
-        return mask_losses(self.model, self._gate, batches, masks, self._shard, loss).tolist()
+        found = mask_losses(self.model, self._gate, batches, masks, self._shard, loss)
+        if not found.isfinite().any():
+            raise MegapruneError("no loss on the calibration windows is finite: look at the model and --train-data")
+        return found.nan_to_num(nan=float("inf")).tolist()
 
     def without_each(self, protected: frozenset[int], loss: Literal["kl", "ce"] = "kl") -> torch.Tensor:
         """The loss without each layer, [num_layers]; of protected layers it is infinite, and not measured."""
@@ -199,7 +202,7 @@ def _shortened(judge: Judge, budget: Budget, protected: frozenset[int]) -> Choic
             f"--method shortened keeps the first {first} layers and the last {last}, which is more than stays: prune "
             "less, or choose another method"
         )
-    scores = judge.without_each(keeps, "ce")
+    scores = judge.without_each(keeps, "ce") / torch.tensor(budget.costs)
     return Choice(top_layers(scores, budget, keeps), scores.tolist(), tokens=judge.tokens)
 
 

@@ -132,6 +132,7 @@ class HFSource:
         if missing:
             raise MegapruneError(f"{self.folder} lacks {missing[0]}{_and_more(missing)}: the checkpoint is incomplete")
         self._check_shapes(names)
+        self._check_scales()
         tied = {OUTPUT} if self.config.get("tie_word_embeddings") else set()
         unknown = [
             name
@@ -162,10 +163,17 @@ class HFSource:
                     f"{self.folder}: {name} is stored as {list(self.shape(name))}, where config.json makes it "
                     f"{list(expected)}: the weights and the config are of different models"
                 )
-            if self._is_fp8(name) and self.shape(name + SCALE_SUFFIX) != scale_shape(expected):
+
+    def _check_scales(self) -> None:
+        for scale in (name for name in self._files if name.endswith(SCALE_SUFFIX)):
+            weight = scale.removesuffix(SCALE_SUFFIX)
+            if weight not in self._files or not self._is_fp8(weight):
+                raise MegapruneError(f"{self.folder} holds {scale}, but no FP8 weight that it scales")
+            expected = scale_shape(self.shape(weight))
+            if self.shape(scale) != expected:
                 raise MegapruneError(
-                    f"{self.folder}: {name}{SCALE_SUFFIX} is stored as {list(self.shape(name + SCALE_SUFFIX))}, where "
-                    f"the weight's blocks are {list(scale_shape(expected))}"
+                    f"{self.folder}: {scale} is stored as {list(self.shape(scale))}, where the weight's blocks are "
+                    f"{list(expected)}"
                 )
 
     def _is_fp8(self, name: str) -> bool:

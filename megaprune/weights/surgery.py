@@ -9,6 +9,9 @@ from megaprune.models import HFConfig
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
+_TEMPLATES = "additional_chat_templates"
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab", ".bpe")
+
 
 def write_pruned_weights(
     source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
@@ -43,10 +46,13 @@ def copy_beside(source_folder: Path, folder: Path) -> None:
     for path in sorted(source_folder.iterdir()):
         if path.is_file() and _belongs_beside(path):
             shutil.copyfile(path, folder / path.name)
+    templates = source_folder / _TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, folder / _TEMPLATES, dirs_exist_ok=True)
 
 
 def _belongs_beside(path: Path) -> bool:
     # an index of the source names files that the result does not have, in either format of weights
     if path.name in ("config.json", "README.md") or path.name.endswith(".index.json") or path.name.startswith("."):
         return False
-    return path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken") or path.name.startswith("LICENSE")
+    return path.suffix in _BESIDE or path.name.startswith("LICENSE")

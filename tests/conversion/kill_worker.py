@@ -2,7 +2,6 @@
 `kill_worker.py VERB IN OUT SHARE...`."""
 
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -40,7 +39,7 @@ def count_steps(die_at: int | None = None) -> list[int]:
     exporting.CheckpointSource.read_from = counted(exporting.CheckpointSource.read_from)
     Path.rename = counted(Path.rename)
     parts.os = type("os", (), {**vars(os), "replace": staticmethod(counted(os.replace))})
-    parts.shutil = type("shutil", (), {"rmtree": staticmethod(counted(shutil.rmtree))})
+    Path.unlink = counted(Path.unlink)
     return done
 
 

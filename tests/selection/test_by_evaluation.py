@@ -51,6 +51,9 @@ def test_greedy_finds_planted_layers_and_redundancy():
 def test_greedy_by_price():
     kept = greedy_layers(PRICED, PROTECTED, Planted((1, 4, 7)))
     assert is_exact(kept, PRICED) and {0, 1, 4, 7, 11} <= set(kept)
+    planted = Planted((1, 4, 7))
+    greedy_layers(PRICED, PROTECTED, planted)
+    assert len(planted.seen) <= num_evaluations(PRICED, PROTECTED)
 
 
 def test_windows_are_all_segments_between_protected_layers():
@@ -60,8 +63,7 @@ def test_windows_are_all_segments_between_protected_layers():
     assert len(windows(SIX, frozenset())) == 7
     assert windows(SIX, frozenset({5})) == [[0, 1, 2, 3, 4, 5]]
     assert windows(SIX, frozenset({3, 8})) == []
-    for kept in windows(PRICED, PROTECTED):
-        assert sum(PRICED.costs[layer] for layer in kept) <= PRICED.limit
+    assert all(is_exact(kept, PRICED) for kept in windows(PRICED, PROTECTED))
 
 
 def test_best_window_is_the_planted_one():
