@@ -88,7 +88,9 @@ class PruningRun:
         self.progress = Progress()
         if self.resume_from is not None:
             self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            self._check_batch(self.progress.global_batch_size)
             say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+        self.progress.global_batch_size = setup.global_batch_size
         self.metrics = MetricsLogger(
             setup.run_dir.path,
             enabled=parallel.rank() == 0,
@@ -99,6 +101,14 @@ class PruningRun:
             wandb_project=self.config.run.wandb_project,
             start_iteration=self.progress.iteration,
         )
+
+    def _check_batch(self, begun_with: int | None) -> None:
+        """Without --global-batch-size the batch follows the number of replicas, which may be another when resumed."""
+        if begun_with not in (None, self.setup.global_batch_size):
+            raise UsageError(
+                f"--global-batch-size: the run began with {begun_with}, and on these processes it would go on with "
+                f"{self.setup.global_batch_size}; give --global-batch-size {begun_with}"
+            )
 
     def execute(self) -> None:
         """Runs the stages that are left."""

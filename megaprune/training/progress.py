@@ -13,6 +13,7 @@ class Progress:
 
     Args:
         iteration: training iterations done; with the seed it is the position in the data.
+        global_batch_size: windows of an iteration, which with the iteration are the position in the data.
         kept_layers: what the selection chose, once it has.
         pruned: the checkpoint holds the pruned model (otherwise the whole one, under search).
         scores: the layers' scores, higher = keep, where the method has any.
@@ -23,6 +24,7 @@ class Progress:
     """
 
     iteration: int = 0
+    global_batch_size: int | None = None
     kept_layers: list[int] | None = None
     pruned: bool = False
     scores: list[float] | None = None

@@ -8,6 +8,7 @@ import torch
 
 from megaprune.errors import UsageError
 from megaprune.mcore import parallel
+from megaprune.training import setup
 from megaprune.training.metrics import read_metrics
 from megaprune.training.signals import StopRequest
 
@@ -39,6 +40,22 @@ def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
         if not torch.equal(tensor, source[original]):
             moved.add(None if layer is None else kept[layer])
     assert moved == {pruned[0] - 1, pruned[-1] + 1}
+
+
+def test_a_resumed_run_keeps_its_batch(tiny_model, tiny_data, tmp_path, monkeypatch):
+    argv = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "--train-iters", "4")
+    argv = [*argv, "--search-iters", "2", "--lr-warmup-iters", "0"]
+    with monkeypatch.context() as stopping:
+        asked = iter(range(1, 100))
+        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 1)
+        stopping.setattr(parallel, "leave", lambda: None)
+        with pytest.raises(SystemExit):
+            tiny.run_here(argv)
+    with monkeypatch.context() as elsewhere:  # as on other processes, where the flag is left out
+        elsewhere.setattr(setup, "global_batch_size", lambda *args: 2)
+        with pytest.raises(UsageError, match="began with 4.*--global-batch-size 4"):
+            tiny.run_here(argv)
+    tiny.run_here(argv)
 
 
 def test_sheared_searches_and_resumes(tiny_model, tiny_data, tmp_path, monkeypatch):
