@@ -395,7 +395,7 @@ def _check_iterations(config: Config) -> None:
         raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
     elif config.prune.method == "clp" and config.search.search_iters is not None and config.search.search_iters < 1:
         raise UsageError(f"--search-iters {config.search.search_iters} is less than 1")
-    elif config.search.search_iters is not None and config.prune.method != "clp":
+    elif config.search.search_iters and config.prune.method != "clp":
         raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:
         raise UsageError(
