@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megaprune import device
@@ -88,23 +87,12 @@ def _forward_backward(
 ) -> float:
     """Gathers gradients, and returns the loss of the global batch."""
     targets = objective.teacher.targets(batches) if objective.teacher else []
-    weights: list[Tensor] = []
-    scale = 0.0
-    if parallel.is_last_stage():
-        weights = [_weights(batch, objective, targets, number) for number, batch in enumerate(batches)]
-        # Normalised over the global batch, not over a micro-batch: the same loss however the batch is cut. The
-        # schedule and DDP take means over micro-batches and replicas, which the scale undoes.
-        total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weights]).sum())
-        scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-    def loss(logits: Tensor, number: int) -> Tensor:
-        return (weights[number] * _token_losses(logits, batches[number], objective, targets, number)).sum() * scale
-
-    losses = passes.forward_backward(trainer.ddp, batches, loss)
-    mean = torch.zeros((), device=device.torch_device())
-    if losses:
-        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    value = parallel.from_last_stage(mean.item())
+    value = passes.mean_token_loss(
+        trainer.ddp,
+        batches,
+        lambda number: _weights(batches[number], objective, targets, number),
+        lambda logits, number: _token_losses(logits, batches[number], objective, targets, number),
+    )
     if not value < float("inf"):
         raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
     return value

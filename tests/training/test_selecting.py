@@ -7,12 +7,12 @@ import torch
 from megaprune.errors import UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.gated_layer import LayerGate, layers_of
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.weights_io import import_weights
 from megaprune.selection.budget import Budget
 from megaprune.selection.windows import windows
-from megaprune.training.scoring import block_influence, mask_gradient, mask_losses
+from megaprune.training.scoring import block_influence, mask_gradient, mask_losses, shared_cost
 from megaprune.training.selecting import Judge, auto_passes, choose_automatically, choose_layers
 from megaprune.weights.source import HFSource
 
@@ -76,6 +76,22 @@ def test_losses_under_masks_are_those_of_the_pruned_models(gated, in_transformer
         assert found["kl"][i] == pytest.approx(mean(kl), rel=1e-4, abs=1e-6)
         assert found["ce"][i] == pytest.approx(mean(ce), rel=1e-5)
     assert gate.mask is None
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_masks_that_begin_alike_share_their_first_layers(gated, loss):
+    model, gate, shard = gated
+    sets = [[other for other in range(7) if other != layer] for layer in range(7)] + [[0, 2, 5, 6], [0, 2, 3, 6]]
+    masks = torch.stack([mask_of(kept) for kept in sets])
+    alone = torch.cat([mask_losses(model, gate, BATCHES, mask[None], shard, loss) for mask in masks])
+    runs = []
+    hooks = [layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for layer in layers_of(model)]
+    together = mask_losses(model, gate, BATCHES, masks, shard, loss)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(together, alone)
+    assert len(runs) == round(shared_cost(masks, loss) * 7) * len(BATCHES)
+    assert len(runs) < (0.65 if loss == "kl" else 0.7) * sum(map(len, sets)) * len(BATCHES)
 
 
 def test_block_influence_is_that_of_the_hidden_states(gated, in_transformers):
