@@ -161,6 +161,19 @@ class GatedTransformerLayer(TransformerLayer):
         return output, context
 
 
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Weights get no gradients within the block; a mask does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def layers_of(model: torch.nn.Module) -> list[TransformerLayer]:
     """The transformer layers of the model on this rank, in order."""
     return [module for module in model.modules() if isinstance(module, TransformerLayer)]

@@ -10,7 +10,10 @@ from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel, passes
-from megaprune.mcore.gated_layer import LayerGate, layers_of
+from megaprune.mcore.gated_layer import LayerGate, frozen, layers_of
+
+# KL(original || masked model), or cross-entropy with the data.
+LossOfMasks = Literal["kl", "ce"]
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], shard: VocabShard) -> float:
@@ -41,7 +44,7 @@ def mask_losses(
     batches: Sequence[passes.MicroBatch],
     masks: Tensor,
     shard: VocabShard,
-    loss: Literal["kl", "ce"],
+    loss: LossOfMasks,
 ) -> Tensor:
     """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
     rank. Collective.
@@ -91,7 +94,7 @@ def shared_order(masks: Tensor) -> list[int]:
     return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
 
 
-def shared_cost(masks: Tensor, loss: Literal["kl", "ce"]) -> float:
+def shared_cost(masks: Tensor, loss: LossOfMasks) -> float:
     """What `mask_losses` computes of hard masks [n, num_layers], in passes through the whole model's layers."""
     layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
     layers += len(before)
@@ -116,22 +119,18 @@ def mask_gradient(
     Args:
         mask: [num_layers], soft or hard.
     """
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    with gate.all_layers():
-        references = passes.forward(model, batches, lambda logits, number: logits.detach().clone())
-    gate.set(mask, device.torch_device())
-    mean = passes.mean_token_loss(
-        model,
-        batches,
-        lambda number: batches[number].loss_mask.t().to(device.torch_device()),
-        lambda logits, number: full_kl(references[number], logits, shard),
-    )
+    with frozen(model):
+        with gate.all_layers():
+            references = passes.forward(model, batches, lambda logits, number: logits.detach().clone())
+        gate.set(mask, device.torch_device())
+        mean = passes.mean_token_loss(
+            model,
+            batches,
+            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
+            lambda logits, number: full_kl(references[number], logits, shard),
+        )
     grad = parallel.reduce_mask_gradient(gate.take_gradient(), model.config.sequence_parallel)
     gate.set(None)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
     return mean, grad
 
 

@@ -1,6 +1,7 @@
 """One training step: the teacher's targets, the student's pass, the gradients of weights and of the mask."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from megaprune.distillation.losses import (
 from megaprune.distillation.teachers import Teacher
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel, passes
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.gated_layer import LayerGate, frozen
 from megaprune.mcore.trainer import Trainer
 from megaprune.selection.selector import Selector
 
@@ -64,8 +65,12 @@ def search_step(
     iteration: int,
     selector: Selector,
     gate: LayerGate,
+    train_weights: bool = True,
 ) -> StepResult:
     """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
+
+    Args:
+        train_weights: False leaves the weights as they are, and spares their gradients.
 
     Raises:
         MegapruneError: the loss is not finite.
@@ -73,12 +78,13 @@ def search_step(
     trainer.zero_grad()
     mask = selector.mask(iteration)
     gate.set(mask, device.torch_device())
-    loss = _forward_backward(trainer, batches, objective, iteration)
+    with nullcontext() if train_weights else frozen(trainer.model):
+        loss = _forward_backward(trainer, batches, objective, iteration)
     sequence_parallel = trainer.model.config.sequence_parallel
     mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), sequence_parallel)
     gate.set(None)
     selector.update(mask_grad, iteration)
-    lr, grad_norm = trainer.step(iteration)
+    lr, grad_norm = trainer.step(iteration) if train_weights else (0.0, None)
     return StepResult(loss, lr, grad_norm, mask)
 
 
