@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megaprune.config import WHAT_TO_PRUNE, Config, parse_config
 from megaprune.errors import UsageError
+from megaprune.flags import read_yaml
 
 _KEYS = ("run", "methods", "seeds", *WHAT_TO_PRUNE)
 
@@ -36,12 +35,7 @@ def read_comparison(path: Path, save: Path) -> list[PlannedRun]:
     Raises:
         UsageError: names the key or the run.
     """
-    if not path.is_file():
-        raise UsageError(f"--config {path} does not exist")
-    try:
-        asked = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    asked = read_yaml(path)
     if not isinstance(asked, dict) or not isinstance(asked.get("run"), dict):
         raise UsageError(f"--config {path} must have a key 'run', which maps the runs' common flags to values")
     unknown = [key for key in asked if key not in _KEYS]
@@ -88,9 +82,7 @@ def _argv(flags: dict[str, Any]) -> list[str]:
         name = "--" + str(key).replace("_", "-")
         if value is None:
             continue
-        if isinstance(value, bool):
-            words.append(f"{name}={value}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             words += [name, *map(str, value)]
         else:
             words.append(f"{name}={value}")

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megaprune.errors import UsageError
-from megaprune.flags import Parser
+from megaprune.flags import Parser, flag
 from megaprune.models import Architecture
 from megaprune.report.files import write_json
 from megaprune.report.run_report import versions
@@ -17,28 +17,24 @@ from megaprune.report.run_report import versions
 Result = dict[str, Any]
 
 
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class TrainStepConfig:
     """The flags of `benchmark train-step`: a dense model with random weights, and how often to step."""
 
-    num_layers: int = _flag("layers of the model, at least 4", 16)
-    hidden_size: int = _flag("hidden size", 512)
-    ffn_hidden_size: int | None = _flag("columns of the MLP (default: 3 x the hidden size)")
-    num_attention_heads: int = _flag("attention heads", 8)
-    num_query_groups: int | None = _flag("key-value heads (default: half of the attention heads, if that is whole)")
-    vocab_size: int = _flag("vocabulary; small, so that the layers decide the time", 2048)
-    seq_length: int = _flag("tokens in a window", 256)
-    micro_batch_size: int = _flag("windows in a step of one replica", 4)
-    repeats: int = _flag("steps of each kind that are measured", 10)
-    warmup: int = _flag("steps of each kind before them", 2)
-    tensor_model_parallel_size: int = _flag("tensor-parallel ranks", 1)
-    bf16: bool = _flag("train in bf16 (default: fp32)", False)
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = _flag("layer implementation", "auto")
-    output: str | None = _flag("write the results to this JSON file")
+    num_layers: int = flag("layers of the model, at least 4", 16)
+    hidden_size: int = flag("hidden size", 512)
+    ffn_hidden_size: int | None = flag("columns of the MLP (default: 3 x the hidden size)")
+    num_attention_heads: int = flag("attention heads", 8)
+    num_query_groups: int | None = flag("key-value heads (default: half of the attention heads, if that is whole)")
+    vocab_size: int = flag("vocabulary; small, so that the layers decide the time", 2048)
+    seq_length: int = flag("tokens in a window", 256)
+    micro_batch_size: int = flag("windows in a step of one replica", 4)
+    repeats: int = flag("steps of each kind that are measured", 10)
+    warmup: int = flag("steps of each kind before them", 2)
+    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
+    bf16: bool = flag("train in bf16 (default: fp32)", False)
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag("layer implementation", "auto")
+    output: str | None = flag("write the results to this JSON file")
 
     def architecture(self) -> Architecture:
         """A Qwen3-like model of this size."""
@@ -100,12 +96,12 @@ def train_step_benchmark(argv: Sequence[str]) -> Result:
 class ConvertConfig:
     """The flags of `benchmark convert`: a synthetic checkpoint, and how often to convert it."""
 
-    size_gb: float = _flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0)
-    hidden_size: int = _flag("hidden size, a multiple of 512", 4096)
-    repeats: int = _flag("rounds", 3)
-    transformers: bool = _flag("measure transformers' load and save too, which hold the whole model", True)
-    folder: str | None = _flag("where to work: needs three times the size (default: the system's temporary folder)")
-    output: str | None = _flag("write the results to this JSON file")
+    size_gb: float = flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0)
+    hidden_size: int = flag("hidden size, a multiple of 512", 4096)
+    repeats: int = flag("rounds", 3)
+    transformers: bool = flag("measure transformers' load and save too, which hold the whole model", True)
+    folder: str | None = flag("where to work: needs three times the size (default: the system's temporary folder)")
+    output: str | None = flag("write the results to this JSON file")
 
 
 def convert_benchmark(argv: Sequence[str]) -> Result:
