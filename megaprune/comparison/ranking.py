@@ -5,14 +5,12 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megaprune.config import Config
 from megaprune.errors import UsageError
 from megaprune.mcore import parallel
 from megaprune.report.files import write_json
-from megaprune.training.data import batches_for
 from megaprune.training.judging import masks_of
 from megaprune.training.models import Models
 from megaprune.training.scoring import mask_losses
@@ -56,21 +54,11 @@ def all_masks(setup: Setup) -> list[tuple[int, ...]]:
 def rank_all_masks(config: Config, num_windows: int, path: Path) -> Ranking:
     """Measures every mask on the first validation windows, or reads what was measured before. Collective."""
     if not path.is_file():
-        config = replace(config, run=replace(config.run, save=str(path.with_suffix(""))))
         setup = prepare(config)
         parallel.initialize(setup.sizes)
         masks, models = all_masks(setup), Models(setup)
         data = prepare_data(setup, load_tokenizer(setup))
-        ids = list(range(min(num_windows, len(data.valid))))
-        batches = list(
-            batches_for(
-                data.valid,
-                ids,
-                micro_batch_size=config.recovery.micro_batch_size,
-                dp_rank=parallel.data_parallel_rank(),
-                dp_size=parallel.data_parallel_size(),
-            )
-        )
+        batches = data.valid_batches(num_windows)
         model, kl = models.original(), list[float]()
         for some in masks_of(masks, setup.arch.num_layers).split(_MASKS_AT_ONCE):
             kl += mask_losses(model, models.gate, batches, some, models.shard, "kl").tolist()

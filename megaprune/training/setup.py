@@ -84,9 +84,9 @@ class Data:
     def num_train_windows(self) -> int:
         return len(self.train)
 
-    def valid_batches(self) -> list[Batch]:
-        """This replica's share of the validation windows; each token counts once."""
-        return list(eval_batches(self.valid, **self._dealt())) if self.valid else []
+    def valid_batches(self, limit: int | None = None) -> list[Batch]:
+        """This replica's share of the validation windows, or of the first `limit`; each token counts once."""
+        return list(eval_batches(self.valid, limit=limit, **self._dealt())) if self.valid else []
 
     def _dealt(self) -> dict[str, int]:
         return dict(
