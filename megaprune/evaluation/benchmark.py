@@ -164,10 +164,35 @@ def convert_table(result: Result) -> str:
     return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
 
 
+def inference_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark inference``: a pruned model beside its original.
+
+    Raises:
+        MegapruneError: a model can't be loaded.
+        UsageError: flags out of range, or an engine that is not installed.
+    """
+    from megaprune.evaluation.inference_benchmark import InferenceConfig, check, inference_table, measure_inference
+
+    config = _parse(InferenceConfig, argv, "inference", "The speed of a pruned model by that of its original.")
+    check(config)
+    from megaprune import device
+
+    result = {
+        "benchmark": "inference",
+        "settings": asdict(config),
+        "environment": _environment(device.NAME, 1),
+        "cases": measure_inference(config),
+    }
+    print(inference_table(result, _aligned), flush=True)
+    _write(config.output, result)
+    return result
+
+
 # Each measures, prints a table, writes --output and returns what it wrote.
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
     "train-step": train_step_benchmark,
     "convert": convert_benchmark,
+    "inference": inference_benchmark,
 }
 
 
