@@ -194,7 +194,7 @@ class PruningRun:
             raise UsageError(
                 f"--selection-budget {asked} is too little: {passes} passes over a window take {passes * seq_length}"
             )
-        most = min(config.data.calibration_samples, self.data.num_train_windows // (1 + HELD_OUT_WINDOWS))
+        most = min(config.data.calibration_samples, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
         return max(1, min(count, most))
 
     def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
