@@ -88,6 +88,7 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     from megaprune.report.files import whole_file
 
     documents = tokens = 0
+    masked = False
     bin_path, idx_path = _outputs(config)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", delay=_BAR_DELAY)
     try:
@@ -100,6 +101,7 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                     builder.add_document(batch.tokens[start : start + length], [length] if length else [])
                     start += length
                 documents, tokens = documents + len(batch.lengths), tokens + start
+                masked |= batch.masked
                 bar.update(batch.bytes_read - bar.n)
                 elapsed = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
@@ -108,6 +110,12 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
             builder.finalize(str(idx_aside))
     except OSError as error:
         raise MegapruneError(f"--output-prefix {config.output_prefix} can't be written ({error.strerror})") from error
+    if masked:
+        print(
+            "note: the chat template marks the assistant's tokens, and an indexed dataset has no place for that: every "
+            "token will carry loss",
+            flush=True,
+        )
     return documents, tokens
 
 

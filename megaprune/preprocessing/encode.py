@@ -42,11 +42,15 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a batch: their tokens end to end, and each one's number. bytes_read: as a row's."""
+    """The documents of a batch: their tokens end to end, and each one's number. bytes_read: as a row's.
+
+    masked: whether the chat template says which tokens are the assistant's; the tokens don't.
+    """
 
     tokens: np.ndarray
     lengths: list[int]
     bytes_read: int
+    masked: bool
 
 
 def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bool) -> Any:
@@ -86,6 +90,7 @@ class DocumentEncoder:
         """Raises MegapruneError at the first row that is no document."""
         documents = [document_of(row, self.encoding.keys) for row in rows]
         encoded: list[np.ndarray] = []
+        masked = False
         for (is_chat, is_empty), group in groupby(documents, lambda d: (d.is_chat, not d.content)):
             batch = list(group)
             if is_chat and is_empty:
@@ -93,8 +98,9 @@ class DocumentEncoder:
             else:
                 found = self.encoder.encode_batch(batch)
                 encoded += [self._closed(d, tokens) for d, (tokens, _) in zip(batch, found, strict=True)]
+                masked |= any(mask is not None for _, mask in found)
         tokens = np.concatenate(encoded) if encoded else self._array([])
-        return Encoded(tokens, [len(document) for document in encoded], rows[-1].bytes_read)
+        return Encoded(tokens, [len(document) for document in encoded], rows[-1].bytes_read, masked)
 
     def _closed(self, document: Document, tokens: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
@@ -123,7 +129,7 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers
         return
     # Not forked from this process, whose tokenizer and Arrow have threads that a fork would leave half way.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers"])
+    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (encoding,))
     pending: deque[Future[Encoded]] = deque()
     try:

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+import yaml
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tokenizers import processors
@@ -20,9 +21,15 @@ from transformers import AutoTokenizer
 from megaprune import cli
 from megaprune.preprocessing import encode
 
+ROOT = Path(__file__).parents[2]
 TEXTS = ["one two", "", "naïve ✓ " * 50, "import return", "x"] * 30
+# as AM-DeepSeek-R1-Distilled has them
+INFO = {"source": "am-0309", "reference_answer": None, "test_case": None, "think_content": "t", "answer_content": "a"}
 CHATS = [
-    [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": f"<think>{i}</think>{i}"}]
+    [
+        {"role": "user", "content": f"what is {i}?", "info": INFO | {"think_content": None, "answer_content": None}},
+        {"role": "assistant", "content": f"<think>{i}</think><answer>{i}</answer>", "info": INFO},
+    ]
     for i in range(5)
 ]
 
@@ -32,6 +39,13 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def lines(rows):
@@ -46,11 +60,7 @@ def write(path, body):
 
 def attempt(tokenizer, prefix, *words):
     words = ["--tokenizer", tokenizer, "--output-prefix", prefix, *words]
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return cli.attempt("preprocess-data", [str(word) for word in words])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return cli.attempt("preprocess-data", [str(word) for word in words])
 
 
 def preprocess(tokenizer, prefix, *words):
@@ -139,17 +149,19 @@ def test_hub_dataset_comes_through_the_datasets_library(tokenizer, tmp_path, mon
     assert found == as_megatron_writes(tokenizer, TEXTS, tmp_path / "theirs")
 
 
-def test_chats_are_rendered_and_closed_once(tokenizer, tmp_path):
+def test_chats_are_rendered_and_closed_once(tokenizer, tmp_path, capfd):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     eos = loaded.eos_token_id
     data = write(tmp_path / "a.jsonl", lines({"chat": chat} for chat in CHATS))
     words = ("--input", data, "--messages-key", "chat")
     preprocess(tokenizer, tmp_path / "own", *words)
+    assert "every token will carry loss" in capfd.readouterr().out, "the template marks the assistant's"
     rendered = loaded.apply_chat_template(CHATS, return_dict=False)
     assert documents(tmp_path / "own") == rendered and all(d[-1] == eos != d[-2] for d in rendered)
 
     open_end = write(tmp_path / "open.jinja", b"{% for m in messages %}{{ m['content'] }}{% endfor %}")
     preprocess(tokenizer, tmp_path / "open", *words, "--chat-template", open_end)
+    assert "carry loss" not in capfd.readouterr().out
     texts = ["".join(message["content"] for message in chat) for chat in CHATS]
     assert documents(tmp_path / "open") == [[*ids, eos] for ids in loaded(texts).input_ids]
 
@@ -159,13 +171,26 @@ def test_chats_are_rendered_and_closed_once(tokenizer, tmp_path):
 
 
 def test_shipped_template_keeps_the_reasoning(tokenizer, tmp_path):
-    template = Path(__file__).parents[2] / "examples" / "data" / "deepseek-r1-reasoning.jinja"
+    template = ROOT / "examples" / "data" / "deepseek-r1-reasoning.jinja"
     data = write(tmp_path / "a.jsonl", lines({"messages": chat} for chat in CHATS))
     preprocess(tokenizer, tmp_path / "a", "--input", data, "--chat-template", template)
     decode = AutoTokenizer.from_pretrained(tokenizer).decode
     assert [decode(document) for document in documents(tmp_path / "a")] == [
-        f"<｜User｜>what is {i}?<｜Assistant｜><think>{i}</think>{i}<|eos|>" for i in range(5)
+        f"<｜User｜>what is {i}?<｜Assistant｜><think>{i}</think><answer>{i}</answer><|eos|>" for i in range(5)
     ]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(recipe, tokenizer, tmp_path, monkeypatch):
+    """On a row of the kind that each names."""
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load(recipe.read_text())
+    row = {"messages": CHATS[0]} if "messages_key" in settings else {"text": "one", "score": 3.5}
+    write(Path(settings["input"]) / "a.jsonl.zst", zstandard.compress(lines([row])))
+    assert cli.attempt(
+        "preprocess-data", ["--config", str(recipe), "--tokenizer", str(tokenizer), "--workers", "1"]
+    ) == (0, None)
+    assert len(documents(settings["output_prefix"])) == 1
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):
@@ -282,8 +307,6 @@ def test_refusals(case, workshop, tokenizer, tmp_path):
     } | flags
     words = [str(word).format(tmp=workshop) for pair in flags.items() if pair[1] is not None for word in pair]
     before = sorted(workshop.rglob("*"))
-    term = signal.getsignal(signal.SIGTERM)
     found, line = cli.attempt("preprocess-data", words)
-    signal.signal(signal.SIGTERM, term)
     assert found == status and said.format(tmp=workshop) in line
     assert sorted(workshop.rglob("*")) == before and not list(tmp_path.iterdir())
