@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "compare": "several methods on one model, at equal budgets",
     "benchmark": "speed ratios, measured side by side",
+    "preprocess-data": "text or chat to Megatron's indexed datasets",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
 
@@ -43,7 +44,7 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
-        run = getattr(importlib.import_module("megaprune.verbs"), verb)
+        run = getattr(importlib.import_module("megaprune.verbs"), verb.replace("-", "_"))
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
@@ -55,7 +56,7 @@ def _usage(words: Sequence[str]) -> NoReturn:
         _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     print("usage: megaprune <verb> [flags]\n")
     for verb, description in VERBS.items():
-        print(f"  {verb:<12}{description}")
+        print(f"  {verb:<17}{description}")
     print("\nmegaprune <verb> --help shows the flags of a verb.")
     sys.exit(0)
 

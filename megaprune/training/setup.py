@@ -20,8 +20,11 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
-from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
+from megaprune.training.data import Batch, Windows, batches_for, calibration_ids, eval_batches, prepare_dataset
+from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
+from megaprune.training.selecting import HELD_OUT_WINDOWS
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
@@ -69,20 +72,21 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """The packed datasets of a run, as this replica sees them."""
+    """The datasets of a run, as this replica sees them. Text is calibrated on in the windows that are trained on."""
 
     config: Config
-    train: PackedDataset | None
-    valid: PackedDataset | None
+    train: Windows | None
+    valid: Windows | None
+    calibration: Windows | None
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
         """This replica's share of `count` calibration windows, behind the first `skip`."""
-        ids = calibration_ids(len(self.train), count, self.config.recovery.seed, skip)
-        return list(batches_for(self.train, ids, **self._dealt()))
+        ids = calibration_ids(len(self.calibration), count, self.config.recovery.seed, skip)
+        return list(batches_for(self.calibration, ids, **self._dealt()))
 
     @property
-    def num_train_windows(self) -> int:
-        return len(self.train)
+    def num_calibration_windows(self) -> int:
+        return len(self.calibration)
 
     def valid_batches(self, limit: int | None = None) -> list[Batch]:
         """This replica's share of the validation windows, or of the first `limit`; each token counts once."""
@@ -179,25 +183,63 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         MegapruneError: the data can't be used; on every rank.
     """
     config = setup.config
+    blend = find_blend(config.data.train_data, "--train-data")
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
 
-    def load() -> Data:
+    # What the others map, the first has looked through.
+    vocab_size = setup.arch.vocab_size if parallel.rank() == 0 else None
+
+    def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
         common = dict(
             seq_length=config.data.seq_length,
             text_key=config.data.text_key,
             messages_key=config.data.messages_key,
             cache_dir=cache,
+            vocab_size=vocab_size,
         )
-        train = valid = None
-        if config.data.train_data:
+        train, valid, files = None, None, []
+        if blend:
+            files = open_blend(blend, "--train-data", config.data.seq_length, vocab_size)
+        elif config.data.train_data:
             train = prepare_dataset(config.data.train_data, tokenizer, flag="--train-data", **common)
-            if config.prune.method not in ("random", "manual"):
-                calibration_ids(len(train), config.data.calibration_samples, config.recovery.seed)
         if config.data.valid_data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
-        return Data(config, train, valid)
+        return train, valid, files
 
-    return parallel.on_first_rank(load) or load()
+    train, valid, files = parallel.on_first_rank(load) or load()
+    calibration = train
+    if blend:
+        train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
+    if calibration and _calibrates(config):
+        calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
+    return Data(config, train, valid, calibration)
+
+
+def _blended(
+    setup: Setup, blend: Blend, files: list[IndexedFile], pad_id: int, cache: Path
+) -> tuple[Windows | None, Windows | None]:
+    """The training samples of preprocessed data and its calibration windows, where the run has a use for them.
+    Collective."""
+    config = setup.config
+    common = dict(
+        seq_length=config.data.seq_length,
+        seed=config.recovery.seed,
+        pad_id=pad_id,
+        vocab_size=setup.arch.vocab_size,
+        cache_dir=cache,
+    )
+    train = calibration = None
+    if _calibrates(config):
+        most = config.data.calibration_samples * (1 + HELD_OUT_WINDOWS)
+        calibration = calibration_windows(blend, files, most=most, **common)
+    num_samples = config.recovery.train_iters * setup.global_batch_size
+    if num_samples:
+        train = training_windows(blend, files, num_samples=num_samples, **common)
+    return train, calibration
+
+
+def _calibrates(config: Config) -> bool:
+    return config.prune.method not in ("random", "manual")
 
 
 def load_tokenizer(setup: Setup) -> Any:
