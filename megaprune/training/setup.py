@@ -20,11 +20,11 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
+from megaprune.training.automatic import HELD_OUT_WINDOWS
 from megaprune.training.data import Batch, Windows, batches_for, calibration_ids, eval_batches, prepare_dataset
 from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
-from megaprune.training.selecting import HELD_OUT_WINDOWS
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
