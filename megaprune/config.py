@@ -111,6 +111,11 @@ class RecoveryConfig:
     min_lr: float = flag("learning rate at the end", 0.0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag("decay", "cosine")
     lr_warmup_iters: int = flag("iterations of linear warm-up", 0)
+    stitch: Literal["none", "linear-patch"] = flag(
+        "with a contiguous cut: linear-patch maps what enters the layer behind it to what the layers that are gone "
+        "made of it, and fades over the first half of recovery, for no exported model can carry it",
+        "none",
+    )
     recovery_layers: Literal["all", "endpoints"] | None = flag(
         "what recovery trains: all layers, or the two beside the cut of a contiguous segment (default: all; with clp, "
         "endpoints)"
@@ -237,6 +242,16 @@ class Config:
         return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
 
     @property
+    def stitches(self) -> bool:
+        """Whether a cut is bridged while the model heals."""
+        return self.recovery.stitch != "none"
+
+    @property
+    def needs_one_cut(self) -> bool:
+        """Whether what goes must be one contiguous segment."""
+        return self.tunes_endpoints or self.stitches
+
+    @property
     def gradient_steps(self) -> int:
         """Steps of a search that trains no weights."""
         return self.search.search_iters or max(30, self.tenth_of_training)
@@ -296,7 +311,7 @@ def _check(config: Config) -> None:
     _check_ranges(config)
     _check_iterations(config)
     _check_lora(config)
-    _check_endpoints(config)
+    _check_cut(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.prune.method in CALIBRATED):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
@@ -369,14 +384,17 @@ def _check_ranges(config: Config) -> None:
         raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
 
 
-def _check_endpoints(config: Config) -> None:
-    if not config.tunes_endpoints:
+def _check_cut(config: Config) -> None:
+    if not config.needs_one_cut:
         return
+    flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"
     if config.prune.method not in ("clp", "exhaustive", "manual"):
-        raise UsageError(
-            f"--recovery-layers endpoints needs one contiguous cut, which --method {config.prune.method} does not make"
-        )
-    if config.lora.lora_rank is not None:
+        raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
+    if config.stitches and not config.recovery.train_iters:
+        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
+    if config.stitches and not config.data.train_data:
+        raise UsageError("--stitch linear-patch needs --train-data")
+    if config.tunes_endpoints and config.lora.lora_rank is not None:
         raise UsageError(
             "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
         )

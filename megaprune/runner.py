@@ -14,6 +14,7 @@ from megaprune.errors import UsageError
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapter_io import export_adapter
 from megaprune.mcore.builder import in_half_precision
+from megaprune.mcore.stitch import LinearPatch, strength_at
 from megaprune.mcore.trainer import Trainer
 from megaprune.mcore.weights_io import export_weights
 from megaprune.models.sizes import inventory
@@ -22,6 +23,7 @@ from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers
+from megaprune.selection.windows import cut_position
 from megaprune.training.automatic import HELD_OUT_WINDOWS, choose_automatically, num_windows
 from megaprune.training.data import Batch, train_batches
 from megaprune.training.judging import Judge
@@ -138,7 +140,7 @@ class PruningRun:
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
         trained = self.config.recovery.train_iters > 0 and self.config.distillation.distill_loss != "ce"
-        return trained or bool(self.valid) or self.config.prune.method in CALIBRATED
+        return trained or bool(self.valid) or self.config.stitches or self.config.prune.method in CALIBRATED
 
     def _measure_original(self, original: torch.nn.Module) -> None:
         """Measures the model's validation loss and, where they are wanted, its layers' scores."""
@@ -160,6 +162,12 @@ class PruningRun:
             self.progress.candidates = choice.candidates
         elif method not in SEARCHES:
             self.progress.kept_layers = self._named_layers()
+        if self.config.stitches:
+            judge = self._judge(model, self.config.data.calibration_samples)
+            hidden_size = setup.arch.transformer["hidden_size"]
+            with self.progress.timed("importance"):
+                self.progress.stitch = judge.jump_across(self.progress.kept_layers, hidden_size).tolist()
+            self.progress.spend("importance", 0.0, judge.tokens)
 
     def _choose(self, model: torch.nn.Module) -> Choice:
         """The choice of a method that looks at calibration data."""
@@ -247,15 +255,29 @@ class PruningRun:
         train_iters = self.config.recovery.train_iters
         if self.progress.iteration < train_iters and teacher is None:
             teacher = self.models.teacher(student)
-        objective = self._objective(teacher)
+        objective, patch = self._objective(teacher), self._stitch(student)
         for iteration in range(self.progress.iteration, train_iters):
             start = time.perf_counter()
+            if patch is not None:
+                patch.strength = strength_at(iteration, train_iters)
             result = train_step(student, self._batches(iteration), objective, iteration)
             self._done(iteration, "recovery", result, time.perf_counter() - start)
             self._save_if_due(student, force=iteration + 1 == train_iters)
+        if patch is not None:
+            patch.strength = 0.0  # not there yet where there are too few iterations to fade
         if train_iters > 0 and not self.config.lora.export_adapter:
             self.models.merge_and_round(student, self.progress.kept_layers)
         self._validate("recovered", student.ddp)
+
+    def _stitch(self, student: Trainer) -> LinearPatch | None:
+        """What bridges the cut while the model heals, in its place."""
+        if self.progress.stitch is None:
+            return None
+        kept, num_layers = self.progress.kept_layers, self.setup.arch.num_layers
+        patch, behind = LinearPatch(torch.tensor(self.progress.stitch)), cut_position(kept, num_layers)
+        if behind < len(kept):
+            patch.attach(student.model, kept[behind] if self.models.student_stays_whole else behind)
+        return patch
 
     # Shared by both
 

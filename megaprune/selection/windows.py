@@ -29,9 +29,8 @@ def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
     return [kept for kept in found if kept and budget.take([*kept, *range(budget.num_layers)], protected) == kept]
 
 
-def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
-    """The positions among the kept layers of those beside the cut (CLP's endpoint tuning): two, or one where the cut
-    is at an end.
+def cut_position(kept: Sequence[int], num_layers: int) -> int:
+    """The position among the kept layers of the one behind the cut: their number, where the cut is at the end.
 
     Raises MegapruneError unless exactly one contiguous segment is gone.
     """
@@ -39,9 +38,20 @@ def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
     cuts = [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
     if len(cuts) != 1:
         raise MegapruneError(
-            f"--recovery-layers endpoints needs one contiguous cut; the kept layers {list(kept)} have {len(cuts)}"
+            "--recovery-layers endpoints and --stitch need one contiguous cut; the kept layers "
+            f"{list(kept)} have {len(cuts)}"
         )
-    return [position for position in (cuts[0] - 1, cuts[0]) if 0 <= position < len(kept)]
+    return cuts[0]
+
+
+def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
+    """The positions among the kept layers of those beside the cut (CLP's endpoint tuning): two, or one where the cut
+    is at an end.
+
+    Raises as `cut_position`.
+    """
+    behind = cut_position(kept, num_layers)
+    return [position for position in (behind - 1, behind) if 0 <= position < len(kept)]
 
 
 def best_window(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:

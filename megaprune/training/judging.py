@@ -15,6 +15,7 @@ from megaprune.training.data import Batch
 from megaprune.training.scoring import (
     LossOfMasks,
     block_influence,
+    jump_across,
     mask_gradient,
     mask_losses,
     shared_cost,
@@ -104,6 +105,12 @@ class Judge:
     def tokens_of(self, layers: int) -> int:
         """What running so many layers on all windows is booked as."""
         return math.ceil(layers / self._budget.num_layers * self._tokens_of_a_pass(1.0))
+
+    def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
+        """LinearPatch's scale across the one cut that these kept layers leave, [hidden_size]."""
+        gone = sorted(set(range(self._budget.num_layers)) - set(kept))
+        self._book(1.0, 1.0)
+        return jump_across(self._model, self._taken(1.0), gone[0], gone[-1], hidden_size)
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:

@@ -18,6 +18,7 @@ class Progress:
         pruned: the checkpoint holds the pruned model (otherwise the whole one, under search).
         scores: the layers' scores, higher = keep, where the method has any.
         candidates: what the selection chose among, where it did.
+        stitch: the scale of LinearPatch, where there is one.
         selector: the searching selector's state.
         stages: seconds and tokens of each stage so far.
         valid: the report's validation losses so far.
@@ -29,6 +30,7 @@ class Progress:
     pruned: bool = False
     scores: list[float] | None = None
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    stitch: list[float] | None = None
     selector: dict[str, Any] | None = None
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     valid: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Passes that measure and change nothing: validation loss, and the loss of the model without some of its layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel, passes
 from megaprune.mcore.gated_layer import LayerGate, frozen, layers_of
+from megaprune.mcore.stitch import hadamard
 
 # KL(original || masked model), or cross-entropy with the data.
 LossOfMasks = Literal["kl", "ce"]
@@ -140,16 +142,12 @@ def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch]
 
     Tokens that carry no loss don't count.
     """
-    layers = layers_of(model)
-    sequence_parallel = model.config.sequence_parallel
     # of each layer: the sum, and how many tokens are in it (as often as tensor-parallel ranks that hold them)
     sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
 
     def before(number: int) -> None:
-        whole = batches[number].loss_mask.t().to(sums.device)
-        place = parallel.tensor_parallel()
-        weights[0] = whole.chunk(place.size)[place.rank] if sequence_parallel else whole
+        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
 
     def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -157,14 +155,56 @@ def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch]
         sums[0, layer.layer_number - 1] += ((1 - similarity) * weights[0]).sum()
         sums[1, layer.layer_number - 1] += weights[0].sum()
 
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
-    try:
+    with _hooked(model, measure):
         passes.forward(model, batches, lambda logits, number: None, before)
+    total, count = parallel.sum_over_all(sums)
+    return (total / count).float()
+
+
+def jump_across(
+    model: torch.nn.Module, batches: Sequence[passes.MicroBatch], first: int, last: int, hidden_size: int
+) -> Tensor:
+    """By what the layers `first` to `last` change the hidden states' mean magnitude: LinearPatch's d, [hidden_size]
+    fp32 on the CPU, channel by channel in the Hadamard basis; the same bits on every rank. Collective.
+
+    Tokens that carry no loss don't count.
+    """
+    # mean magnitudes before the first layer and behind the last, added up over tokens
+    sums = torch.zeros(2, hidden_size, dtype=torch.float64, device=device.torch_device())
+    weights = [torch.ones(())]
+
+    def before(number: int) -> None:
+        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
+
+    def add(row: int, hidden: Tensor) -> None:
+        sums[row] += (hadamard(hidden.float()).abs() * weights[0].unsqueeze(-1)).sum((0, 1))
+
+    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        if layer.layer_number - 1 == first:
+            add(0, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        if layer.layer_number - 1 == last:
+            add(1, output[0])
+
+    with _hooked(model, measure):
+        passes.forward(model, batches, lambda logits, number: None, before)
+    entering, leaving = parallel.sum_over_all(sums)
+    return (leaving / entering.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
+    """The part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
+    place = parallel.tensor_parallel()
+    return weights.chunk(place.size)[place.rank] if model.config.sequence_parallel else weights
+
+
+@contextmanager
+def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    total, count = parallel.sum_over_all(sums)
-    return (total / count).float()
 
 
 def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
+from megaprune.selection.windows import cut_position
 from megaprune.training.automatic import HELD_OUT_WINDOWS
 from megaprune.training.data import Batch, Windows, batches_for, calibration_ids, eval_batches, prepare_dataset
 from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
@@ -123,6 +124,8 @@ def prepare(config: Config) -> Setup:
             "vocabulary"
         )
     manual, protected, budget = layers_in_question(config, source.config)
+    if manual is not None and config.needs_one_cut:
+        cut_position(manual, arch.num_layers)
     setup = Setup(
         config=config,
         source=source,

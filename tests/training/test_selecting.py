@@ -9,13 +9,14 @@ from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate, layers_of
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.stitch import hadamard
 from megaprune.mcore.weights_io import import_weights
 from megaprune.selection.budget import Budget
 from megaprune.selection.local_search import neighbours
 from megaprune.selection.windows import windows
 from megaprune.training.automatic import choose_automatically, num_windows
 from megaprune.training.judging import Judge
-from megaprune.training.scoring import block_influence, mask_gradient, mask_losses, shared_cost
+from megaprune.training.scoring import block_influence, jump_across, mask_gradient, mask_losses, shared_cost
 from megaprune.training.selecting import choose_layers
 from megaprune.weights.source import HFSource
 
@@ -108,6 +109,17 @@ def test_block_influence_is_that_of_the_hidden_states(gated, in_transformers):
 
         assert found[layer] == pytest.approx(mean(influence), rel=1e-4)
     assert 0 < found[6] < 2
+
+
+def test_the_jump_across_a_cut_is_that_of_the_hidden_states(gated, in_transformers):
+    hidden_size = gated[0].config.hidden_size
+    found = jump_across(gated[0], BATCHES, 2, 4, hidden_size)
+    sums = torch.zeros(2, hidden_size)
+    for batch in BATCHES:
+        hidden = in_transformers(batch.tokens).hidden_states
+        for row, place in enumerate((2, 5)):
+            sums[row] += (hadamard(hidden[place]).abs() * batch.loss_mask.unsqueeze(-1)).sum((0, 1))
+    assert torch.allclose(found, sums[1] / sums[0], rtol=1e-3)
 
 
 def test_gradient_in_a_soft_mask_is_that_of_its_loss(gated):

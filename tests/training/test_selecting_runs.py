@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from megaprune.errors import UsageError
+from megaprune.errors import MegapruneError, UsageError
+from megaprune.evaluation.hf import evaluate_model
 from megaprune.mcore import parallel
 from megaprune.training import setup
 from megaprune.training.metrics import read_metrics
@@ -17,7 +18,7 @@ def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
     argv = [*tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "auto"), "--train-iters", "2"]
     tiny.run_here([*argv, "--selection-budget", "60000"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["method"] == "auto" and len(report["candidates"]) == 5
+    assert report["method"] == "auto" and len(report["candidates"]) >= 5
     assert next(c for c in report["candidates"] if c["chosen"])["kept_layers"] == report["kept_layers"]
     assert 0 < report["stages"]["importance"]["tokens"] <= 60000
     tiny.load_hf(tmp_path / "run" / "hf")
@@ -40,6 +41,43 @@ def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
         if not torch.equal(tensor, source[original]):
             moved.add(None if layer is None else kept[layer])
     assert moved == {pruned[0] - 1, pruned[-1] + 1}
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--teacher", "self"]])
+def test_a_stitch_eases_recovery_and_is_gone_at_its_end(tiny_model, tiny_data, tmp_path, lora):
+    model = tiny_model("qwen3_tied")
+    argv = [*tiny.select_argv(model, tiny_data, tmp_path / "plain", "exhaustive"), "--train-iters", "4", *lora]
+    argv += ["--lr-warmup-iters", "0", "--valid-data", str(tiny_data / "valid.jsonl")]
+    stitched = [*argv, "--save", str(tmp_path / "stitched"), "--stitch", "linear-patch"]
+    reports, losses = {}, {}
+    for name, words in {"plain": argv, "stitched": stitched}.items():
+        tiny.run_here(words)
+        reports[name] = json.loads((tmp_path / name / "report.json").read_text())
+        losses[name] = [record["loss"] for record in read_metrics(tmp_path / name)]
+    assert reports["plain"]["kept_layers"] == reports["stitched"]["kept_layers"]
+    assert reports["plain"]["valid"]["pruned"] == reports["stitched"]["valid"]["pruned"]
+    assert losses["plain"][0] != losses["stitched"][0]
+    # the export knows nothing of it, and is what was measured last
+    found = evaluate_model(
+        str(tmp_path / "stitched" / "hf"), [str(tiny_data / "valid.jsonl")], seq_length=tiny.SEQ_LENGTH
+    )
+    assert found["loss"] == pytest.approx(reports["stitched"]["valid"]["recovered"]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "shortgpt", "--num-layers-to-prune", "2"], "--stitch linear-patch needs one contiguous cut"),
+        (["--method", "manual", "--prune-layers", "2,4"], "need one contiguous cut"),
+        (["--method", "clp", "--num-layers-to-prune", "2", "--train-iters", "0"], "needs --train-iters above 0"),
+    ],
+)
+def test_a_stitch_needs_one_cut_and_training(tiny_model, tiny_data, tmp_path, words, said):
+    common = ["--hf-model", str(tiny_model("qwen3_tied")), "--train-data", str(tiny_data / "train.jsonl")]
+    common += ["--save", str(tmp_path / "run"), "--seq-length", str(tiny.SEQ_LENGTH), "--train-iters", "2"]
+    with pytest.raises(MegapruneError, match=said):
+        tiny.run_here([*common, "--stitch", "linear-patch", *words])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_keeps_its_batch(tiny_model, tiny_data, tmp_path, monkeypatch):
