@@ -16,13 +16,9 @@ from safetensors.torch import save_file
 
 from megaprune.conversion import importing, tensor_files, torch_dist
 from megaprune.conversion.checkpoint_source import CheckpointSource
-from megaprune.conversion.torch_dist import (
-    Chunk,
-    StoredTensor,
-    append_tensor,
-    read_metadata,
-    write_metadata,
-)
+from megaprune.conversion.metadata import read_metadata, write_metadata
+from megaprune.conversion.torch_dist import Chunk, StoredTensor, append_tensor
+from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from megaprune.weights.source import HFSource
 
@@ -180,9 +176,10 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
     with (out / "other.distcp").open("w+b", buffering=0) as file:
         for key, tensor in stored.items():
             name = next(hf for hf, (piece, _) in source._pieces.items() if piece.key == key)
-            whole = torch.empty(tensor.size, dtype=tensor.dtype)
+            dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+            whole = torch.empty(tensor.size, dtype=dtype)
             for chunk in tensor.chunks:
-                part = torch.empty(chunk.shape, dtype=tensor.dtype)
+                part = torch.empty(chunk.shape, dtype=dtype)
                 source._reader.read(chunk, tensor.dtype, part)
                 whole[tuple(slice(a, a + n) for a, n in zip(chunk.offset, chunk.shape, strict=True))] = part
             if "embed" in name or "lm_head" in name:
@@ -195,7 +192,7 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
                 start += part.shape[dim]
                 place = append_tensor(file, part.clone(), "other.distcp")
                 chunks.append(Chunk(tuple(offset), tuple(part.shape), place))
-            tensors[key] = StoredTensor(tuple(whole.shape), whole.dtype, tuple(chunks))
+            tensors[key] = StoredTensor(tuple(whole.shape), tensor.dtype, tuple(chunks))
     write_metadata(out, tensors)
     source, expected = CheckpointSource(out), tiny.read_tensors(model)
     for name in ("model.embed_tokens.weight", KEY, "model.layers.2.self_attn.k_proj.weight"):
