@@ -61,9 +61,8 @@ class Buffer:
         start = -(-self._used // 64) * 64
         if not num_bytes:
             return torch.empty(shape, dtype=torch_dtype)
-        if self._memory is None or start + num_bytes > len(
-            self._memory
-        ):  # what was given out keeps the old memory alive
+        if self._memory is None or start + num_bytes > len(self._memory):
+            # what was given out keeps the old memory alive
             self._memory, start = torch.empty(num_bytes, dtype=torch.uint8), 0
         self._used = start + num_bytes
         view = memoryview(self._memory.numpy())[start : self._used]
