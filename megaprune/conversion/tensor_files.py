@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,12 +144,13 @@ def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> bool:
 def copy_range(
     source: BinaryIO, start: int, out: BinaryIO, at: int, num_bytes: int, advance: Callable[[int], Any]
 ) -> bool:
-    """Copies bytes from a place in one file to a place in another, within the kernel where it can. False where the
-    source ends before."""
+    """Copies bytes from a place in one file to a place in another, as fast as it can. False where the source ends
+    before."""
+    copy = _copy_in_the_kernel if (start - at) % mmap.PAGESIZE == 0 else _copy_by_blocks
     done = 0
     while done < num_bytes:
         step = min(_COPIED_AT_ONCE, num_bytes - done)
-        count = _copy(source.fileno(), start + done, out.fileno(), at + done, step)
+        count = copy(source.fileno(), start + done, out.fileno(), at + done, step)
         if not count:
             return False
         done += count
@@ -164,15 +166,28 @@ def _copy_ranges(ranges: Sequence[Range], out: BinaryIO, at: int, advance: Calla
     return True
 
 
-def _copy(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+def _copy_in_the_kernel(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+    """Page by page. Where pages of one file straddle those of the other, that takes twice as long as blocks do."""
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source, out, num_bytes, start, at)
         except OSError as error:
             if error.errno not in _CANNOT_COPY_IN_THE_KERNEL:
                 raise
-    block = os.pread(source, min(num_bytes, _BLOCK), start)
-    return os.pwrite(out, block, at) if block else 0
+    return _copy_by_blocks(source, start, out, at, num_bytes)
+
+
+def _copy_by_blocks(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+    block, done = memoryview(bytearray(min(num_bytes, _BLOCK))), 0
+    while done < num_bytes:
+        count = os.preadv(source, [block[: num_bytes - done]], start + done)
+        if not count:
+            break
+        written = 0
+        while written < count:
+            written += os.pwrite(out, block[written:count], at + done + written)
+        done += count
+    return done
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -215,11 +216,22 @@ def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
             assert torch.equal(source.read(*part), original.read(*part)), part
 
 
-def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
-    def cannot(*args):
-        raise OSError(errno.EXDEV, "other file system")
+@pytest.mark.parametrize("kernel_can", [True, False])
+@pytest.mark.parametrize("start, at", [(4096 + 8, 8), (9, 5000), (0, 0)], ids=["alike in pages", "not alike", "begin"])
+def test_copied_ranges(start, at, kernel_can, tmp_path, monkeypatch):
+    if not kernel_can:
+        monkeypatch.setattr(tensor_files.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
+    data, length, told = os.urandom(3 * 2**20), 2**21 + 77, []
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("w+b") as out:
+        assert tensor_files.copy_range(source, start, out, at, length, told.append)
+        assert not tensor_files.copy_range(source, start, out, at, len(data) + 1, told.append)
+    whole = (tmp_path / "out").read_bytes()
+    assert whole == bytes(at) + data[start:] and sum(told) == length + len(data) - start
 
-    monkeypatch.setattr(tensor_files.os, "copy_file_range", cannot)
+
+def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
     done("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "m")
     done("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
     assert_same_model(tmp_path / "hf", models("qwen3"))
