@@ -1,18 +1,24 @@
 """The HF tensors of a Megatron-Core checkpoint, under the names that an HF folder would have them under."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megaprune.conversion.importing import HF_FOLDER
 from megaprune.conversion.layout import UNREAD, Piece, mtp_rules, pieces
+from megaprune.conversion.metadata import read_metadata
 from megaprune.conversion.tensor_files import Buffer, Range
-from megaprune.conversion.torch_dist import Chunk, ChunkReader, read_metadata
+from megaprune.conversion.torch_dist import Chunk, ChunkReader
 from megaprune.errors import MegapruneError
 from megaprune.models.shapes import hf_shapes
-from megaprune.weights.source import DTYPE_NAMES, HFSource
+from megaprune.weights.dtypes import ITEM_BYTES
+from megaprune.weights.source import HFSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
 _PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -59,18 +65,21 @@ class CheckpointSource(HFSource):
             )
         self._pieces = {name: (piece, number) for piece in found for number, name in enumerate(piece.hf)}
         self._files = dict.fromkeys(self._pieces, checkpoint)
-        self._handles = {checkpoint: self}
+        self._headers = self._handles = {checkpoint: self}
         self._fused: tuple[str, list[Tensor]] = "", []
 
-    def range_of(self, reader: ChunkReader, name: str) -> Range | None:
-        """Where a tensor's bytes lie in a file as they are, if they do."""
-        piece, _ = self._pieces[name]
-        if len(piece.hf) > 1:
-            return None
-        found = self._found_in(piece)
+    def lies_in_one_chunk(self, name: str) -> bool:
+        """Whether its bytes need only be moved."""
+        return self._found_in(self._pieces[name][0]) is not None
+
+    def ranges_of(self, reader: ChunkReader, name: str) -> list[Range] | None:
+        """Where a tensor's bytes lie in a file, one run behind the other, if they lie in one chunk."""
+        piece, number = self._pieces[name]
+        found, dtype = self._found_in(piece), self._stored[piece.key].dtype
         if found is None:
             return None
-        return reader.where(found[0], self._stored[piece.key].dtype, math.prod(piece.shape), found[1])
+        whole = reader.where(found[0], dtype, math.prod(piece.shape), found[1])
+        return [whole.part(*run) for run in piece.runs(number, self._arch, ITEM_BYTES[dtype])]
 
     def read_from(self, reader: ChunkReader, name: str, buffer: Buffer) -> Tensor:
         """A whole tensor, through a reader of the caller's own and in its memory."""
@@ -100,13 +109,13 @@ class CheckpointSource(HFSource):
         rows = replace(piece, offset=tuple(offset), shape=tuple(shape))
         return self._read_piece(rows, self._reader, Buffer()).reshape(stop - start, *self._shapes[name][1:])
 
-    def get_slice(self, name: str) -> "_Slice":
+    def get_slice(self, name: str) -> _Slice:
         """A tensor to be described or cut."""
         return _Slice(self, name)
 
     def stored_as(self, name: str) -> tuple[tuple[int, ...], str]:
         """A tensor's shape, and its dtype as safetensors names it."""
-        return self._shapes[name], DTYPE_NAMES[self._stored[self._pieces[name][0].key].dtype]
+        return self._shapes[name], self._stored[self._pieces[name][0].key].dtype
 
     def _hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all HF tensors that the checkpoint holds."""

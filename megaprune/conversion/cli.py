@@ -65,14 +65,12 @@ def _positive(text: str) -> int:
 
 
 def _import(config: argparse.Namespace) -> None:
-    import torch
-
     from megaprune.conversion.importing import import_checkpoint
     from megaprune.conversion.parts import Labour
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[config.dtype]
+    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}[config.dtype]
     source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path).absolute()
     import_checkpoint(source, folder, dtype, Labour(config.workers, config.resume))
     _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")

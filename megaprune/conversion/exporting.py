@@ -1,19 +1,24 @@
 """A Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megaprune.conversion.checkpoint_source import CheckpointSource
-from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut
+from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
 from megaprune.conversion.tensor_files import Buffer, Range, write_safetensors
 from megaprune.conversion.torch_dist import ChunkReader
+from megaprune.weights.dtypes import ITEM_BYTES
 from megaprune.weights.source import INDEX, HFSource
 from megaprune.weights.surgery import copy_beside, write_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, labour: Labour) -> None:
@@ -27,14 +32,16 @@ def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: i
     work = _Export(source, max_shard_bytes, labour)
     if not labour.resume:
         check_room(folder, sum(part.num_bytes for part in work.parts))
-    convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), labour)
+    moved = all(source.lies_in_one_chunk(name) for name in source.names)
+    with nullcontext() if moved else one_torch_thread():
+        convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), labour)
 
 
 class _Export:
     def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
         self._source, self._threads = source, labour.threads
-        self._shapes = {name: (source.shape(name), source.dtype(name)) for name in source.names}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self._shapes.items()}
+        self._shapes = {name: (source.shape(name), source.dtype_name(name)) for name in source.names}
+        sizes = {name: math.prod(shape) * ITEM_BYTES[dtype] for name, (shape, dtype) in self._shapes.items()}
         runs = cut(sizes.items(), max_shard_bytes)
         files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
         if len(runs) == 1:
@@ -53,10 +60,10 @@ class _Export:
         """Writes one file."""
         reader, buffer = ChunkReader(self._source.folder.parent), Buffer()
 
-        def contents() -> Iterator[Tensor | Range]:
+        def contents() -> Iterator[Tensor | list[Range]]:
             for name in part.items:
                 buffer.clear()
-                yield self._source.range_of(reader, name) or self._source.read_from(reader, name, buffer)
+                yield self._source.ranges_of(reader, name) or self._source.read_from(reader, name, buffer)
 
         shapes = {name: self._shapes[name] for name in part.items}
         write_safetensors(path, shapes, contents(), advance, self._threads)

@@ -1,44 +1,41 @@
 """HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
 
+from __future__ import annotations
+
 import hashlib
-import importlib
 import json
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megaprune.conversion.layout import Piece, pieces
-from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut
-from megaprune.conversion.tensor_files import Buffer, TensorFiles
-from megaprune.conversion.torch_dist import (
-    Chunk,
-    Place,
-    append_range,
-    append_tensor,
-    read_metadata,
-    stored_tensors,
-    write_metadata,
-)
+from megaprune.conversion.metadata import read_metadata, write_metadata
+from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
+from megaprune.conversion.tensor_files import Buffer, Range, TensorFiles
+from megaprune.conversion.torch_dist import Chunk, Place, append_ranges, append_tensor, stored_tensors
 from megaprune.errors import MegapruneError
 from megaprune.models import Architecture
+from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float
 from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
-from megaprune.weights.source import DTYPES, HFSource
+from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import copy_beside, write_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
 HF_FOLDER = "hf"
 _PART_BYTES = 2 * 10**9
 
 
-def import_checkpoint(source: HFSource, folder: Path, dtype: torch.dtype | None, labour: Labour) -> None:
+def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour: Labour) -> None:
     """Writes the checkpoint `folder`. Collective where a launcher started several processes.
 
     Args:
-        dtype: of the weights; None keeps each as it is stored (block FP8 becomes bf16). Routers' biases stay fp32.
+        dtype: of the weights, as safetensors names it; None keeps each as it is stored (block FP8 becomes bf16).
+            Routers' biases stay fp32.
 
     Raises:
         MegapruneError: a tensor is missing, unknown, of another shape or damaged, or the disk is full.
@@ -49,13 +46,12 @@ def import_checkpoint(source: HFSource, folder: Path, dtype: torch.dtype | None,
     room = sum(part.num_bytes for part in work.parts)
     if not labour.resume:
         check_room(folder, room)
-    # What the metadata is made of takes a second to load, and is needed last.
-    threading.Thread(target=importlib.import_module, args=["torch.distributed.checkpoint.filesystem"]).start()
-    convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
+    with one_torch_thread() if work.computes() else nullcontext():
+        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
 
 
 class _Import:
-    def __init__(self, source: HFSource, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: HFSource, dtype: str | None) -> None:
         self._source, self._dtype = source, dtype
         self._arch: Architecture = source.family.architecture(source.config)
         self._pieces = pieces(source.family, source.config, {name: source.shape(name) for name in source.names})
@@ -81,7 +77,7 @@ class _Import:
             names = [name for piece in found for name in piece.hf]
             dtypes = {self._final_dtype_of(name, key) for name in names}
             if len(dtypes) > 1:
-                shown = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                shown = " and ".join(sorted(TORCH_NAMES[dtype] for dtype in dtypes))
                 raise MegapruneError(
                     f"{self._source.folder}: {names[0]} and others make one {key}, but are {shown}: give --dtype"
                 )
@@ -91,6 +87,14 @@ class _Import:
                     f"{self._source.folder}: {names[0]} and others make {key}, but have shapes that don't fit each "
                     "other, or one is missing: the checkpoint is damaged"
                 )
+
+    def computes(self) -> bool:
+        """Whether there is a number to compute, not only bytes to move."""
+        return not all(self._is_moved(piece) for piece in self._pieces)
+
+    def _is_moved(self, piece: Piece) -> bool:
+        final = self._final_dtype(piece)
+        return all(self._source.stored_dtype_name(name) == final for name in piece.hf)
 
     def plan(self) -> dict[str, Any]:
         """What the parts follow from."""
@@ -120,15 +124,23 @@ class _Import:
         self, piece: Piece, out: BinaryIO, file: str, files: TensorFiles, buffer: Buffer, advance: Advance
     ) -> Place:
         dtype = self._final_dtype(piece)
-        if len(piece.hf) == 1:
-            path, (name,) = self._source.file(piece.hf[0]), piece.hf
-            if DTYPES[files.describe(path, name)[0]] == dtype:  # as it is stored: bytes are moved, and nothing else
-                return append_range(out, piece.shape, dtype, file, files.where(path, name), advance)
+        if self._is_moved(piece):
+            return append_ranges(out, piece.shape, dtype, file, self._ranges(piece, files, dtype), advance)
+        import torch
+
         buffer.clear()
-        chunk = piece.join([self._read(name, files, buffer) for name in piece.hf], self._arch).to(dtype)
-        place = append_tensor(out, chunk, file)
-        advance(chunk.nbytes)
+        chunk = piece.join([self._read(name, files, buffer) for name in piece.hf], self._arch)
+        place = append_tensor(out, chunk.to(getattr(torch, TORCH_NAMES[dtype])), file)
+        advance(self._num_bytes(piece))
         return place
+
+    def _ranges(self, piece: Piece, files: TensorFiles, dtype: str) -> Iterator[tuple[Range, int]]:
+        """Where the bytes of a piece are, each run with its place in the piece."""
+        for number, name in enumerate(piece.hf):
+            whole, done = files.where(self._source.file(name), name), 0
+            for at, num_bytes in piece.runs(number, self._arch, ITEM_BYTES[dtype]):
+                yield whole.part(done, num_bytes), at
+                done += num_bytes
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
         """Metadata, and the HF model's own files."""
@@ -142,30 +154,30 @@ class _Import:
         beside.mkdir(exist_ok=True)
         config = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
         if self._dtype is not None:
-            name = str(self._dtype).removeprefix("torch.")
+            name = TORCH_NAMES[self._dtype]
             config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
         write_config(config, beside)
         copy_beside(self._source.folder, beside)
         _check_written(folder, self._pieces)
 
-    def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> torch.Tensor:
+    def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
         tensor = files.read(self._source.file(name), name, buffer)
-        if tensor.dtype != torch.float8_e4m3fn:
+        if self._source.stored_dtype_name(name) != "F8_E4M3":
             return tensor
         scale = name + SCALE_SUFFIX
         scales = files.read(self._source.file(scale), scale, buffer)
-        return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, torch.bfloat16))
+        return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
 
-    def _final_dtype(self, piece: Piece) -> torch.dtype:
+    def _final_dtype(self, piece: Piece) -> str:
         return self._final_dtype_of(piece.hf[0], piece.key)
 
-    def _final_dtype_of(self, name: str, key: str) -> torch.dtype:
-        stored = self._source.dtype(name)
-        keeps = self._dtype is None or not stored.is_floating_point or key.endswith("router.expert_bias")
+    def _final_dtype_of(self, name: str, key: str) -> str:
+        stored = self._source.dtype_name(name)
+        keeps = self._dtype is None or not is_float(stored) or key.endswith("router.expert_bias")
         return stored if keeps else self._dtype
 
     def _num_bytes(self, piece: Piece) -> int:
-        return torch.Size(piece.shape).numel() * self._final_dtype(piece).itemsize
+        return math.prod(piece.shape) * ITEM_BYTES[self._final_dtype(piece)]
 
     def _stored_at(self, places: TensorFiles, piece: Piece) -> tuple[str, int]:
         path = self._source.file(piece.hf[0])

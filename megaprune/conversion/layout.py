@@ -1,13 +1,17 @@
 """Where each HF tensor lies in a Megatron-Core checkpoint: keys, sizes and offsets, from the families' tables."""
 
+from __future__ import annotations
+
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megaprune.models import Architecture, Family, HFConfig, Shard, WeightRule
-from megaprune.weights.shards import interleave_qkv, split_qkv
+
+if TYPE_CHECKING:
+    import torch
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"^(.+\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
@@ -35,13 +39,28 @@ class Piece:
     shape: tuple[int, ...]
     hf: tuple[str, ...]
 
+    def runs(self, number: int, arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
+        """Where in the chunk the bytes of one of its HF tensors lie, in their order: where each run begins, and its
+        length."""
+        if len(self.hf) == 1:
+            return [(0, math.prod(self.shape) * item_bytes)]
+        row = math.prod(self.shape[1:]) * item_bytes
+        group = self.shape[0] // arch.query_groups
+        widths = (group - 2 * arch.head_dim, arch.head_dim, arch.head_dim)
+        first = sum(widths[:number])
+        return [((of * group + first) * row, widths[number] * row) for of in range(arch.query_groups)]
+
     def join(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
         """The chunk, from its HF tensors."""
+        from megaprune.weights.shards import interleave_qkv
+
         whole = tensors[0] if len(tensors) == 1 else interleave_qkv(tensors, arch.query_groups)
         return whole.reshape(self.shape)
 
     def split(self, chunk: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
         """The HF tensors, of their own shapes but for a leading expert dimension, from the chunk."""
+        from megaprune.weights.shards import split_qkv
+
         return [chunk] if len(self.hf) == 1 else split_qkv(chunk, arch)
 
 

@@ -6,7 +6,7 @@ there are, and what an interrupted conversion has finished need not be done agai
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megaprune.errors import MegapruneError, UsageError
@@ -120,6 +118,19 @@ class _Work:
         return self.folder / part.file
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Loads torch, and has it compute on one thread: the parts are what runs in parallel."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_room(folder: Path, num_bytes: int) -> None:
     """Raises MegapruneError unless the disk of a folder, which may not exist yet, has room."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
@@ -161,15 +172,12 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_thr
     total = sum(part.num_bytes for part in mine)
     done = total - sum(part.num_bytes for part in left)
     settings = dict(unit="B", unit_scale=True, disable=not is_first(), dynamic_ncols=True)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parts are what runs in parallel
     with tqdm(total=total, initial=done, **settings) as bar, ThreadPoolExecutor(num_threads) as pool:
         futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
         try:
             failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
         finally:  # also when the user has had enough
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads_before)
     for future in failed:
         future.result()
 
@@ -192,6 +200,8 @@ def _processes() -> Any:
     if world_size() == 1:
         yield
         return
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         yield

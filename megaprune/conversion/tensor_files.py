@@ -1,21 +1,24 @@
 """Whole tensors to and from safetensors files by plain reads and writes, whose memory does not add up as that of mapped
 files does."""
 
+from __future__ import annotations
+
 import errno
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megaprune.errors import MegapruneError
-from megaprune.weights.source import DTYPE_NAMES, DTYPES
+from megaprune.weights.dtypes import ITEM_BYTES, OF_TORCH, TORCH_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _COPIED_AT_ONCE = 64 * 2**20
 _BLOCK = 2**20  # fits the cache
@@ -30,29 +33,41 @@ class Range:
     start: int
     num_bytes: int
 
+    def part(self, start: int, num_bytes: int) -> Range:
+        """So many of its bytes, behind the first `start`."""
+        return Range(self.file, self.start + start, num_bytes)
+
 
 class Buffer:
     """Memory for the tensors of one item at a time, kept for the next: fresh memory costs as much as the copying."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: Tensor | None = None
         self._used = 0
 
     def clear(self) -> None:
         """Takes back all that was given out."""
         self._used = 0
 
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with a storage of its own size, its numbers undefined."""
-        num_bytes = math.prod(shape) * dtype.itemsize
+    def tensor(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """A tensor with a storage of its own size, its numbers undefined.
+
+        Args:
+            dtype: as safetensors names it.
+        """
+        import torch
+
+        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        torch_dtype = getattr(torch, TORCH_NAMES[dtype])
         start = -(-self._used // 64) * 64
         if not num_bytes:
-            return torch.empty(shape, dtype=dtype)
-        if start + num_bytes > len(self._memory):  # what was given out keeps the old memory alive
+            return torch.empty(shape, dtype=torch_dtype)
+        if self._memory is None or start + num_bytes > len(self._memory):
+            # what was given out keeps the old memory alive
             self._memory, start = torch.empty(num_bytes, dtype=torch.uint8), 0
         self._used = start + num_bytes
         view = memoryview(self._memory.numpy())[start : self._used]
-        return torch.frombuffer(view, dtype=dtype).view(tuple(shape))
+        return torch.frombuffer(view, dtype=torch_dtype).view(tuple(shape))
 
 
 class TensorFiles:
@@ -97,7 +112,7 @@ class TensorFiles:
         """
         begin, _ = self.place(path, name)
         entry = self._header(path)[0][name]
-        tensor = buffer.tensor(entry["shape"], DTYPES[entry["dtype"]])
+        tensor = buffer.tensor(entry["shape"], entry["dtype"])
         if not read_into(self._files[path], begin, tensor):
             raise MegapruneError(f"{path} is truncated: it ends within {name}; fetch it again")
         return tensor
@@ -129,12 +144,13 @@ def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> bool:
 def copy_range(
     source: BinaryIO, start: int, out: BinaryIO, at: int, num_bytes: int, advance: Callable[[int], Any]
 ) -> bool:
-    """Copies bytes from a place in one file to a place in another, within the kernel where it can. False where the
-    source ends before."""
+    """Copies bytes from a place in one file to a place in another, as fast as it can. False where the source ends
+    before."""
+    copy = _copy_in_the_kernel if (start - at) % mmap.PAGESIZE == 0 else _copy_by_blocks
     done = 0
     while done < num_bytes:
         step = min(_COPIED_AT_ONCE, num_bytes - done)
-        count = _copy(source.fileno(), start + done, out.fileno(), at + done, step)
+        count = copy(source.fileno(), start + done, out.fileno(), at + done, step)
         if not count:
             return False
         done += count
@@ -142,33 +158,56 @@ def copy_range(
     return True
 
 
-def _copy(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+def _copy_ranges(ranges: Sequence[Range], out: BinaryIO, at: int, advance: Callable[[int], Any]) -> bool:
+    for found in ranges:
+        if not copy_range(found.file, found.start, out, at, found.num_bytes, advance):
+            return False
+        at += found.num_bytes
+    return True
+
+
+def _copy_in_the_kernel(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+    """Page by page. Where pages of one file straddle those of the other, that takes twice as long as blocks do."""
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source, out, num_bytes, start, at)
         except OSError as error:
             if error.errno not in _CANNOT_COPY_IN_THE_KERNEL:
                 raise
-    block = os.pread(source, min(num_bytes, _BLOCK), start)
-    return os.pwrite(out, block, at) if block else 0
+    return _copy_by_blocks(source, start, out, at, num_bytes)
+
+
+def _copy_by_blocks(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
+    block, done = memoryview(bytearray(min(num_bytes, _BLOCK))), 0
+    while done < num_bytes:
+        count = os.preadv(source, [block[: num_bytes - done]], start + done)
+        if not count:
+            break
+        written = 0
+        while written < count:
+            written += os.pwrite(out, block[written:count], at + done + written)
+        done += count
+    return done
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
+    import torch
+
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_safetensors(
     path: Path,
-    shapes: Mapping[str, tuple[Sequence[int], torch.dtype]],
-    contents: Iterable[Tensor | Range],
+    shapes: Mapping[str, tuple[Sequence[int], str]],
+    contents: Iterable[Tensor | Sequence[Range]],
     advance: Callable[[int], Any] = lambda count: None,
     threads: int = 1,
 ) -> None:
     """Writes a file tensor by tensor.
 
     Args:
-        shapes: shape and dtype of each, in order.
+        shapes: shape of each and dtype, as safetensors names it, in order.
         contents: the tensors in this order, or where their bytes are, made as they are asked for.
         advance: told how many bytes are written.
         threads: that copy ranges while tensors are made.
@@ -179,8 +218,8 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
@@ -190,14 +229,16 @@ def write_safetensors(
         copies: dict[Future, str] = {}
         for content, (name, (shape, dtype)) in zip(contents, shapes.items(), strict=True):
             begin, end = header[name]["data_offsets"]
-            if isinstance(content, Range):
-                if content.num_bytes != end - begin:
-                    raise MegapruneError(f"{name} is {content.num_bytes:,} bytes long, not {end - begin:,}")
-                copy = pool.submit(copy_range, content.file, content.start, file, first + begin, end - begin, advance)
-                copies[copy] = f"{content.file.name} is truncated: it ends within {name}"
+            if isinstance(content, Sequence):
+                num_bytes = sum(found.num_bytes for found in content)
+                if num_bytes != end - begin:
+                    raise MegapruneError(f"{name} is {num_bytes:,} bytes long, not {end - begin:,}")
+                copy = pool.submit(_copy_ranges, content, file, first + begin, advance)
+                copies[copy] = f"{content[0].file.name} is truncated: it ends within {name}"
                 continue
-            if tuple(content.shape) != tuple(shape) or content.dtype != dtype:
-                raise MegapruneError(f"{name} came as {content.dtype} {list(content.shape)}, not {dtype} {list(shape)}")
+            came_as = OF_TORCH[str(content.dtype).removeprefix("torch.")]
+            if tuple(content.shape) != tuple(shape) or came_as != dtype:
+                raise MegapruneError(f"{name} came as {came_as} {list(content.shape)}, not {dtype} {list(shape)}")
             file.seek(first + begin)
             write_all(file, as_bytes(content.contiguous()))
             advance(end - begin)

@@ -74,7 +74,7 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
     weight_map = {}
     for number, (names, _) in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        described = {name: (shapes[name], torch.bfloat16) for name in names}
+        described = {name: (shapes[name], "BF16") for name in names}
         tensors = (noise[: torch.Size(shapes[name]).numel()].view(shapes[name]) for name in names)
         write_safetensors(folder / file, described, tensors)
         weight_map |= dict.fromkeys(names, file)

@@ -1,6 +1,11 @@
 """Block-FP8 weights as DeepSeek-R1 stores them: a float8 matrix and one fp32 scale for each 128 x 128 block of it."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
@@ -29,6 +34,8 @@ def dequantise(
         row: the matrix's row at which the part begins; ``column`` likewise.
         out: where the result goes, [rows, columns] bf16; made anew if not given.
     """
+    import torch
+
     rows, columns = weight.shape
     first_column = column // BLOCK
     by_block = scale[:, first_column : -(-(column + columns) // BLOCK)].float() * _OF_HALF

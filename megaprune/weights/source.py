@@ -1,39 +1,32 @@
 """An HF model folder, read tensor by tensor and slice by slice from mapped safetensors files."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from megaprune.errors import MegapruneError
 from megaprune.models import Family, HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+
 INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
 
 class HFSource:
-    """The weights and the config of an HF folder. Opening it reads headers only.
+    """The weights and the config of an HF folder. Opening it reads headers only, and does not load torch.
 
     Raises:
         MegapruneError: no config, no safetensors, a shard that is missing or truncated, or an index that lies.
@@ -42,6 +35,7 @@ class HFSource:
     def __init__(self, folder: str | Path) -> None:
         self._begin(Path(folder))
         self._files = _tensor_files(self.folder)
+        self._headers: dict[Path, Any] = {}
         self._handles: dict[Path, Any] = {}
         self._stored: dict[Path, set[str]] = {}
         for path in sorted(set(self._files.values())):
@@ -70,27 +64,37 @@ class HFSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape."""
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._described(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype; bf16 for block-FP8 weights, which are dequantised as they are read."""
+        import torch
+
+        return getattr(torch, TORCH_NAMES[self.dtype_name(name)])
+
+    def dtype_name(self, name: str) -> str:
+        """The same as safetensors names it."""
         if self._is_fp8(name):
-            return torch.bfloat16
-        stored = self._slice(name).get_dtype()
-        if stored not in DTYPES:
+            return "BF16"
+        stored = self.stored_dtype_name(name)
+        if stored not in TORCH_NAMES:
             raise MegapruneError(f"{self.folder}: {name} is stored as {stored}, which megaprune does not read")
-        return DTYPES[stored]
+        return stored
+
+    def stored_dtype_name(self, name: str) -> str:
+        """The stored dtype as safetensors names it, of FP8 weights too."""
+        return self._described(name).get_dtype()
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
         if stop is None and start == 0:
-            tensor = self._handles[self.file(name)].get_tensor(name)
+            tensor = self._handle(name).get_tensor(name)
         else:
-            stored = self._slice(name)
+            stored = self._handle(name).get_slice(name)
             tensor = stored[start:stop] if dim == 0 else stored[:, start:stop]
         if not self._is_fp8(name):
             return tensor
-        scale = self._handles[self.file(name + SCALE_SUFFIX)].get_tensor(name + SCALE_SUFFIX)
+        scale = self._handle(name + SCALE_SUFFIX).get_tensor(name + SCALE_SUFFIX)
         return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
 
     @cached_property
@@ -177,7 +181,7 @@ class HFSource:
                 )
 
     def _is_fp8(self, name: str) -> bool:
-        return self._slice(name).get_dtype() == "F8_E4M3"
+        return self.stored_dtype_name(name) == "F8_E4M3"
 
     def _missing_scales(self) -> list[str]:
         return sorted(
@@ -194,14 +198,20 @@ class HFSource:
             raise MegapruneError(f"{self.folder} lacks the tensor {name}: the checkpoint is incomplete")
         return self._files[name]
 
-    def _slice(self, name: str) -> Any:
-        return self._handles[self.file(name)].get_slice(name)
+    def _described(self, name: str) -> Any:
+        return self._headers[self.file(name)].get_slice(name)
+
+    def _handle(self, name: str) -> Any:
+        path = self.file(name)
+        if path not in self._handles:
+            self._handles[path] = _open_safetensors(path, "pt")
+        return self._handles[path]
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
             raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
-        self._handles[path] = _open_safetensors(path)
-        self._stored[path] = set(self._handles[path].keys())
+        self._headers[path] = _open_safetensors(path)
+        self._stored[path] = set(self._headers[path].keys())
 
 
 def renamed(name: str, kept_layers: Sequence[int]) -> str | None:
@@ -254,9 +264,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise MegapruneError(f"{index} is not a safetensors index: fetch it again") from None
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path, framework: str = "np") -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
 

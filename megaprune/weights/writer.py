@@ -1,17 +1,19 @@
 """HF folders, written tensor by tensor, and visible only once they are whole."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
+
+if TYPE_CHECKING:
+    import torch
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -72,6 +74,8 @@ class ShardWriter:
     def close(self) -> list[WrittenShard]:
         """Writes what is pending, and returns every file so far."""
         if self._pending:
+            from safetensors.torch import save_file
+
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
             save_file(self._pending, self.folder / file, metadata={"format": "pt"})
             _apply_umask(self.folder / file)

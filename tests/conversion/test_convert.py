@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,9 @@ from safetensors.torch import save_file
 
 from megaprune.conversion import importing, tensor_files, torch_dist
 from megaprune.conversion.checkpoint_source import CheckpointSource
-from megaprune.conversion.torch_dist import (
-    Chunk,
-    StoredTensor,
-    append_tensor,
-    read_metadata,
-    write_metadata,
-)
+from megaprune.conversion.metadata import read_metadata, write_metadata
+from megaprune.conversion.torch_dist import Chunk, StoredTensor, append_tensor
+from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from megaprune.weights.source import HFSource
 
@@ -180,9 +177,10 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
     with (out / "other.distcp").open("w+b", buffering=0) as file:
         for key, tensor in stored.items():
             name = next(hf for hf, (piece, _) in source._pieces.items() if piece.key == key)
-            whole = torch.empty(tensor.size, dtype=tensor.dtype)
+            dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+            whole = torch.empty(tensor.size, dtype=dtype)
             for chunk in tensor.chunks:
-                part = torch.empty(chunk.shape, dtype=tensor.dtype)
+                part = torch.empty(chunk.shape, dtype=dtype)
                 source._reader.read(chunk, tensor.dtype, part)
                 whole[tuple(slice(a, a + n) for a, n in zip(chunk.offset, chunk.shape, strict=True))] = part
             if "embed" in name or "lm_head" in name:
@@ -195,7 +193,7 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
                 start += part.shape[dim]
                 place = append_tensor(file, part.clone(), "other.distcp")
                 chunks.append(Chunk(tuple(offset), tuple(part.shape), place))
-            tensors[key] = StoredTensor(tuple(whole.shape), whole.dtype, tuple(chunks))
+            tensors[key] = StoredTensor(tuple(whole.shape), tensor.dtype, tuple(chunks))
     write_metadata(out, tensors)
     source, expected = CheckpointSource(out), tiny.read_tensors(model)
     for name in ("model.embed_tokens.weight", KEY, "model.layers.2.self_attn.k_proj.weight"):
@@ -218,11 +216,22 @@ def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
             assert torch.equal(source.read(*part), original.read(*part)), part
 
 
-def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
-    def cannot(*args):
-        raise OSError(errno.EXDEV, "other file system")
+@pytest.mark.parametrize("kernel_can", [True, False])
+@pytest.mark.parametrize("start, at", [(4096 + 8, 8), (9, 5000), (0, 0)], ids=["alike in pages", "not alike", "begin"])
+def test_copied_ranges(start, at, kernel_can, tmp_path, monkeypatch):
+    if not kernel_can:
+        monkeypatch.setattr(tensor_files.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
+    data, length, told = os.urandom(3 * 2**20), 2**21 + 77, []
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("w+b") as out:
+        assert tensor_files.copy_range(source, start, out, at, length, told.append)
+        assert not tensor_files.copy_range(source, start, out, at, len(data) + 1, told.append)
+    whole = (tmp_path / "out").read_bytes()
+    assert whole == bytes(at) + data[start:] and sum(told) == length + len(data) - start
 
-    monkeypatch.setattr(tensor_files.os, "copy_file_range", cannot)
+
+def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
     done("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "m")
     done("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
     assert_same_model(tmp_path / "hf", models("qwen3"))
