@@ -94,6 +94,9 @@ class SearchConfig:
     )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
+    criterion: Literal["perplexity", "taylor"] = flag(
+        "with shortened: the loss without each layer, or its first-order estimate from one backward pass", "perplexity"
+    )
     selection_budget: int | None = flag(
         "with auto: tokens of its forward passes (default: what a search of a tenth of --train-iters costs, whose "
         "backward pass counts as two)"
@@ -420,6 +423,8 @@ def _check_iterations(config: Config) -> None:
             raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
         if not 1 <= config.search_iters <= train_iters:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
+    elif config.search.criterion != "perplexity" and config.prune.method != "shortened":
+        raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
     elif config.search.selection_budget and config.prune.method != "auto":
         raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
     elif config.prune.method == "clp" and config.search.search_iters is not None and config.search.search_iters < 1:

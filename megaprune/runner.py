@@ -175,8 +175,9 @@ class PruningRun:
         if config.prune.method != "auto":
             scale, seed = config.search.mask_init_scale, config.recovery.seed
             judge = self._judge(model, config.data.calibration_samples)
+            steps, criterion = config.gradient_steps, config.search.criterion
             return choose_layers(
-                config.prune.method, judge, setup.budget, setup.protected, scale, seed, config.gradient_steps
+                config.prune.method, judge, setup.budget, setup.protected, scale, seed, steps, criterion
             )
         tokens, count = self._auto_budget()
         held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)

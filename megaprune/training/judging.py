@@ -7,9 +7,11 @@ from functools import lru_cache
 
 import torch
 
-from megaprune.distillation.losses import VocabShard
+from megaprune import device
+from megaprune.distillation.losses import VocabShard, cross_entropy
 from megaprune.errors import MegapruneError
 from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.taylor import taylor_importance
 from megaprune.selection.budget import Budget
 from megaprune.training.data import Batch
 from megaprune.training.scoring import (
@@ -105,6 +107,19 @@ class Judge:
     def tokens_of(self, layers: int) -> int:
         """What running so many layers on all windows is booked as."""
         return math.ceil(layers / self._budget.num_layers * self._tokens_of_a_pass(1.0))
+
+    def taylor_importance(self) -> torch.Tensor:
+        """What the loss would change by without each layer, to first order, [num_layers]; by what the layers cost."""
+        batches = self._taken(1.0)
+        found = taylor_importance(
+            self._model,
+            batches,
+            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
+            lambda logits, number: cross_entropy(logits, batches[number].labels.t().to(logits.device), self._shard),
+            self._budget.num_layers,
+        )
+        self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)
+        return found / torch.tensor(self._budget.costs)
 
     def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
         """LinearPatch's scale across the one cut that these kept layers leave, [hidden_size]."""

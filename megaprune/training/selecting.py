@@ -42,12 +42,14 @@ def choose_layers(
     scale: float = 1.0,
     seed: int = 0,
     steps: int = 60,
+    criterion: str = "perplexity",
 ) -> Choice:
     """The layers that a method keeps.
 
     Args:
         scale: of the scores of `kl-init`, as the search would start from them.
         steps: of gradient, for `clp`.
+        criterion: of `shortened`.
 
     Raises:
         UsageError: the method can't choose within this budget.
@@ -59,7 +61,7 @@ def choose_layers(
         scores = judge.block_influence()
         return Choice(top_layers(scores, budget, protected), scores.tolist(), tokens=judge.tokens)
     if method == "shortened":
-        return _shortened(judge, budget, protected)
+        return _shortened(judge, budget, protected, criterion)
     if method == "sleb":
         kept = greedy_layers(budget, protected, lambda sets: judge.losses(sets, "ce"))
         return Choice(kept, tokens=judge.tokens)
@@ -117,7 +119,7 @@ def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) ->
     return Choice(kept, tokens=judge.tokens)
 
 
-def _shortened(judge: Judge, budget: Budget, protected: frozenset[int]) -> Choice:
+def _shortened(judge: Judge, budget: Budget, protected: frozenset[int], criterion: str) -> Choice:
     first, last = _SHORTENED_KEEPS
     keeps = protected | set(range(first)) | set(range(budget.num_layers - last, budget.num_layers))
     room = sum(budget.costs[layer] for layer in keeps)
@@ -126,5 +128,8 @@ def _shortened(judge: Judge, budget: Budget, protected: frozenset[int]) -> Choic
             f"--method shortened keeps the first {first} layers and the last {last}, which is more than stays: prune "
             "less, or choose another method"
         )
-    scores = judge.without_each(keeps, "ce") / torch.tensor(budget.costs)
+    if criterion == "taylor":
+        scores = judge.taylor_importance()
+    else:
+        scores = judge.without_each(keeps, "ce") / torch.tensor(budget.costs)
     return Choice(top_layers(scores, budget, keeps), scores.tolist(), tokens=judge.tokens)

@@ -22,6 +22,8 @@ from megaprune.mcore.weights_io import (
     import_weights,
 )
 from megaprune.models.sizes import layer_costs, output_cost
+from megaprune.selection.budget import Budget
+from megaprune.training.judging import Judge
 from megaprune.training.signals import StopRequest
 from megaprune.training.step import Objective, search_step
 from megaprune.weights.source import HFSource
@@ -79,17 +81,22 @@ def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -
 
 def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     """One step of search on a fixed mask, each replica with its share of four uneven windows: to ``out``, its loss and
-    its gradients' norm and of the mask."""
+    its gradients' norm and of the mask; and the layers' Taylor importance before it."""
     sizes, source = ParallelSizes(**sizes), HFSource(hf_model)
     arch, engine = source.family.architecture(source.config), EngineOptions(sizes)
     gate, selector = LayerGate(), tiny.FixedMask()
     parallel.initialize(sizes)
     built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
     import_weights(built, source)
-    trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
     batches = tiny.uneven_batches([1, 1, 1, 1])[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    judge = Judge(
+        built, gate, lambda *_: batches, len(batches), Budget.of_layers(arch.num_layers, 4), vocab_shard(arch)
+    )
+    taylor = judge.taylor_importance()
+    trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
     result = search_step(trainer, batches, Objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
-    torch.save({"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad}, f"{out}.{parallel.rank()}")
+    found = {"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad, "taylor": taylor}
+    torch.save(found, f"{out}.{parallel.rank()}")
     parallel.finish()
 
 

@@ -168,6 +168,25 @@ def test_shortened_keeps_the_first_four_and_the_last_two(gated):
         choose_layers("shortened", judge_of(gated), THREE, PROTECTED, 1.0, 0)
 
 
+def test_taylor_importance_is_that_of_autograd(gated, tiny_model):
+    model = tiny.load_hf(tiny_model("qwen3_tied")).train()
+    total = sum(batch.loss_mask.sum() for batch in BATCHES)
+    for batch in BATCHES:
+        logits = model(batch.tokens, use_cache=False).logits.transpose(1, 2)
+        losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        ((losses * batch.loss_mask).sum() / total).backward()
+    expected = torch.stack(
+        [sum((p * p.grad).abs().sum() for p in layer.parameters()).detach() for layer in model.model.layers]
+    )
+    judge = judge_of(gated)
+    torch.testing.assert_close(judge.taylor_importance(), expected, rtol=1e-4, atol=0)
+    # and leaves nothing behind
+    assert all(p.grad is None and not hasattr(p, "main_grad") for p in gated[0].parameters())
+    torch.testing.assert_close(judge.taylor_importance(), expected, rtol=1e-4, atol=0)
+    choice = choose_layers("shortened", judge, Budget.of_layers(7, 6), PROTECTED, criterion="taylor")
+    assert choice.kept_layers == [0, 1, 2, 3, 5, 6]
+
+
 def test_no_segment_is_refused(gated):
     with pytest.raises(UsageError, match="no contiguous segment"):
         choose_layers("exhaustive", judge_of(gated), THREE, frozenset({0, 2, 4, 6}), 1.0, 0)
