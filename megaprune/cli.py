@@ -15,6 +15,7 @@ from megaprune.errors import MegapruneError, UsageError
 
 VERBS = {
     "prune": "prune and heal a model",
+    "cache-teacher": "a teacher's logits for all training data, to learn from without it",
     "convert": "HF safetensors to a Megatron-Core checkpoint and back",
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "compare": "several methods on one model, at equal budgets",
@@ -42,7 +43,7 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
-        run = getattr(importlib.import_module("megaprune.verbs"), verb)
+        run = getattr(importlib.import_module("megaprune.verbs"), verb.replace("-", "_"))
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
@@ -54,7 +55,7 @@ def _usage(words: Sequence[str]) -> NoReturn:
         _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     print("usage: megaprune <verb> [flags]\n")
     for verb, description in VERBS.items():
-        print(f"  {verb:<12}{description}")
+        print(f"  {verb:<15}{description}")
     print("\nmegaprune <verb> --help shows the flags of a verb.")
     sys.exit(0)
 

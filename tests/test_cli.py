@@ -44,9 +44,9 @@ def verb_that_raises(error):
 
 
 def test_verbs_have_a_function_and_a_tool():
-    tools = {path.stem for path in ROOT.glob("tools/*.py")}
+    tools = {path.stem.replace("_", "-") for path in ROOT.glob("tools/*.py")}
     assert set(cli.VERBS) == tools
-    assert all(callable(getattr(verbs, verb)) for verb in cli.VERBS)
+    assert all(callable(getattr(verbs, verb.replace("-", "_"))) for verb in cli.VERBS)
 
 
 def test_prune_help_lists_every_flag_in_its_group(main):

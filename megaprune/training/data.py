@@ -162,15 +162,37 @@ def train_batches(
     The iteration's global batch is the same set at every layout; micro-batch m of rank r holds its samples
     (m * dp_size + r) * micro_batch_size and the following. Raises UsageError where the sizes do not divide.
     """
+    rows = train_ids(
+        len(dataset),
+        iteration=iteration,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=seed,
+    )
+    return [_batch(dataset, row) for row in rows]
+
+
+def train_ids(
+    num_windows: int,
+    *,
+    iteration: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """The windows of each of the micro-batches that `train_batches` gives."""
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
         raise UsageError(
             f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
             f"{micro_batch_size} times the data-parallel size {dp_size}: change one of them"
         )
-    ids = sample_order(len(dataset), seed, iteration * global_batch_size, global_batch_size)
-    rows = ids.reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
-    return [_batch(dataset, row.tolist()) for row in rows]
+    ids = sample_order(num_windows, seed, iteration * global_batch_size, global_batch_size)
+    return ids.reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist()
 
 
 def eval_batches(

@@ -8,6 +8,8 @@ from typing import Any
 from megaprune import device
 from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
 from megaprune.conversion.checkpoint_source import CheckpointSource
+from megaprune.distillation.cache_format import CacheKey
+from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
@@ -20,8 +22,18 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
-from megaprune.training.data import Batch, PackedDataset, batches_for, calibration_ids, eval_batches, prepare_dataset
+from megaprune.training.data import (
+    Batch,
+    PackedDataset,
+    batches_for,
+    calibration_ids,
+    eval_batches,
+    prepare_dataset,
+    train_ids,
+)
+from megaprune.training.data_cache import tokenizer_fingerprint
 from megaprune.training.run_dir import RunDir
+from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
@@ -74,6 +86,7 @@ class Data:
     config: Config
     train: PackedDataset | None
     valid: PackedDataset | None
+    teacher_cache: TeacherCache | None = None
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
         """This replica's share of `count` calibration windows, behind the first `skip`."""
@@ -87,6 +100,14 @@ class Data:
     def valid_batches(self) -> list[Batch]:
         """This replica's share of the validation windows; each token counts once."""
         return list(eval_batches(self.valid, **self._dealt())) if self.valid else []
+
+    def read_ahead(self, iteration: int, global_batch_size: int) -> None:
+        """Begins to read what the teacher said of this replica's share of an iteration to come, if that is cached."""
+        if self.teacher_cache is not None and parallel.is_last_stage():
+            recovery, dealt = self.config.recovery, self._dealt()
+            if iteration < recovery.train_iters:
+                sizes = dict(iteration=iteration, global_batch_size=global_batch_size, seed=recovery.seed)
+                self.teacher_cache.prefetch([id for row in train_ids(len(self.train), **sizes, **dealt) for id in row])
 
     def _dealt(self) -> dict[str, int]:
         return dict(
@@ -113,11 +134,7 @@ def prepare(config: Config) -> Setup:
     check_parallel_sizes(arch, sizes, parallel.world_size())
     transformer_engine = _uses_transformer_engine(config)
     check_sequence(config, arch, sizes)
-    if config.distillation.distill_top_k > arch.vocab_size:
-        raise UsageError(
-            f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
-            "vocabulary"
-        )
+    check_top_k(config, arch)
     manual, protected, budget = layers_in_question(config, source.config)
     setup = Setup(
         config=config,
@@ -180,6 +197,8 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
     """
     config = setup.config
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
+    cached = config.distillation.teacher == "cached"
+    model = fingerprint_of(setup.source) if cached else ""
 
     def load() -> Data:
         common = dict(
@@ -195,7 +214,15 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
                 calibration_ids(len(train), config.data.calibration_samples, config.recovery.seed)
         if config.data.valid_data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
-        return Data(config, train, valid)
+        if not cached:
+            return Data(config, train, valid)
+        wanted = cache_key(model, tokenizer, train, setup.arch)
+        teacher_cache = TeacherCache(
+            Path(config.distillation.teacher_logits), wanted, config.distillation.distill_top_k
+        )
+        if parallel.rank() == 0:
+            teacher_cache.check_shards()
+        return Data(config, train, valid, teacher_cache)
 
     return parallel.on_first_rank(load) or load()
 
@@ -206,15 +233,47 @@ def load_tokenizer(setup: Setup) -> Any:
     Raises:
         MegapruneError: the folder holds none that transformers can load.
     """
+    return tokenizer_in(setup.source.folder, setup.config.model.trust_remote_code)
+
+
+def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of an HF folder. Raises as `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            setup.source.folder, trust_remote_code=setup.config.model.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"{setup.source.folder} holds no tokenizer that can be loaded: {reason}") from None
+        raise MegapruneError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
+
+
+def fingerprint_of(source: HFSource) -> str:
+    """The model's fingerprint; each rank reads its share of the tensors. Collective."""
+    names, error, digests = fingerprinted_tensors(source), None, {}
+    share = -(-len(names) // parallel.world_size())  # neighbours together: they may lie in one fused tensor
+    try:
+        digests = tensor_digests(source, names[parallel.rank() * share :][:share])
+    except MegapruneError as met:
+        error = met
+    parallel.raise_together(error)
+    parts = parallel.from_all_ranks(digests)
+    return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
+
+
+def cache_key(model: str, tokenizer: Any, data: PackedDataset, arch: Architecture) -> CacheKey:
+    """What a teacher's targets on these data follow from.
+
+    Args:
+        model: `fingerprint_of` the teacher.
+    """
+    return CacheKey(
+        model=model,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        data=data.fingerprint,
+        seq_length=data.seq_length,
+        windows=len(data),
+        vocab_size=arch.vocab_size,
+    )
 
 
 def _uses_transformer_engine(config: Config) -> bool:
@@ -306,6 +365,19 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
             f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
         )
     return size
+
+
+def check_top_k(config: Config, arch: Architecture) -> None:
+    """Checks that the vocabulary has as many tokens as the teacher is to name.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    if config.distillation.distill_top_k > arch.vocab_size:
+        raise UsageError(
+            f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
+            "vocabulary"
+        )
 
 
 def lora_options(config: Config, family: Family, arch: Architecture) -> LoRAOptions | None:
