@@ -168,10 +168,96 @@ def convert_table(result: Result) -> str:
     return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
 
 
+@dataclass
+class TeacherCacheConfig:
+    """The flags of `benchmark teacher-cache`: a trained model, some text, and how often to pass over it."""
+
+    hf_model: str | None = _flag("HF model: a folder with safetensors, or a hub id")
+    data: list[str] = field(default_factory=list, metadata={"help": "text, as --train-data of prune.py"})
+    seq_length: int = _flag("tokens in a window", 256)
+    micro_batch_size: int = _flag("windows in a forward pass", 4)
+    windows: int = _flag("windows of a round", 64)
+    repeats: int = _flag("rounds that are measured", 5)
+    bf16: bool = _flag("run the model in bf16 (default: fp32)", False)
+    output: str | None = _flag("write the results to this JSON file")
+
+
+def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark teacher-cache``: caching by a forward pass alone, reading, and what 16 bits lose.
+
+    Raises:
+        MegapruneError: the model or the data can't be used.
+        UsageError: flags out of range.
+    """
+    config = _parse(TeacherCacheConfig, argv, "teacher-cache", "What caching a teacher costs, and what it loses.")
+    for name in ("seq_length", "micro_batch_size", "windows", "repeats"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than 1")
+    if not (config.hf_model and config.data):
+        raise UsageError("--hf-model and --data are required: a trained model, and text that it knows")
+    if config.output and Path(config.output).is_dir():
+        raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")
+    import tempfile
+
+    from megaprune import device
+    from megaprune.evaluation.cache_speed import measure_caching
+    from megaprune.mcore import parallel
+    from megaprune.mcore.builder import EngineOptions
+    from megaprune.training.data import prepare_dataset
+    from megaprune.training.setup import tokenizer_in
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource
+
+    source, sizes = HFSource(resolve_hf_model(config.hf_model)), parallel.ParallelSizes()
+    source.check_tensors()
+    if parallel.world_size() > 1:
+        raise UsageError("teacher-cache is for one process: start it without torchrun")
+    parallel.initialize(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_in(source.folder, False)
+        dataset = prepare_dataset(
+            config.data, tokenizer, seq_length=config.seq_length, cache_dir=Path(folder), flag="--data"
+        )
+        windows = min(config.windows, len(dataset))
+        engine = EngineOptions(sizes, device.use_transformer_engine("auto"), config.bf16, seq_length=config.seq_length)
+        measured = measure_caching(source, dataset, engine, windows, config.micro_batch_size, config.repeats)
+    result = {
+        "benchmark": "teacher-cache",
+        "settings": asdict(config),
+        "environment": _environment(device.NAME, 1),
+        **measured,
+    }
+    print(teacher_cache_table(result), flush=True)
+    _write(config.output, result)
+    parallel.finish()
+    parallel.leave()
+    return result
+
+
+def teacher_cache_table(result: Result) -> str:
+    """The measured cases and encodings, for the terminal."""
+    cases = result["cases"]
+    rows = [("", "tokens/s", "by the forward pass")] + [
+        (
+            record["case"],
+            f"{record['tokens_per_second']:,.0f}",
+            f"{record['tokens_per_second'] / cases[0]['tokens_per_second']:.3f}",
+        )
+        for record in cases
+    ]
+    errors = [("error of the loss, nats", "student", "a token at most", "of the mean")] + [
+        (record["encoding"], record["student"], f"{record['largest']:.1e}", f"{record['of_the_mean']:.1e}")
+        for record in result["encodings"]
+    ]
+    head = f"{result['tokens']:,} tokens, {result['bytes_per_token']:.2f} bytes each; medians of the rounds"
+    return "\n".join([head, *_aligned(rows), "", *_aligned(errors)])
+
+
 # Each measures, prints a table, writes --output and returns what it wrote.
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
     "train-step": train_step_benchmark,
     "convert": convert_benchmark,
+    "teacher-cache": teacher_cache_benchmark,
 }
 
 

@@ -20,6 +20,15 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """Fewer windows than other tests take."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.make_data(folder / "train.jsonl", rows=40, seed=1)
+    tiny.make_data(folder / "valid.jsonl", rows=2, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def alone(tiny_model, tiny_data, tmp_path_factory):
     """The caches that one process makes, by family."""
     folder = tmp_path_factory.mktemp("alone")

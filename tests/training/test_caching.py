@@ -40,6 +40,15 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """Fewer windows than other tests take."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.make_data(folder / "train.jsonl", rows=40, seed=1)
+    tiny.make_data(folder / "valid.jsonl", rows=8, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def cached(model, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached") / "cache"
     assert cache(model, tiny_data, folder) == (0, None)
@@ -179,7 +188,7 @@ def others(model, tiny_data, tmp_path_factory):
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"].pop()
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    tiny.make_data(folder / "data.jsonl", rows=150, seed=3)
+    tiny.make_data(folder / "data.jsonl", rows=40, seed=3)
     return folder
 
 
