@@ -1,9 +1,10 @@
 """What caching a teacher costs beside its forward pass, how fast a cache is read, and what its 16 bits lose."""
 
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, distillation_loss, teacher_targets
-from megaprune.evaluation.measuring import interleaved
+from megaprune.evaluation.measuring import interleaved, median_ratio
 from megaprune.mcore import passes
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
 from megaprune.mcore.weights_io import import_weights
-from megaprune.training.data import PackedDataset, eval_batches
+from megaprune.training.data import PADDING_ID, PackedDataset, batches_for, eval_batches
 from megaprune.weights.source import HFSource
 
 FORWARD, TARGETS, CACHING, READING = "forward pass", "and top k", "and written", "read"
@@ -50,11 +51,21 @@ def measure_caching(
         device.synchronize()
         return time.perf_counter() - start
 
+    def keep(some: range, add: Callable[[Sequence[int], TeacherTargets], None]) -> None:
+        own = list(batches_for(dataset, some, micro_batch_size=micro_batch_size, dp_rank=0, dp_size=1))
+
+        def collect(logits: Tensor, number: int) -> None:
+            ids = [window for window in own[number].sample_ids if window != PADDING_ID]
+            found = teacher_targets(logits, plan.top_k, shard)
+            add(ids, TeacherTargets(*(column[:, : len(ids)].cpu() for column in found.__dict__.values())))
+
+        passes.forward(teacher, own, collect)
+
     with tempfile.TemporaryDirectory() as folder:
         cases = {
             FORWARD: lambda: forward(lambda logits, number: None),
             TARGETS: lambda: forward(lambda logits, number: teacher_targets(logits, plan.top_k, shard)),
-            CACHING: lambda: _cache(Path(folder), plan, forward, shard),
+            CACHING: lambda: _cache(Path(folder), plan, keep),
             READING: lambda: _read(Path(folder) / "cache", plan, micro_batch_size),
         }
         cases[CACHING]()  # what is read
@@ -63,32 +74,30 @@ def measure_caching(
     return {
         "bytes_per_token": plan.num_bytes / tokens,
         "tokens": tokens,
-        "cases": [{"case": case, "tokens_per_second": tokens / statistics.median(samples[case])} for case in cases],
+        "cases": [
+            {
+                "case": case,
+                "tokens_per_second": tokens / statistics.median(seconds),
+                "ratio": median_ratio(seconds, samples[FORWARD]),
+            }
+            for case, seconds in samples.items()
+        ],
         "encodings": _encodings(teacher, batches, plan, shard),
     }
 
 
-def _cache(folder: Path, plan: CachePlan, forward: Callable[..., float], shard: VocabShard) -> float:
-    """Seconds of a pass whose targets are written."""
-    start, found = time.perf_counter(), []
-    forward(lambda logits, number: found.append(teacher_targets(logits, plan.top_k, shard)))
-    columns = zip(*(targets.__dict__.values() for targets in found), strict=True)
-    whole = TeacherTargets(*(torch.cat(column, dim=1).cpu() for column in columns))
-    work = folder / "work"
+def _cache(folder: Path, plan: CachePlan, keep: Callable[..., None]) -> float:
+    """Seconds of a pass whose targets are written, shard by shard."""
+    work, final = folder / "work", folder / "cache"
+    shutil.rmtree(final, ignore_errors=True)
     work.mkdir()
     cache_writer.begin(work, plan)
+    start = time.perf_counter()
     for number in range(plan.num_shards):
-        windows = plan.windows_of(number)
         with cache_writer.ShardFile(work, plan, number) as file:
-            some = (column[:, windows.start : windows.stop] for column in whole.__dict__.values())
-            file.add(windows, TeacherTargets(*some))
+            keep(plan.windows_of(number), file.add)
             file.close()
     seconds = time.perf_counter() - start
-    final = folder / "cache"
-    for old in final.iterdir() if final.exists() else ():
-        old.unlink()
-    if final.exists():
-        final.rmdir()
     cache_writer.finish(work, final, plan)
     return seconds
 
