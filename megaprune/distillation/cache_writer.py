@@ -110,8 +110,6 @@ class ShardFile:
                 written.result()
             assert next(self._left, None) is None, "a shard was closed before it was full"
             self._file.write(np.asarray(self._checksums, "<u4").tobytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._aside, self._path)
         except OSError as error:
