@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.launcher import rank
 
 VERBS = {
     "prune": "prune and heal a model",
@@ -61,7 +62,7 @@ def _usage(words: Sequence[str]) -> NoReturn:
 
 
 def _fail(status: int, line: str) -> NoReturn:
-    if os.environ.get("RANK", "0") != "0":
+    if rank() != 0:
         # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost. It ends them by
         # SIGTERM, which a run takes as a request to stop at the next iteration.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

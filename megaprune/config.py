@@ -87,10 +87,14 @@ class SearchConfig:
     mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02)
     mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 16.0)
     mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
+    search_weights: Literal["trained", "frozen"] = flag(
+        "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
+    )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
     selection_budget: int | None = flag(
-        "with auto: tokens of its forward passes (default: as many as a search of a tenth of --train-iters sees)"
+        "with auto: tokens of its forward passes (default: what a search of a tenth of --train-iters costs, whose "
+        "backward pass counts as two)"
     )
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
 
@@ -241,7 +245,12 @@ class Config:
     @property
     def gradient_steps(self) -> int:
         """Steps of a search that trains no weights."""
-        return self.search.search_iters or max(30, round((self.recovery.train_iters or 0) / 10))
+        return self.search.search_iters or max(30, self.tenth_of_training)
+
+    @property
+    def tenth_of_training(self) -> int:
+        """Iterations of search where the user names none (E3-Pruner)."""
+        return max(1, round((self.recovery.train_iters or 0) / 10))
 
     @property
     def search_iters(self) -> int:
@@ -249,7 +258,7 @@ class Config:
         if self.prune.method not in SEARCHES:
             return 0
         chosen = self.search.search_iters
-        return max(1, round(self.recovery.train_iters / 10)) if chosen is None else chosen
+        return self.tenth_of_training if chosen is None else chosen
 
 
 def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:

@@ -68,6 +68,20 @@ def parse_groups(
     return parsed
 
 
+def read_yaml(path: Path) -> Any:
+    """What the file of ``--config`` holds.
+
+    Raises:
+        UsageError: there is none, or it is no YAML.
+    """
+    if not path.is_file():
+        raise UsageError(f"--config {path} does not exist")
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _recipe_path(argv: Sequence[str]) -> str | None:
     for position, word in enumerate(argv):
         if word == "--config":
@@ -83,12 +97,7 @@ def _recipe_arguments(
     path: Path, parser: Parser, argv: Sequence[str], alternatives: Sequence[Collection[str]]
 ) -> list[str]:
     """The recipe as arguments, so that it is checked and converted like the command line that overrides it."""
-    if not path.is_file():
-        raise UsageError(f"--config {path} does not exist")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path} must map flags to values")
     takes_many = {action.dest: action.nargs == "+" for action in parser._actions}

@@ -22,20 +22,14 @@ from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers
+from megaprune.training.automatic import HELD_OUT_WINDOWS, choose_automatically, num_windows
 from megaprune.training.data import Batch, train_batches
+from megaprune.training.judging import Judge
 from megaprune.training.metrics import MetricsLogger, read_metrics
 from megaprune.training.models import Models
 from megaprune.training.progress import Progress
 from megaprune.training.scoring import mean_loss
-from megaprune.training.selecting import (
-    HELD_OUT_WINDOWS,
-    Choice,
-    Judge,
-    auto_passes,
-    choose_automatically,
-    choose_layers,
-    make_selector,
-)
+from megaprune.training.selecting import Choice, choose_layers, make_selector
 from megaprune.training.setup import Data, Setup, describe, load_tokenizer, prepare, prepare_data
 from megaprune.training.signals import StopRequest
 from megaprune.training.step import Objective, StepResult, search_step, train_step
@@ -176,26 +170,25 @@ class PruningRun:
             return choose_layers(
                 config.prune.method, judge, setup.budget, setup.protected, scale, seed, config.gradient_steps
             )
-        count = self._auto_windows()
+        tokens, count = self._auto_budget()
         held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)
-        return choose_automatically(self._judge(model, count), held_out, setup.budget, setup.protected)
+        judge, seed = self._judge(model, count), config.recovery.seed
+        return choose_automatically(judge, held_out, setup.budget, setup.protected, tokens, seed)
 
-    def _auto_windows(self) -> int:
-        """How many calibration windows each pass of `auto` sees, within its budget of tokens.
+    def _auto_budget(self) -> tuple[int, int]:
+        """The tokens that `auto` may spend, and how many calibration windows each of its passes sees for them.
 
         Raises:
             UsageError: the budget is too small.
         """
         config, asked = self.config, self.config.search.selection_budget
-        passes, seq_length = auto_passes(self.setup.budget, self.setup.protected), config.data.seq_length
-        search_iters = max(1, round(config.recovery.train_iters / 10))
-        count = (asked or search_iters * self.setup.tokens_per_iteration) // (passes * seq_length)
-        if asked and not count:
-            raise UsageError(
-                f"--selection-budget {asked} is too little: {passes} passes over a window take {passes * seq_length}"
-            )
+        # A search's iteration is a forward and a backward pass, which costs two.
+        tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
+        count = num_windows(
+            self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked=asked is not None
+        )
         most = min(config.data.calibration_samples, self.data.num_train_windows // (1 + HELD_OUT_WINDOWS))
-        return max(1, min(count, most))
+        return tokens, max(1, min(count, most))
 
     def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
         def windows(count: int, behind: int) -> Sequence[Batch]:
@@ -217,7 +210,15 @@ class PruningRun:
         objective = self._objective(teacher)
         for iteration in range(self.progress.iteration, config.search_iters):
             start = time.perf_counter()
-            result = search_step(student, self._batches(iteration), objective, iteration, selector, self.models.gate)
+            result = search_step(
+                student,
+                self._batches(iteration),
+                objective,
+                iteration,
+                selector,
+                self.models.gate,
+                train_weights=config.search.search_weights == "trained",
+            )
             self.progress.selector = selector.state_dict()
             self.progress.scores = selector.scores.tolist()
             extra = {"temperature": selector.temperature(iteration), "scores": self.progress.scores}

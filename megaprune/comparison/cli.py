@@ -30,8 +30,8 @@ def run(argv: Sequence[str]) -> None:
             raise UsageError(f"--{name} is required")
     from megaprune.comparison.plan import read_comparison
 
-    runs = read_comparison(Path(settings.config), Path(settings.save))
+    comparison = read_comparison(Path(settings.config), Path(settings.save))
     # Imported here, so that a wrong file does not wait for megatron.
     from megaprune.comparison.compare import compare
 
-    compare(runs, Path(settings.save))
+    compare(comparison, Path(settings.save))

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megaprune.comparison.plan import PlannedRun
+from megaprune.comparison.plan import Comparison, PlannedRun
+from megaprune.comparison.ranking import Ranking, rank_all_masks
 from megaprune.comparison.table import rows_of, write_tables
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel
@@ -18,13 +18,14 @@ from megaprune.training.metrics import read_metrics
 _EVALUATION = "evaluation.json"
 
 
-def compare(runs: Sequence[PlannedRun], save: Path) -> None:
-    """Makes the runs one after the other, each resumable, then `table.csv`, `table.md` and two plots in `save`.
+def compare(comparison: Comparison, save: Path) -> None:
+    """Makes the runs one after the other, each resumable, then `table.csv`, `table.md` and plots in `save`.
     Collective.
 
     Raises:
         MegapruneError: a run was refused; those before it are kept.
     """
+    runs = comparison.runs
     for number, planned in enumerate(runs, start=1):
         if parallel.rank() == 0:
             print(f"\n[{number}/{len(runs)}] {planned.folder.name}", flush=True)
@@ -32,21 +33,46 @@ def compare(runs: Sequence[PlannedRun], save: Path) -> None:
             run(planned.config, "compare.py")
         except MegapruneError as error:
             raise type(error)(f"{planned.folder.name}: {error}") from error
+    rankings = _rankings(comparison, save)
     if parallel.rank() == 0:
-        results = [_result(planned) for planned in runs]
+        results = [_result(planned) | _rank(planned, rankings) for planned in runs]
         rows = rows_of(results)
         write_tables(rows, save)
-        plot_comparison(rows, save / "quality.png")
-        plot_recovery({result["name"]: read_metrics(result["folder"]) for result in results}, save / "recovery.png")
+        for model in dict.fromkeys(planned.model for planned in runs):
+            ending = f"-{model}.png" if model else ".png"
+            plot_comparison([row for row in rows if row["model"] == model], save / f"quality{ending}")
+            records = {r["name"]: read_metrics(r["folder"]) for r in results if r["model"] == model}
+            plot_recovery(records, save / f"recovery{ending}")
         print((save / "table.md").read_text(), flush=True)
         print(f"written to {save}", flush=True)
     parallel.leave()
 
 
+def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int | float], Ranking]:
+    """Of each model and size, where the file asks for it. Measured once, and then read."""
+    found: dict[tuple[str, int | float], Ranking] = {}
+    for planned in comparison.runs if comparison.rank_windows else []:
+        key = (planned.model, planned.size)
+        if key not in found:
+            path = save / "-".join(filter(None, ["masks", planned.model, f"{planned.size}.json"]))
+            if parallel.rank() == 0 and not path.is_file():
+                print(f"measuring all masks for {path}", flush=True)
+            found[key] = rank_all_masks(planned.config, comparison.rank_windows, path)
+    return found
+
+
+def _rank(planned: PlannedRun, rankings: dict[tuple[str, int | float], Ranking]) -> dict[str, float]:
+    ranking = rankings.get((planned.model, planned.size))
+    if ranking is None:
+        return {"mask_kl": math.nan, "percentile": math.nan}
+    kept = json.loads((planned.folder / "report.json").read_text())["kept_layers"]
+    return {"mask_kl": ranking.kl_of.get(tuple(kept), math.nan), "percentile": ranking.percentile(kept)}
+
+
 def _result(planned: PlannedRun) -> dict[str, Any]:
     report = json.loads((planned.folder / "report.json").read_text())
-    measured = _evaluation(planned)
-    return report | measured | {"label": planned.label, "name": planned.folder.name, "folder": planned.folder}
+    named = {"label": planned.label, "name": planned.folder.name, "folder": planned.folder}
+    return report | _evaluation(planned) | named | {"model": planned.model, "size": planned.size}
 
 
 def _evaluation(planned: PlannedRun) -> dict[str, float]:

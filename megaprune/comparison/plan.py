@@ -1,16 +1,16 @@
-"""What is compared: one run for each method, size and seed, all with the same other flags."""
+"""What is compared: one run for each model, method, size and seed, all with the same other flags."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megaprune.config import WHAT_TO_PRUNE, Config, parse_config
 from megaprune.errors import UsageError
+from megaprune.flags import read_yaml
 
-_KEYS = ("run", "methods", "seeds", *WHAT_TO_PRUNE)
+_KEYS = ("run", "models", "methods", "seeds", "rank_windows", *WHAT_TO_PRUNE)
 
 
 @dataclass(frozen=True)
@@ -18,30 +18,36 @@ class PlannedRun:
     """One run of a comparison."""
 
     label: str
-    seed: int
+    size: int | float
     config: Config
+    model: str = ""
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run.save)
 
 
-def read_comparison(path: Path, save: Path) -> list[PlannedRun]:
+@dataclass(frozen=True)
+class Comparison:
+    """The runs, and on how many validation windows their masks are ranked among all masks (0: not)."""
+
+    runs: list[PlannedRun]
+    rank_windows: int = 0
+
+
+def read_comparison(path: Path, save: Path) -> Comparison:
     """The runs that a YAML file asks for, each checked like a command line.
 
-    The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags and a
-    `label`), `seeds`, and one of `num_layers_to_prune`, `prune_ratio`, `target_params` (a list of sizes). So that all
-    recover alike, `clp` trains all layers here unless its mapping says otherwise.
+    The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
+    `label`, and `seeds` of its own), `seeds`, and one of `num_layers_to_prune`, `prune_ratio`, `target_params` (a list
+    of sizes). `models`, where there are several, maps their names to the flags of each. With `rank_windows` each mask
+    is ranked among all masks of its size. So that all recover alike, `clp` trains all layers here unless its mapping
+    says otherwise.
 
     Raises:
         UsageError: names the key or the run.
     """
-    if not path.is_file():
-        raise UsageError(f"--config {path} does not exist")
-    try:
-        asked = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    asked = read_yaml(path)
     if not isinstance(asked, dict) or not isinstance(asked.get("run"), dict):
         raise UsageError(f"--config {path} must have a key 'run', which maps the runs' common flags to values")
     unknown = [key for key in asked if key not in _KEYS]
@@ -50,29 +56,44 @@ def read_comparison(path: Path, save: Path) -> list[PlannedRun]:
     sizes = [key for key in WHAT_TO_PRUNE if key in asked]
     if len(sizes) != 1 or sizes[0] == "prune_layers":
         raise UsageError(f"--config {path}: give one of num_layers_to_prune, prune_ratio, target_params, as a list")
+    rank_windows = asked.get("rank_windows", 0)
+    if not isinstance(rank_windows, int) or rank_windows < 0:
+        raise UsageError(f"--config {path}: rank_windows must be a number of validation windows")
     runs = list(_runs(path, asked, sizes[0], save))
+    if rank_windows and not all(run.config.data.valid_data for run in runs):
+        raise UsageError(f"--config {path}: rank_windows needs valid_data")
     names = [run.folder.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UsageError(f"--config {path}: {twice[0]} is asked for twice; give the methods labels of their own")
-    return runs
+    return Comparison(runs, rank_windows)
 
 
 def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Iterator[PlannedRun]:
-    for method in _listed(path, asked, "methods"):
-        own = dict(method) if isinstance(method, dict) else {"method": method}
-        label = str(own.pop("label", own.get("method")))
-        if own.get("method") == "clp":
-            own.setdefault("recovery_layers", "all")
-        for size in _listed(path, asked, size_key):
-            for seed in _listed(path, asked, "seeds"):
-                flags = asked["run"] | own | {size_key: size, "seed": seed}
-                flags["save"] = str(save / "runs" / f"{label}-{size}-seed{seed}")
+    for model, flags_of_model in _models(path, asked).items():
+        for method in _listed(path, asked, "methods"):
+            own = dict(method) if isinstance(method, dict) else {"method": method}
+            label = str(own.pop("label", own.get("method")))
+            seeds = _listed(path, own if "seeds" in own else asked, "seeds")
+            own.pop("seeds", None)
+            if own.get("method") == "clp":
+                own.setdefault("recovery_layers", "all")
+            for size, seed in itertools.product(_listed(path, asked, size_key), seeds):
+                flags = asked["run"] | flags_of_model | own | {size_key: size, "seed": seed}
+                flags["save"] = str(save / "runs" / "-".join(filter(None, [model, label, str(size), f"seed{seed}"])))
                 try:
                     config = parse_config(_argv(flags), "compare.py")
                 except UsageError as error:
                     raise UsageError(f"--config {path}, {label}: {error}") from None
-                yield PlannedRun(label, config.recovery.seed, config)
+                yield PlannedRun(label, size, config, model)
+
+
+def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The flags of each model by its name; one without a name where none is named."""
+    models = asked.get("models", {"": {}})
+    if not isinstance(models, dict) or not models or not all(isinstance(flags, dict) for flags in models.values()):
+        raise UsageError(f"--config {path}: models must map names to flags, such as small: {{hf_model: DIR}}")
+    return {str(name): flags for name, flags in models.items()}
 
 
 def _listed(path: Path, asked: dict[str, Any], key: str) -> list[Any]:
@@ -88,9 +109,7 @@ def _argv(flags: dict[str, Any]) -> list[str]:
         name = "--" + str(key).replace("_", "-")
         if value is None:
             continue
-        if isinstance(value, bool):
-            words.append(f"{name}={value}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             words += [name, *map(str, value)]
         else:
             words.append(f"{name}={value}")

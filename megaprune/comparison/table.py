@@ -22,6 +22,8 @@ _COLUMNS = (
     ("selection_tokens", "selection tokens"),
     ("seconds", "seconds"),
     ("jaccard", "Jaccard"),
+    ("mask_kl", "mask KL"),
+    ("percentile", "percentile"),
     ("kept", "kept layers (first seed)"),
 )
 
@@ -30,21 +32,22 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     """One row for each method and size: means over its seeds, and how much they differ.
 
     Args:
-        results: report.json's contents, with `label`, `name`, `kl` and `top1_agreement`.
+        results: report.json's contents, with `model`, `label`, `size`, `kl`, `top1_agreement`, and `mask_kl` and
+            `percentile` of the mask among all masks.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
-        size = result["name"].removeprefix(result["label"]).rpartition("-seed")[0]
-        groups.setdefault((size, result["label"]), []).append(result)
-    return [_row(label, found) for (_, label), found in groups.items()]
+        groups.setdefault((result["model"], result["size"], result["label"]), []).append(result)
+    return [_row(found) for found in groups.values()]
 
 
-def _row(label: str, results: Sequence[dict[str, Any]]) -> Row:
+def _row(results: Sequence[dict[str, Any]]) -> Row:
     recovered = [_loss(result, "recovered") for result in results]
     masks = [set(result["pruned_layers"]) for result in results]
     pairs = list(itertools.combinations(masks, 2))
     return {
-        "label": label,
+        "model": results[0]["model"],
+        "label": results[0]["label"],
         "pruned": len(results[0]["pruned_layers"]),
         "seeds": len(results),
         "teacher_loss": _loss(results[0], "teacher"),
@@ -57,8 +60,14 @@ def _row(label: str, results: Sequence[dict[str, Any]]) -> Row:
         "selection_tokens": results[0]["stages"].get("importance", {}).get("tokens", 0),
         "seconds": statistics.fmean(sum(s["seconds"] for s in result["stages"].values()) for result in results),
         "jaccard": statistics.fmean(len(a & b) / len(a | b) for a, b in pairs) if pairs else math.nan,
+        "mask_kl": statistics.fmean(result["mask_kl"] for result in results),
+        "percentile": statistics.fmean(result["percentile"] for result in results),
         "kept": " ".join(map(str, results[0]["kept_layers"])),
     }
+
+
+# shown even where no run has them
+_ALWAYS = {key for key, _ in _COLUMNS} - {"mask_kl", "percentile"}
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> None:
@@ -68,16 +77,21 @@ def write_tables(rows: Sequence[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    ordered = sorted(rows, key=lambda row: (row["pruned"], row["recovered_loss"]))
-    lines = [
-        f"Teacher: loss {_shown('teacher_loss', rows[0]['teacher_loss'])}. Means over seeds; losses in nats per token, "
-        "KL from the teacher.",
-        "",
-        "| " + " | ".join(title for _, title in _COLUMNS) + " |",
-        "|" + " --- |" * len(_COLUMNS),
-    ]
-    lines += ["| " + " | ".join(_shown(key, row[key]) for key, _ in _COLUMNS) + " |" for row in ordered]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = sorted((r for r in rows if r["model"] == model), key=lambda r: (r["pruned"], r["recovered_loss"]))
+        columns = [column for column in _COLUMNS if column[0] in _ALWAYS or any(_known(row[column[0]]) for row in own)]
+        lines += [
+            *([f"### {model}", ""] if model else []),
+            f"Teacher: loss {_shown('teacher_loss', own[0]['teacher_loss'])}. Means over seeds; losses in nats per "
+            "token, KL from the teacher.",
+            "",
+            "| " + " | ".join(title for _, title in columns) + " |",
+            "|" + " --- |" * len(columns),
+            *("| " + " | ".join(_shown(key, row[key]) for key, _ in columns) + " |" for row in own),
+            "",
+        ]
+    (folder / "table.md").write_text("\n".join(lines))
 
 
 def _loss(result: dict[str, Any], model: str) -> float:
@@ -85,8 +99,12 @@ def _loss(result: dict[str, Any], model: str) -> float:
     return math.nan if found is None else found
 
 
+def _known(value: Any) -> bool:
+    return not (isinstance(value, float) and math.isnan(value))
+
+
 def _shown(key: str, value: Any) -> str:
-    if isinstance(value, float) and math.isnan(value):
+    if not _known(value):
         return "–"
     if key == "top1_agreement":
         return f"{value:.1%}"
@@ -94,6 +112,8 @@ def _shown(key: str, value: Any) -> str:
         return f"{value:,}"
     if key == "seconds":
         return f"{value:.0f}"
+    if key == "percentile":
+        return f"{value:.1f}"
     if key == "jaccard":
         return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

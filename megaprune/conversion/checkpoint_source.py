@@ -33,6 +33,7 @@ class CheckpointSource(HFSource):
         if not checkpoint.is_dir():
             raise MegapruneError(f"{checkpoint} does not exist or is not a folder: give a Megatron-Core checkpoint")
         self._stored = read_metadata(checkpoint)
+        self._chunks = {(key, chunk.offset): chunk for key, tensor in self._stored.items() for chunk in tensor.chunks}
         if not (checkpoint / HF_FOLDER / "config.json").is_file():
             raise MegapruneError(
                 f"{checkpoint} holds no {HF_FOLDER}/config.json: only checkpoints that carry the HF model's config and "
@@ -66,12 +67,10 @@ class CheckpointSource(HFSource):
         piece, _ = self._pieces[name]
         if len(piece.hf) > 1:
             return None
-        stored = self._stored[piece.key]
-        for chunk in stored.chunks:
-            start = _start_in(chunk, piece)
-            if start is not None:
-                return reader.where(chunk, stored.dtype, math.prod(piece.shape), start)
-        return None
+        found = self._found_in(piece)
+        if found is None:
+            return None
+        return reader.where(found[0], self._stored[piece.key].dtype, math.prod(piece.shape), found[1])
 
     def read_from(self, reader: ChunkReader, name: str, buffer: Buffer) -> Tensor:
         """A whole tensor, through a reader of the caller's own and in its memory."""
@@ -129,9 +128,23 @@ class CheckpointSource(HFSource):
         padded = piece.key in _PADDED_KEYS and stored.size[1:] == piece.size[1:]
         return padded and 0 < stored.size[0] - piece.size[0] < _MOST_PADDING
 
+    def _found_in(self, piece: Piece) -> tuple[Chunk, int] | None:
+        """The chunk that the piece's numbers lie in, one behind the other, and where in its order they begin."""
+        # as a rule the piece is a chunk itself; a look at each of hundreds of experts' would cost their square
+        same = self._chunks.get((piece.key, piece.offset))
+        for chunk in (same,) if same else self._stored[piece.key].chunks:
+            start = _start_in(chunk, piece)
+            if start is not None:
+                return chunk, start
+        return None
+
     def _read_piece(self, piece: Piece, reader: ChunkReader, buffer: Buffer) -> Tensor:
         stored = self._stored[piece.key]
         whole = buffer.tensor(piece.shape, stored.dtype)
+        found = self._found_in(piece)
+        if found is not None:
+            reader.read(found[0], stored.dtype, whole, found[1])
+            return whole
         missing = whole.numel()
         for chunk in stored.chunks:
             overlap = [
@@ -140,10 +153,6 @@ class CheckpointSource(HFSource):
             ]
             if any(start >= stop for start, stop in overlap):
                 continue
-            start = _start_in(chunk, piece)
-            if start is not None:
-                reader.read(chunk, stored.dtype, whole, start)
-                return whole
             part = buffer.tensor(chunk.shape, stored.dtype)
             reader.read(chunk, stored.dtype, part)
             into = whole[tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, piece.offset, strict=True))]

@@ -1,6 +1,7 @@
 """A Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class _Export:
     def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
         self._source, self._threads = source, labour.threads
         self._shapes = {name: (source.shape(name), source.dtype(name)) for name in source.names}
-        sizes = {name: _num_bytes(*described) for name, described in self._shapes.items()}
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self._shapes.items()}
         runs = cut(sizes.items(), max_shard_bytes)
         files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
         if len(runs) == 1:
@@ -71,10 +72,3 @@ class _Export:
         write_config(self._source.config, folder)
         copy_beside(self._source.folder, folder)
         HFSource(folder).check_tensors()
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count

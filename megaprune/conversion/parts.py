@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.launcher import raise_together, rank, world_size
 from megaprune.weights.writer import aside_folder
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Labour:
     @property
     def threads(self) -> int:
         """Two for a process alone: one reads while the other writes."""
-        return self.workers or (2 if _world_size() == 1 else 1)
+        return self.workers or (2 if world_size() == 1 else 1)
 
 
 def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
@@ -155,7 +156,7 @@ def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: 
 
 
 def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_threads: int) -> None:
-    mine = parts[_rank() :: _world_size()]
+    mine = parts[rank() :: world_size()]
     left = [part for part in mine if not (work.result / part.file).exists()]
     total = sum(part.num_bytes for part in mine)
     done = total - sum(part.num_bytes for part in left)
@@ -188,7 +189,7 @@ def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable
 @contextmanager
 def _processes() -> Any:
     """Joins the processes of a launcher, if there is one."""
-    if _world_size() == 1:
+    if world_size() == 1:
         yield
         return
     dist.init_process_group("gloo", timeout=timedelta(days=1))
@@ -207,22 +208,9 @@ def _together(work: Callable[[], None]) -> None:
         error = met
     except OSError as met:
         error = MegapruneError(f"{met.filename or 'the output'}: {met.strerror}; mend that and go on with --resume")
-    errors = [error]
-    if _world_size() > 1:
-        errors = [None] * _world_size()
-        dist.all_gather_object(errors, error)
-    for met in filter(None, errors):
-        raise met
+    raise_together(error)
 
 
 def is_first() -> bool:
     """Whether this is the process that speaks."""
-    return _rank() == 0
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return rank() == 0

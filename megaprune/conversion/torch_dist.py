@@ -129,14 +129,17 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        shapes = {
+            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for key, described in metadata.state_dict_metadata.items()
+            for chunk in getattr(described, "chunks", ())  # an object has none
+        }
         chunks: dict[str, list[Chunk]] = {}
         for index, info in metadata.storage_data.items():
-            described = metadata.state_dict_metadata[index.fqn]
-            if not hasattr(described, "chunks"):  # an object, no tensor
+            if not hasattr(metadata.state_dict_metadata[index.fqn], "chunks"):
                 continue
-            shape = next(c.sizes for c in described.chunks if c.offsets == index.offset)
-            place = Place(info.relative_path, info.offset, info.length)
-            chunks.setdefault(index.fqn, []).append(Chunk(tuple(index.offset), tuple(shape), place))
+            offset, place = tuple(index.offset), Place(info.relative_path, info.offset, info.length)
+            chunks.setdefault(index.fqn, []).append(Chunk(offset, shapes[index.fqn, offset], place))
         return {
             key: StoredTensor(tuple(described.size), described.properties.state[0], tuple(chunks[key]))
             for key, described in metadata.state_dict_metadata.items()
@@ -231,7 +234,8 @@ def _data_offset(file: BinaryIO, place: Place, num_bytes: int, shape: tuple[int,
     # not through zipfile, which would look at checksums that may not have been taken
     window.seek(_entry_offset(window, described))
     found = _TensorUnpickler(io.BytesIO(window.read(described.file_size))).load()
-    if data.file_size != num_bytes or data.compress_type != zipfile.ZIP_STORED or found != _contiguous(shape):
+    expected = 0, shape, torch.empty(shape, device="meta").stride()
+    if data.file_size != num_bytes or data.compress_type != zipfile.ZIP_STORED or found != expected:
         raise ValueError("another tensor lies there than the metadata says")
     return _entry_offset(window, data)
 
@@ -241,13 +245,6 @@ def _entry_offset(window: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
     window.seek(entry.header_offset)
     header = window.read(30)
     return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * max(length, 1))
-    return 0, shape, tuple(strides[: len(shape)])
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -295,8 +292,7 @@ class _Window(io.RawIOBase):
 
 def stored_tensors(chunks: Iterable[tuple[str, tuple[int, ...], torch.dtype, Chunk]]) -> dict[str, StoredTensor]:
     """Chunks of many tensors, each with its key, whole size and dtype, gathered by tensor."""
-    gathered: dict[str, StoredTensor] = {}
+    gathered: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
     for key, size, dtype, chunk in chunks:
-        known = gathered.get(key)
-        gathered[key] = StoredTensor(size, dtype, (*(known.chunks if known else ()), chunk))
-    return gathered
+        gathered.setdefault(key, (size, dtype, []))[2].append(chunk)
+    return {key: StoredTensor(size, dtype, tuple(found)) for key, (size, dtype, found) in gathered.items()}

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megaprune.errors import UsageError
-from megaprune.flags import Parser
+from megaprune.flags import Parser, flag
 from megaprune.models import Architecture
 from megaprune.report.files import write_json
 from megaprune.report.run_report import versions
@@ -17,28 +17,24 @@ from megaprune.report.run_report import versions
 Result = dict[str, Any]
 
 
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class TrainStepConfig:
     """The flags of `benchmark train-step`: a dense model with random weights, and how often to step."""
 
-    num_layers: int = _flag("layers of the model, at least 4", 16)
-    hidden_size: int = _flag("hidden size", 512)
-    ffn_hidden_size: int | None = _flag("columns of the MLP (default: 3 x the hidden size)")
-    num_attention_heads: int = _flag("attention heads", 8)
-    num_query_groups: int | None = _flag("key-value heads (default: half of the attention heads, if that is whole)")
-    vocab_size: int = _flag("vocabulary; small, so that the layers decide the time", 2048)
-    seq_length: int = _flag("tokens in a window", 256)
-    micro_batch_size: int = _flag("windows in a step of one replica", 4)
-    repeats: int = _flag("steps of each kind that are measured", 10)
-    warmup: int = _flag("steps of each kind before them", 2)
-    tensor_model_parallel_size: int = _flag("tensor-parallel ranks", 1)
-    bf16: bool = _flag("train in bf16 (default: fp32)", False)
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = _flag("layer implementation", "auto")
-    output: str | None = _flag("write the results to this JSON file")
+    num_layers: int = flag("layers of the model, at least 4", 16)
+    hidden_size: int = flag("hidden size", 512)
+    ffn_hidden_size: int | None = flag("columns of the MLP (default: 3 x the hidden size)")
+    num_attention_heads: int = flag("attention heads", 8)
+    num_query_groups: int | None = flag("key-value heads (default: half of the attention heads, if that is whole)")
+    vocab_size: int = flag("vocabulary; small, so that the layers decide the time", 2048)
+    seq_length: int = flag("tokens in a window", 256)
+    micro_batch_size: int = flag("windows in a step of one replica", 4)
+    repeats: int = flag("steps of each kind that are measured", 10)
+    warmup: int = flag("steps of each kind before them", 2)
+    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
+    bf16: bool = flag("train in bf16 (default: fp32)", False)
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag("layer implementation", "auto")
+    output: str | None = flag("write the results to this JSON file")
 
     def architecture(self) -> Architecture:
         """A Qwen3-like model of this size."""
@@ -100,12 +96,12 @@ def train_step_benchmark(argv: Sequence[str]) -> Result:
 class ConvertConfig:
     """The flags of `benchmark convert`: a synthetic checkpoint, and how often to convert it."""
 
-    size_gb: float = _flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0)
-    hidden_size: int = _flag("hidden size, a multiple of 512", 4096)
-    repeats: int = _flag("rounds", 3)
-    transformers: bool = _flag("measure transformers' load and save too, which hold the whole model", True)
-    folder: str | None = _flag("where to work: needs three times the size (default: the system's temporary folder)")
-    output: str | None = _flag("write the results to this JSON file")
+    size_gb: float = flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0)
+    hidden_size: int = flag("hidden size, a multiple of 512", 4096)
+    repeats: int = flag("rounds", 3)
+    transformers: bool = flag("measure transformers' load and save too, which hold the whole model", True)
+    folder: str | None = flag("where to work: needs three times the size (default: the system's temporary folder)")
+    output: str | None = flag("write the results to this JSON file")
 
 
 def convert_benchmark(argv: Sequence[str]) -> Result:
@@ -168,20 +164,6 @@ def convert_table(result: Result) -> str:
     return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
 
 
-@dataclass
-class TeacherCacheConfig:
-    """The flags of `benchmark teacher-cache`: a trained model, some text, and how often to pass over it."""
-
-    hf_model: str | None = _flag("HF model: a folder with safetensors, or a hub id")
-    data: list[str] = field(default_factory=list, metadata={"help": "text, as --train-data of prune.py"})
-    seq_length: int = _flag("tokens in a window", 256)
-    micro_batch_size: int = _flag("windows in a forward pass", 4)
-    windows: int = _flag("windows of a round", 64)
-    repeats: int = _flag("rounds that are measured", 5)
-    bf16: bool = _flag("run the model in bf16 (default: fp32)", False)
-    output: str | None = _flag("write the results to this JSON file")
-
-
 def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
     """``benchmark teacher-cache``: caching by a forward pass alone, reading, and what 16 bits lose.
 
@@ -189,68 +171,52 @@ def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
         MegapruneError: the model or the data can't be used.
         UsageError: flags out of range.
     """
+    from megaprune.evaluation.cache_benchmark import TeacherCacheConfig, check, measure, teacher_cache_table
+
     config = _parse(TeacherCacheConfig, argv, "teacher-cache", "What caching a teacher costs, and what it loses.")
-    for name in ("seq_length", "micro_batch_size", "windows", "repeats"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than 1")
-    if not (config.hf_model and config.data):
-        raise UsageError("--hf-model and --data are required: a trained model, and text that it knows")
-    if config.output and Path(config.output).is_dir():
-        raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")
-    import tempfile
-
+    check(config)
     from megaprune import device
-    from megaprune.evaluation.cache_speed import measure_caching
-    from megaprune.mcore import parallel
-    from megaprune.mcore.builder import EngineOptions
-    from megaprune.training.data import prepare_dataset
-    from megaprune.training.setup import tokenizer_in
-    from megaprune.weights.hub import resolve_hf_model
-    from megaprune.weights.source import HFSource
 
-    source, sizes = HFSource(resolve_hf_model(config.hf_model)), parallel.ParallelSizes()
-    source.check_tensors()
-    if parallel.world_size() > 1:
-        raise UsageError("teacher-cache is for one process: start it without torchrun")
-    parallel.initialize(sizes)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = tokenizer_in(source.folder, False)
-        dataset = prepare_dataset(
-            config.data, tokenizer, seq_length=config.seq_length, cache_dir=Path(folder), flag="--data"
-        )
-        windows = min(config.windows, len(dataset))
-        engine = EngineOptions(sizes, device.use_transformer_engine("auto"), config.bf16, seq_length=config.seq_length)
-        measured = measure_caching(source, dataset, engine, windows, config.micro_batch_size, config.repeats)
     result = {
         "benchmark": "teacher-cache",
         "settings": asdict(config),
         "environment": _environment(device.NAME, 1),
-        **measured,
+        **measure(config),
     }
-    print(teacher_cache_table(result), flush=True)
+    print(teacher_cache_table(result, _aligned), flush=True)
     _write(config.output, result)
-    parallel.finish()
-    parallel.leave()
     return result
 
 
-def teacher_cache_table(result: Result) -> str:
-    """The measured cases and encodings, for the terminal."""
-    rows = [("", "tokens/s", "time by the forward pass")] + [
-        (record["case"], f"{record['tokens_per_second']:,.0f}", f"{record['ratio']:.3f}") for record in result["cases"]
-    ]
-    errors = [("error of the loss, nats", "student", "a token at most", "of the mean")] + [
-        (record["encoding"], record["student"], f"{record['largest']:.1e}", f"{record['of_the_mean']:.1e}")
-        for record in result["encodings"]
-    ]
-    head = f"{result['tokens']:,} tokens, {result['bytes_per_token']:.2f} bytes each; medians of the rounds"
-    return "\n".join([head, *_aligned(rows), "", *_aligned(errors)])
+def inference_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark inference``: a pruned model beside its original.
+
+    Raises:
+        MegapruneError: a model can't be loaded.
+        UsageError: flags out of range, or an engine that is not installed.
+    """
+    from megaprune.evaluation.inference_benchmark import InferenceConfig, check, inference_table, measure_inference
+
+    config = _parse(InferenceConfig, argv, "inference", "The speed of a pruned model by that of its original.")
+    check(config)
+    from megaprune import device
+
+    result = {
+        "benchmark": "inference",
+        "settings": asdict(config),
+        "environment": _environment(device.NAME, 1),
+        "cases": measure_inference(config),
+    }
+    print(inference_table(result, _aligned), flush=True)
+    _write(config.output, result)
+    return result
 
 
 # Each measures, prints a table, writes --output and returns what it wrote.
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
     "train-step": train_step_benchmark,
     "convert": convert_benchmark,
+    "inference": inference_benchmark,
     "teacher-cache": teacher_cache_benchmark,
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megaprune.conversion.parts import cut
 from megaprune.conversion.tensor_files import write_safetensors
 from megaprune.errors import MegapruneError
 from megaprune.models import HFConfig, family_of
@@ -68,17 +69,10 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
     outside = sum(_bytes(shape) for name, shape in _shapes(config).items() if ".layers." not in name)
     config["num_hidden_layers"] = max(1, round((num_bytes - outside) / one_layer))
     shapes = _shapes(config)
-    files: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        if filled + _bytes(shape) > _SHARD_BYTES:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled += _bytes(shape)
+    files = cut(((name, _bytes(shape)) for name, shape in shapes.items()), _SHARD_BYTES)
     noise = torch.randn(max(_bytes(shape) for shape in shapes.values()) // 2).to(torch.bfloat16)
     weight_map = {}
-    for number, names in enumerate(files, start=1):
+    for number, (names, _) in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         described = {name: (shapes[name], torch.bfloat16) for name in names}
         tensors = (noise[: torch.Size(shapes[name]).numel()].view(shapes[name]) for name in names)

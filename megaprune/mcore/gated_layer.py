@@ -27,6 +27,8 @@ class LayerGate:
         self.mask: Tensor | None = None
         self._values: list[float] = []
         self._bypassed: frozenset[int] = frozenset()
+        # of each layer: the masks of the layers up to it, and its output under them
+        self._outputs: dict[int, tuple[tuple[float, ...], Tensor]] | None = None
 
     def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
         """Takes the mask [num_layers] of the next passes; None removes it."""
@@ -49,6 +51,37 @@ class LayerGate:
             yield
         finally:
             self.mask, self._bypassed = mask, bypassed
+
+    @contextmanager
+    def sharing_prefixes(self) -> Iterator[None]:
+        """Passes without gradients within the block take the output of layers up to which the mask is the last pass's
+        from there. Exact, as long as `forget` is called between micro-batches; holds one output a layer.
+        """
+        self._outputs = {}
+        try:
+            yield
+        finally:
+            self._outputs = None
+
+    def forget(self) -> None:
+        """Another micro-batch comes: nothing of the last one's passes can be shared."""
+        if self._outputs is not None:
+            self._outputs = {}
+
+    def recalled(self, layer: int) -> Tensor | None:
+        """What the layer's output was under the mask as it is up to there, where that is known."""
+        if self._outputs is None or layer not in self._outputs or torch.is_grad_enabled():
+            return None
+        prefix, output = self._outputs[layer]
+        return output if prefix == self._prefix(layer) else None
+
+    def remember(self, layer: int, output: Tensor) -> None:
+        """Keeps the layer's output for passes that share the mask up to there, where such passes are made."""
+        if self._outputs is not None and not torch.is_grad_enabled():
+            self._outputs[layer] = (self._prefix(layer), output)
+
+    def _prefix(self, layer: int) -> tuple[float, ...]:
+        return tuple(self._values[: layer + 1]) if self.mask is not None else (1.0,) * (layer + 1)
 
     def bypasses(self, layer: int) -> bool:
         """Whether a layer is left out."""
@@ -106,8 +139,13 @@ class GatedTransformerLayer(TransformerLayer):
         gate, layer = self.gate, self.layer_number - 1
         if gate is not None and gate.bypasses(layer):
             return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
+        if gate is not None and (known := gate.recalled(layer)) is not None:
+            return _handed_on(known.view_as(known)), kwargs.get("context")
         if gate is None or gate.mask is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            output, context = super().forward(hidden_states, *args, **kwargs)
+            if gate is not None:
+                gate.remember(layer, output)
+            return output, context
         value = gate.value(layer)
         if value == 0.0 and not torch.is_grad_enabled():
             return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
@@ -118,7 +156,27 @@ class GatedTransformerLayer(TransformerLayer):
             y = y.detach()
         else:
             y, context = super().forward(hidden_states, *args, **kwargs)
-        return _handed_on(_Gate.apply(hidden_states, y, gate.mask[layer], value)), context
+        output = _handed_on(_Gate.apply(hidden_states, y, gate.mask[layer], value))
+        gate.remember(layer, output)
+        return output, context
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Weights get no gradients within the block; a mask does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def layers_of(model: torch.nn.Module) -> list[TransformerLayer]:
+    """The transformer layers of the model on this rank, in order."""
+    return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
 def _handed_on(out: Tensor) -> Tensor:

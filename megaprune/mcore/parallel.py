@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from megaprune import device
 from megaprune.errors import MegapruneError
+from megaprune.launcher import raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
@@ -33,16 +34,6 @@ class ParallelSizes:
     @property
     def model(self) -> int:
         return self.tensor * self.pipeline * self.context
-
-
-def world_size() -> int:
-    """Processes in this run, known before the groups exist."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's global rank, known before the groups exist."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
@@ -124,13 +115,6 @@ def data_parallel_rank() -> int:
 def data_parallel_size() -> int:
     """How many replicas of the model there are."""
     return parallel_state.get_data_parallel_world_size()
-
-
-def raise_together(error: MegapruneError | None) -> None:
-    """Raises on every rank the first error that any rank met, so that none is left waiting in a collective."""
-    for met in from_all_ranks(error):
-        if met is not None:
-            raise met
 
 
 def on_first_rank(action: Callable[[], T]) -> T | None:

@@ -8,6 +8,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megaprune import device
+from megaprune.mcore import parallel
 
 
 class MicroBatch(Protocol):
@@ -64,6 +65,41 @@ def forward_backward(
         return loss_func
 
     return _run(model, batches, _forward_step(batches, with_copy, None), forward_only=False)
+
+
+def mean_token_loss(
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    weights: Callable[[int], Tensor],
+    token_losses: Callable[[Tensor, int], Tensor],
+) -> float:
+    """Runs micro-batches forward and backward through the weighted mean of their tokens' losses. Collective.
+
+    Normalised over the global batch, not over a micro-batch: the same loss however the batch is cut.
+
+    Args:
+        weights: on the last stage, the weights [s, b] of a numbered micro-batch's tokens.
+        token_losses: on the last stage, the losses [s, b] of the logits [s, b, vocab / tp] of a numbered micro-batch.
+
+    Returns:
+        The mean; the same on every rank.
+    """
+    weighing: list[Tensor] = []
+    scale = 0.0
+    if parallel.is_last_stage():
+        weighing = [weights(number) for number in range(len(batches))]
+        # The schedule and DDP take means over micro-batches and replicas, which the scale undoes.
+        total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weighing]).sum())
+        scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+    def loss(logits: Tensor, number: int) -> Tensor:
+        return (weighing[number] * token_losses(logits, number)).sum() * scale
+
+    losses = forward_backward(model, batches, loss)
+    mean = torch.zeros((), device=device.torch_device())
+    if losses:
+        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
+    return parallel.from_last_stage(mean.item())
 
 
 def _forward_step(

@@ -25,14 +25,16 @@ def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> li
     return budget.take([*kept, *reversed(removed)], protected)
 
 
-def num_evaluations(budget: Budget, protected: Set[int]) -> int:
-    """How many sets `greedy_layers` evaluates at most."""
+def num_layers_run(budget: Budget, protected: Set[int]) -> int:
+    """How many layers `greedy_layers` runs at most, one calibration window through one layer being 1, where sets that
+    begin alike share what they begin with and every round needs the original model too."""
     excess = sum(budget.costs) - budget.limit
     cheapest = sorted(cost for layer, cost in enumerate(budget.costs) if layer not in protected)
-    freed, evaluations = 0, 0
+    freed = layers = 0
     for number, cost in enumerate(cheapest):
         if freed >= excess:
             break
         freed += cost
-        evaluations += len(cheapest) - number
-    return evaluations
+        kept = budget.num_layers - number
+        layers += budget.num_layers + (kept - 1) + kept * (kept - 1) // 2
+    return layers

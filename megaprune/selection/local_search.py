@@ -1,6 +1,6 @@
 """Swaps that improve a set of layers, and the choice among candidates."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 from megaprune.selection.budget import Budget
 from megaprune.selection.greedy import Evaluate
@@ -22,24 +22,29 @@ def neighbours(kept: Sequence[int], budget: Budget, protected: Set[int]) -> Iter
 
 
 def improve(
-    kept: Sequence[int], loss: float, budget: Budget, protected: Set[int], evaluate: Evaluate, most: int
-) -> tuple[list[int], float, int]:
-    """Descends by the best swap until none helps, or `most` evaluations are used up.
+    kept: Sequence[int],
+    loss: float,
+    budget: Budget,
+    protected: Set[int],
+    evaluate: Evaluate,
+    affordable: Callable[[Sequence[Sequence[int]]], int],
+) -> tuple[list[int], float]:
+    """Descends by the best swap until none helps, or none can be afforded. Returns the set and its loss.
 
-    Returns the set, its loss, and how many evaluations it took.
+    Args:
+        affordable: how many of these sets, from the first on, may still be evaluated.
     """
-    best, used = sorted(kept), 0
-    while used < most:
-        found = list(neighbours(best, budget, protected))[: most - used]
+    best = sorted(kept)
+    while True:
+        found = list(neighbours(best, budget, protected))
+        found = found[: affordable(found)]
         if not found:
-            break
+            return best, loss
         losses = evaluate(found)
-        used += len(found)
         i = min(range(len(found)), key=lambda i: losses[i])
         if losses[i] >= loss:
-            break
+            return best, loss
         best, loss = found[i], losses[i]
-    return best, loss, used
 
 
 def best_of(candidates: Mapping[str, Sequence[int]], losses: Mapping[str, float]) -> str:

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel, passes
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.gated_layer import LayerGate, frozen, layers_of
+
+# KL(original || masked model), or cross-entropy with the data.
+LossOfMasks = Literal["kl", "ce"]
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], shard: VocabShard) -> float:
@@ -29,7 +31,7 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], shar
         loss = (cross_entropy(logits, labels, shard) * loss_mask).double()
         return torch.stack([loss.sum(), loss_mask.double().sum()])
 
-    total, count = _total(passes.forward(model, batches, collect), 2).tolist()
+    total, count = _total(passes.forward(model, batches, collect), (2,)).tolist()
     loss = total / count
     if not loss < float("inf"):
         raise MegapruneError(f"the validation loss is {loss}: the model or --valid-data is damaged")
@@ -42,44 +44,66 @@ def mask_losses(
     batches: Sequence[passes.MicroBatch],
     masks: Tensor,
     shard: VocabShard,
-    loss: Literal["kl", "ce"],
+    loss: LossOfMasks,
 ) -> Tensor:
     """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
     rank. Collective.
 
     Each micro-batch runs under all masks, one after the other through the pipeline, so that for KL one micro-batch's
-    original logits are all that is kept.
+    original logits are all that is kept. Masks that begin alike come one after the other, and what the layers up to
+    the first difference gave is taken over.
 
     Args:
         masks: [number of masks, num_layers]; 1 keeps a layer.
         loss: KL(original || masked model), or cross-entropy with the data.
     """
-    rows: list[Tensor | None] = [*([None] if loss == "kl" else []), *masks]
+    order = shared_order(masks)
+    rows: list[Tensor | None] = [*([None] if loss == "kl" else []), *masks[order]]
     runs = [batch for batch in batches for _ in rows]
     reference: list[Tensor] = []
 
     def before(number: int) -> None:
+        if number % len(rows) == 0:
+            gate.forget()
         gate.set(rows[number % len(rows)], device.torch_device())
 
     def collect(logits: Tensor, number: int) -> Tensor:
-        batch, row = runs[number], number % len(rows)
-        sums = torch.zeros(len(rows) + 1, dtype=torch.float64, device=logits.device)
-        loss_mask = batch.loss_mask.t().to(logits.device)
-        if row == 0:
-            sums[-1] = loss_mask.sum()
-        if rows[row] is None:
+        batch = runs[number]
+        if rows[number % len(rows)] is None:
             reference[:] = [logits]
-            return sums
+            return torch.zeros(2, dtype=torch.float64, device=logits.device)
         if loss == "kl":
             losses = full_kl(reference[0], logits, shard)
         else:
             losses = cross_entropy(logits, batch.labels.t().to(logits.device), shard)
-        sums[row] = (losses * loss_mask).sum()
-        return sums
+        loss_mask = batch.loss_mask.t().to(logits.device)
+        return torch.stack([(losses * loss_mask).sum(), loss_mask.sum()]).double()
 
-    sums = _total(passes.forward(model, runs, collect, before), len(rows) + 1)
+    with gate.sharing_prefixes():
+        collected = passes.forward(model, runs, collect, before)
     gate.set(None)
-    return parallel.of_first_rank(sums[len(rows) - len(masks) : -1] / sums[-1]).float()
+    of_rows = [torch.stack(collected[row :: len(rows)]).sum(0) for row in range(len(rows))] if collected else []
+    sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
+    found = torch.empty(len(masks), dtype=torch.float64)
+    found[order] = sums[:, 0] / sums[:, 1]
+    return parallel.of_first_rank(found).float()
+
+
+def shared_order(masks: Tensor) -> list[int]:
+    """The order in which masks [n, num_layers] share the most layers with the one before: the whole model first."""
+    return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
+
+
+def shared_cost(masks: Tensor, loss: LossOfMasks) -> float:
+    """What `mask_losses` computes of hard masks [n, num_layers], in passes through the whole model's layers."""
+    layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
+    layers += len(before)
+    for i in shared_order(masks):
+        mask = masks[i].tolist()
+        same = next((j for j, pair in enumerate(zip(mask, before, strict=False)) if pair[0] != pair[1]), len(before))
+        layers += sum(value != 0 for value in mask[same:])
+        before = mask
+    return layers / masks.shape[1]
 
 
 def mask_gradient(
@@ -95,32 +119,19 @@ def mask_gradient(
     Args:
         mask: [num_layers], soft or hard.
     """
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    with gate.all_layers():
-        references = passes.forward(model, batches, lambda logits, number: logits.detach().clone())
-    gate.set(mask, device.torch_device())
-    scale = 0.0
-    if parallel.is_last_stage():
-        counts = [batch.loss_mask.sum() for batch in batches]
-        total = parallel.sum_over_data_parallel(torch.stack(counts).sum().to(device.torch_device()))
-        scale = len(batches) * parallel.data_parallel_size() / total
-
-    def loss(logits: Tensor, number: int) -> Tensor:
-        loss_mask = batches[number].loss_mask.t().to(logits.device)
-        return (full_kl(references[number], logits, shard) * loss_mask).sum() * scale
-
-    losses = passes.forward_backward(model, batches, loss)
-    mean = torch.zeros((), device=device.torch_device())
-    if losses:
-        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    config = next(module.config for module in model.modules() if isinstance(module, TransformerLayer))
-    grad = parallel.reduce_mask_gradient(gate.take_gradient(), config.sequence_parallel)
+    with frozen(model):
+        with gate.all_layers():
+            references = passes.forward(model, batches, lambda logits, number: logits.detach().clone())
+        gate.set(mask, device.torch_device())
+        mean = passes.mean_token_loss(
+            model,
+            batches,
+            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
+            lambda logits, number: full_kl(references[number], logits, shard),
+        )
+    grad = parallel.reduce_mask_gradient(gate.take_gradient(), model.config.sequence_parallel)
     gate.set(None)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return parallel.from_last_stage(mean.item()), grad
+    return mean, grad
 
 
 def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch], num_layers: int) -> Tensor:
@@ -129,8 +140,8 @@ def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch]
 
     Tokens that carry no loss don't count.
     """
-    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
-    sequence_parallel = bool(layers and layers[0].config.sequence_parallel)
+    layers = layers_of(model)
+    sequence_parallel = model.config.sequence_parallel
     # of each layer: the sum, and how many tokens are in it (as often as tensor-parallel ranks that hold them)
     sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
@@ -140,7 +151,7 @@ def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch]
         place = parallel.tensor_parallel()
         weights[0] = whole.chunk(place.size)[place.rank] if sequence_parallel else whole
 
-    def measure(layer: TransformerLayer, args: tuple, kwargs: dict, output: tuple) -> None:
+    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         similarity = torch.cosine_similarity(entered.float(), output[0].float(), dim=-1)
         sums[0, layer.layer_number - 1] += ((1 - similarity) * weights[0]).sum()
@@ -156,9 +167,9 @@ def block_influence(model: torch.nn.Module, batches: Sequence[passes.MicroBatch]
     return (total / count).float()
 
 
-def _total(collected: Sequence[Tensor], size: int) -> Tensor:
+def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Sums what the last stage collected over micro-batches and replicas; the same on every rank, on the CPU."""
-    total = torch.zeros(size, dtype=torch.float64, device=device.torch_device())
+    total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
     if collected:
         total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))
     return parallel.from_last_stage(total.cpu())

@@ -97,9 +97,9 @@ class Data:
     def num_train_windows(self) -> int:
         return len(self.train)
 
-    def valid_batches(self) -> list[Batch]:
-        """This replica's share of the validation windows; each token counts once."""
-        return list(eval_batches(self.valid, **self._dealt())) if self.valid else []
+    def valid_batches(self, limit: int | None = None) -> list[Batch]:
+        """This replica's share of the validation windows, or of the first `limit`; each token counts once."""
+        return list(eval_batches(self.valid, limit=limit, **self._dealt())) if self.valid else []
 
     def read_ahead(self, iteration: int, global_batch_size: int) -> None:
         """Begins to read what the teacher said of this replica's share of an iteration to come, if that is cached."""

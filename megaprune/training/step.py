@@ -1,9 +1,9 @@
 """One training step: the teacher's targets, the student's pass, the gradients of weights and of the mask."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megaprune import device
@@ -19,7 +19,7 @@ from megaprune.distillation.losses import (
 from megaprune.distillation.teachers import Teacher
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel, passes
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.gated_layer import LayerGate, frozen
 from megaprune.mcore.trainer import Trainer
 from megaprune.selection.selector import Selector
 
@@ -65,8 +65,12 @@ def search_step(
     iteration: int,
     selector: Selector,
     gate: LayerGate,
+    train_weights: bool = True,
 ) -> StepResult:
     """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
+
+    Args:
+        train_weights: False leaves the weights as they are, and spares their gradients.
 
     Raises:
         MegapruneError: the loss is not finite.
@@ -74,12 +78,13 @@ def search_step(
     trainer.zero_grad()
     mask = selector.mask(iteration)
     gate.set(mask, device.torch_device())
-    loss = _forward_backward(trainer, batches, objective, iteration)
+    with nullcontext() if train_weights else frozen(trainer.model):
+        loss = _forward_backward(trainer, batches, objective, iteration)
     sequence_parallel = trainer.model.config.sequence_parallel
     mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), sequence_parallel)
     gate.set(None)
     selector.update(mask_grad, iteration)
-    lr, grad_norm = trainer.step(iteration)
+    lr, grad_norm = trainer.step(iteration) if train_weights else (0.0, None)
     return StepResult(loss, lr, grad_norm, mask)
 
 
@@ -88,23 +93,12 @@ def _forward_backward(
 ) -> float:
     """Gathers gradients, and returns the loss of the global batch."""
     targets = objective.teacher.targets(batches) if objective.teacher else []
-    weights: list[Tensor] = []
-    scale = 0.0
-    if parallel.is_last_stage():
-        weights = [_weights(batch, objective, targets, number) for number, batch in enumerate(batches)]
-        # Normalised over the global batch, not over a micro-batch: the same loss however the batch is cut. The
-        # schedule and DDP take means over micro-batches and replicas, which the scale undoes.
-        total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weights]).sum())
-        scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-    def loss(logits: Tensor, number: int) -> Tensor:
-        return (weights[number] * _token_losses(logits, batches[number], objective, targets, number)).sum() * scale
-
-    losses = passes.forward_backward(trainer.ddp, batches, loss)
-    mean = torch.zeros((), device=device.torch_device())
-    if losses:
-        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    value = parallel.from_last_stage(mean.item())
+    value = passes.mean_token_loss(
+        trainer.ddp,
+        batches,
+        lambda number: _weights(batches[number], objective, targets, number),
+        lambda logits, number: _token_losses(logits, batches[number], objective, targets, number),
+    )
     if not value < float("inf"):
         raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
     return value

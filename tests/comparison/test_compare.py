@@ -11,6 +11,7 @@ import yaml
 
 from megaprune import cli
 from megaprune.comparison.plan import read_comparison
+from megaprune.comparison.ranking import Ranking
 from megaprune.comparison.table import rows_of, write_tables
 from megaprune.errors import UsageError
 
@@ -20,12 +21,12 @@ ASKED = {"run": COMMON, "methods": ["e3", "random"], "num_layers_to_prune": [2, 
 
 def write(folder, **changes):
     asked = {key: value for key, value in (ASKED | changes).items() if value is not None}
-    (folder / "c.yaml").write_text(yaml.safe_dump(asked))
+    (folder / "c.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
     return folder / "c.yaml"
 
 
 def test_a_run_for_each_method_size_and_seed(tmp_path):
-    runs = read_comparison(write(tmp_path), tmp_path / "save")
+    runs = read_comparison(write(tmp_path), tmp_path / "save").runs
     assert [run.folder.name for run in runs[:3]] == ["e3-2-seed1", "e3-2-seed2", "e3-3-seed1"] and len(runs) == 8
     flat = [run.config.flat() for run in runs]
     different = {key for key in flat[0] if len({str(settings[key]) for settings in flat}) > 1}
@@ -39,10 +40,23 @@ def test_methods_may_have_flags_and_labels_of_their_own(tmp_path):
         {"method": "e3", "mask_lr": 0.5, "label": "fast"},
         {"method": "clp", "recovery_layers": "endpoints", "label": "ends"},
     ]
-    runs = read_comparison(write(tmp_path, methods=methods, seeds=[1], num_layers_to_prune=[2]), tmp_path)
+    runs = read_comparison(write(tmp_path, methods=methods, seeds=[1], num_layers_to_prune=[2]), tmp_path).runs
     assert [run.label for run in runs] == ["clp", "fast", "ends"]
     assert [run.config.tunes_endpoints for run in runs] == [False, False, True]
     assert runs[1].config.search.mask_lr == 0.5
+
+
+def test_several_models_and_seeds_of_a_methods_own(tmp_path):
+    models = {"small": {"hf_model": "a"}, "large": {"hf_model": "b", "bf16": False}}
+    methods = ["e3", {"method": "shortgpt", "seeds": [7]}]
+    runs = read_comparison(write(tmp_path, models=models, methods=methods, num_layers_to_prune=[2]), tmp_path).runs
+    names = [f"{model}-{run}" for model in models for run in ("e3-2-seed1", "e3-2-seed2", "shortgpt-2-seed7")]
+    assert [run.folder.name for run in runs] == names
+    assert [run.config.model.hf_model for run in runs] == ["a"] * 3 + ["b"] * 3
+    assert {(run.model, run.size, run.config.recovery.bf16) for run in runs} == {
+        ("small", 2, True),
+        ("large", 2, False),
+    }
 
 
 @pytest.mark.parametrize(
@@ -57,6 +71,10 @@ def test_methods_may_have_flags_and_labels_of_their_own(tmp_path):
         ({"methods": ["e3", "e3"]}, "asked for twice"),
         ({"methods": ["magic"]}, "magic"),
         ({"run": COMMON | {"lr": -1}}, "--lr"),
+        ({"models": ["a"]}, "models must map names to flags"),
+        ({"methods": [{"method": "e3", "seeds": 3}]}, "seeds must be a list"),
+        ({"rank_windows": "all"}, "rank_windows must be a number"),
+        ({"rank_windows": 4}, "rank_windows needs valid_data"),
     ],
 )
 def test_bad_files(tmp_path, changes, said):
@@ -71,7 +89,9 @@ def test_no_file(tmp_path):
 
 def result(label, seed, pruned, loss):
     return {
+        "model": "",
         "label": label,
+        "size": 2,
         "name": f"{label}-2-seed{seed}",
         "kept_layers": [layer for layer in range(6) if layer not in pruned],
         "pruned_layers": pruned,
@@ -80,6 +100,8 @@ def result(label, seed, pruned, loss):
         "valid": {"teacher": {"loss": 2.0}, "pruned": {"loss": loss + 1}, "recovered": {"loss": loss}},
         "kl": 0.5,
         "top1_agreement": 0.75,
+        "mask_kl": math.nan,
+        "percentile": math.nan,
     }
 
 
@@ -98,6 +120,20 @@ def test_rows_are_means_over_seeds(tmp_path):
         assert [row["recovered_loss"] for row in csv.DictReader(file)] == ["3.5", "2.5"]
 
 
+def test_ranks_and_models_are_shown_where_there_are_any(tmp_path):
+    ranked = {"mask_kl": 0.25, "percentile": 12.5}
+    results = [result("a", 1, [1, 2], 3.0) | {"model": "big"} | ranked, result("a", 1, [1, 2], 3.0)]
+    write_tables(rows_of(results), tmp_path)
+    parts = (tmp_path / "table.md").read_text().split("Teacher")
+    assert parts[0] == "### big\n\n" and "| 0.2500 | 12.5 |" in parts[1] and "percentile" not in parts[2]
+
+
+def test_a_mask_is_ranked_among_all():
+    ranking = Ranking({(0, 1): 0.5, (0, 2): 0.1, (1, 2): 0.3, (0, 3): 0.3})
+    assert [ranking.percentile(kept) for kept in ([0, 2], [1, 2], [0, 3], [0, 1])] == [0.0, 25.0, 25.0, 75.0]
+    assert math.isnan(ranking.percentile([2, 3]))
+
+
 def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
     run = {
         "hf_model": str(tiny_model("qwen3_tied")),
@@ -108,18 +144,24 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
         "train_iters": 4,
         "calibration_samples": 2,
     }
-    asked = write(tmp_path, run=run, methods=["e3", "shortgpt", "random"], seeds=[1], num_layers_to_prune=[2])
+    asked = write(
+        tmp_path, run=run, methods=["e3", "shortgpt", "random"], seeds=[1], num_layers_to_prune=[2], rank_windows=4
+    )
     save = tmp_path / "out"
     words = ["--config", str(asked), "--save", str(save)]
     assert cli.attempt("compare", words) == (0, None)
     made = {path.name for path in save.iterdir()}
-    assert made == {"runs", "table.csv", "table.md", "quality.png", "recovery.png"}
+    assert made == {"runs", "table.csv", "table.md", "quality.png", "recovery.png", "masks-2.json"}
     with (save / "table.csv").open() as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
     assert {row["tokens"] for row in rows.values()} == {"256"}
     for label, row in rows.items():
         report = json.loads((save / "runs" / f"{label}-2-seed1" / "report.json").read_text())
         assert float(row["recovered_loss"]) == report["valid"]["recovered"]["loss"]
+        ranked = json.loads((save / "masks-2.json").read_text())
+        kl = ranked[" ".join(map(str, report["kept_layers"]))]
+        assert len(ranked) == math.comb(5, 3) and float(row["mask_kl"]) == kl
+        assert float(row["percentile"]) == 100 * sum(other < kl for other in ranked.values()) / len(ranked)
         assert float(row["kl"]) > 0 and 0 <= float(row["top1_agreement"]) <= 1
     # again: finished runs stay as they are, a lost one is made anew, and comes out the same
     shutil.rmtree(save / "runs" / "random-2-seed1")

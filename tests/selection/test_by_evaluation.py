@@ -1,14 +1,17 @@
 """Methods that compare sets of layers by a loss, on losses whose best set is known."""
 
 import itertools
+import random
 
 import pytest
 
 from megaprune.selection.budget import Budget
 from megaprune.selection.evolution import SIFTINGS, evolve
-from megaprune.selection.greedy import greedy_layers, num_evaluations
+from megaprune.selection.greedy import greedy_layers, num_layers_run
 from megaprune.selection.local_search import best_of, improve, neighbours
 from megaprune.selection.windows import best_window, windows
+from megaprune.training.judging import masks_of
+from megaprune.training.scoring import shared_cost
 
 PROTECTED = frozenset({0, 11})
 SIX = Budget.of_layers(12, 6)
@@ -45,15 +48,25 @@ def test_greedy_finds_planted_layers_and_redundancy():
     assert redundant([greedy_layers(SIX, PROTECTED, redundant)]) == [0]
     planted = Planted()
     greedy_layers(SIX, PROTECTED, planted)
-    assert len(planted.seen) == num_evaluations(SIX, PROTECTED) == 10 + 9 + 8 + 7 + 6 + 5
+    assert len(planted.seen) == 10 + 9 + 8 + 7 + 6 + 5
+
+
+@pytest.mark.parametrize(("budget", "seed"), [(SIX, 0), (SIX, 1), (PRICED, 0), (PRICED, 1)])
+def test_greedy_runs_no_more_layers_than_it_says(budget, seed):
+    rng, layers = random.Random(seed), 0.0
+
+    def evaluate(sets):
+        nonlocal layers
+        layers += 12 * shared_cost(masks_of(sets, 12), "kl")
+        return [rng.random() for _ in sets]
+
+    greedy_layers(budget, PROTECTED, evaluate)
+    assert 0.5 * num_layers_run(budget, PROTECTED) < layers <= num_layers_run(budget, PROTECTED)
 
 
 def test_greedy_by_price():
     kept = greedy_layers(PRICED, PROTECTED, Planted((1, 4, 7)))
     assert is_exact(kept, PRICED) and {0, 1, 4, 7, 11} <= set(kept)
-    planted = Planted((1, 4, 7))
-    greedy_layers(PRICED, PROTECTED, planted)
-    assert len(planted.seen) <= num_evaluations(PRICED, PROTECTED)
 
 
 def test_windows_are_all_segments_between_protected_layers():
@@ -101,13 +114,16 @@ def test_neighbours_are_the_single_swaps():
 
 def test_swaps_descend_to_the_best_set_within_their_number():
     start = [0, 1, 2, 3, 4, 11]
-    best, loss, used = improve(start, Planted()([start])[0], SIX, PROTECTED, Planted(), most=1000)
-    assert (best, loss) == ([0, 2, 5, 6, 9, 11], 0.0) and used == 4 * 24
     planted = Planted()
-    kept, _, used = improve(start, Planted()([start])[0], SIX, PROTECTED, planted, most=30)
-    assert used == len(planted.seen) == 30 and is_exact(kept, SIX)
-    assert improve(start, -1.0, SIX, PROTECTED, Planted(), most=1000)[0] == start
-    assert improve(start, 1.0, SIX, PROTECTED, Planted(), most=0) == (start, 1.0, 0)
+    best, loss = improve(start, Planted()([start])[0], SIX, PROTECTED, planted, len)
+    assert (best, loss) == ([0, 2, 5, 6, 9, 11], 0.0) and len(planted.seen) == 4 * 24
+    few = Planted()
+    kept, _ = improve(
+        start, Planted()([start])[0], SIX, PROTECTED, few, lambda sets: min(len(sets), 30 - len(few.seen))
+    )
+    assert len(few.seen) == 30 and is_exact(kept, SIX)
+    assert improve(start, -1.0, SIX, PROTECTED, Planted(), len)[0] == start
+    assert improve(start, 1.0, SIX, PROTECTED, Planted(), lambda sets: 0) == (start, 1.0)
 
 
 def test_greedy_and_swaps_reach_the_best_of_all_sets():
@@ -123,7 +139,7 @@ def test_greedy_and_swaps_reach_the_best_of_all_sets():
     every = [sorted({0, 11, *inner}) for inner in itertools.combinations(range(1, 11), 4)]
     best = min(loss(every))
     kept = greedy_layers(SIX, PROTECTED, loss)
-    _, found, _ = improve(kept, loss([kept])[0], SIX, PROTECTED, loss, most=1000)
+    _, found = improve(kept, loss([kept])[0], SIX, PROTECTED, loss, len)
     assert found == pytest.approx(best)
 
 

@@ -7,13 +7,16 @@ import torch
 from megaprune.errors import UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.gated_layer import LayerGate, layers_of
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.weights_io import import_weights
 from megaprune.selection.budget import Budget
+from megaprune.selection.local_search import neighbours
 from megaprune.selection.windows import windows
-from megaprune.training.scoring import block_influence, mask_gradient, mask_losses
-from megaprune.training.selecting import Judge, auto_passes, choose_automatically, choose_layers
+from megaprune.training.automatic import choose_automatically, num_windows
+from megaprune.training.judging import Judge
+from megaprune.training.scoring import block_influence, mask_gradient, mask_losses, shared_cost
+from megaprune.training.selecting import choose_layers
 from megaprune.weights.source import HFSource
 
 BATCHES = tiny.uneven_batches([2, 2])
@@ -76,6 +79,22 @@ def test_losses_under_masks_are_those_of_the_pruned_models(gated, in_transformer
         assert found["kl"][i] == pytest.approx(mean(kl), rel=1e-4, abs=1e-6)
         assert found["ce"][i] == pytest.approx(mean(ce), rel=1e-5)
     assert gate.mask is None
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_masks_that_begin_alike_share_their_first_layers(gated, loss):
+    model, gate, shard = gated
+    sets = [[other for other in range(7) if other != layer] for layer in range(7)] + [[0, 2, 5, 6], [0, 2, 3, 6]]
+    masks = torch.stack([mask_of(kept) for kept in sets])
+    alone = torch.cat([mask_losses(model, gate, BATCHES, mask[None], shard, loss) for mask in masks])
+    runs = []
+    hooks = [layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for layer in layers_of(model)]
+    together = mask_losses(model, gate, BATCHES, masks, shard, loss)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(together, alone)
+    assert len(runs) == round(shared_cost(masks, loss) * 7) * len(BATCHES)
+    assert len(runs) < (0.65 if loss == "kl" else 0.7) * sum(map(len, sets)) * len(BATCHES)
 
 
 def test_block_influence_is_that_of_the_hidden_states(gated, in_transformers):
@@ -142,14 +161,42 @@ def test_no_segment_is_refused(gated):
         choose_layers("exhaustive", judge_of(gated), THREE, frozenset({0, 2, 4, 6}), 1.0, 0)
 
 
+def auto_judges(gated):
+    return judge_of(gated), judge_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
+
+
 def test_auto_takes_the_best_of_its_candidates(gated):
-    judge, held_out = judge_of(gated), judge_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
-    choice = choose_automatically(judge, held_out, THREE, PROTECTED)
+    judge, held_out = auto_judges(gated)
+    choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens=100_000)
     names = [candidate["name"] for candidate in choice.candidates]
-    assert names[:4] == ["kl-init", "block influence", "best window", "greedy"] and names[4].endswith(", swapped")
+    assert names[:5] == ["kl-init", "block influence", "best window", "greedy", "e3, weights frozen"]
+    assert names[5].endswith(", swapped") and len(names) == 6
     chosen = [candidate for candidate in choice.candidates if candidate["chosen"]]
     assert len(chosen) == 1 and chosen[0]["kept_layers"] == choice.kept_layers
     assert chosen[0]["kl"] == min(candidate["kl"] for candidate in choice.candidates)
-    assert judge.tokens <= 20 * len(BATCHES) * auto_passes(THREE, PROTECTED)
-    # what was seen by all members and their best's swaps is no worse than any member
-    assert held_out.losses([choice.kept_layers])[0] == pytest.approx(chosen[0]["kl"])
+    assert held_out.losses([choice.kept_layers])[0] == chosen[0]["kl"]
+    # with all the swaps it can pay, no single swap is better on the text that it looked at
+    swapped = choice.candidates[-1]["kept_layers"]
+    around = judge.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
+    assert around[0] == min(around)
+
+
+@pytest.mark.parametrize("tokens", [1, 3_000, 6_000, 20_000])
+def test_auto_stays_within_its_budget(gated, tokens):
+    """Unless it is less than what the candidates cost on one window: then swaps and search are left out."""
+    judge, held_out = auto_judges(gated)
+    choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens)
+    assert choice.tokens == judge.tokens + held_out.tokens
+    if tokens == 1:
+        assert len(choice.candidates) == 5
+        assert choice.candidates[-1]["tokens"] == 0
+    windows_seen = num_windows(THREE, PROTECTED, tokens, BATCHES[0].tokens.shape[1], asked=False)
+    if windows_seen >= len(BATCHES):
+        assert choice.tokens <= tokens
+
+
+def test_auto_refuses_a_budget_that_is_too_small():
+    with pytest.raises(UsageError, match="--selection-budget 100 is too little: give at least"):
+        num_windows(THREE, PROTECTED, 100, 12, asked=True)
+    assert num_windows(THREE, PROTECTED, 100, 12, asked=False) == 1
+    assert num_windows(THREE, PROTECTED, 10**6, 12, asked=True) > 100
