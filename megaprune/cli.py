@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "compare": "several methods on one model, at equal budgets",
     "benchmark": "speed ratios, measured side by side",
+    "preprocess-data": "text or chat to Megatron's indexed datasets",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
 
@@ -56,7 +57,7 @@ def _usage(words: Sequence[str]) -> NoReturn:
         _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     print("usage: megaprune <verb> [flags]\n")
     for verb, description in VERBS.items():
-        print(f"  {verb:<15}{description}")
+        print(f"  {verb:<17}{description}")
     print("\nmegaprune <verb> --help shows the flags of a verb.")
     sys.exit(0)
 

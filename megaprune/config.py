@@ -40,7 +40,9 @@ class DataConfig:
 
     _argument_group_name = "data"
     train_data: list[str] = flag(
-        "training data: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, folders of these, or hub dataset ids", []
+        "training data: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, folders of these, hub dataset ids; or preprocessed "
+        ".bin/.idx prefixes, each behind its weight if they have any",
+        [],
     )
     valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
     text_key: str = flag("key of the text in each row", "text")

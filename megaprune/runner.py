@@ -187,7 +187,7 @@ class PruningRun:
         count = num_windows(
             self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked=asked is not None
         )
-        most = min(config.data.calibration_samples, self.data.num_train_windows // (1 + HELD_OUT_WINDOWS))
+        most = min(config.data.calibration_samples, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
         return tokens, max(1, min(count, most))
 
     def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:

@@ -57,6 +57,13 @@ def benchmark(argv: Sequence[str], command: str) -> None:
     run(argv)
 
 
+def preprocess_data(argv: Sequence[str], command: str) -> None:
+    """``tools/preprocess_data.py``"""
+    from megaprune.preprocessing.cli import run
+
+    run(argv)
+
+
 def plan(argv: Sequence[str], command: str) -> None:
     """``tools/plan.py``"""
     from megaprune.planning.cli import run

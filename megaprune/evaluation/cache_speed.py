@@ -21,7 +21,7 @@ from megaprune.evaluation.measuring import interleaved, median_ratio
 from megaprune.mcore import passes
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
 from megaprune.mcore.weights_io import import_weights
-from megaprune.training.data import PADDING_ID, PackedDataset, batches_for, eval_batches
+from megaprune.training.data import PADDING_ID, Windows, batches_for, eval_batches
 from megaprune.weights.source import HFSource
 
 FORWARD, TARGETS, CACHING, READING = "forward pass", "and top k", "and written", "read"
@@ -30,7 +30,7 @@ _STUDENTS = {"near": 0.3, "far": 2.0}
 
 
 def measure_caching(
-    source: HFSource, dataset: PackedDataset, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
+    source: HFSource, dataset: Windows, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
 ) -> dict[str, Any]:
     """Tokens a second of each case, medians over rounds, and the losses' errors by encoding.
 

@@ -81,6 +81,7 @@ def evaluate_model(
             cache_dir=Path(cache),
             flag="--data",
             pad_last=True,
+            vocab_size=config.vocab_size,
         )
         model = load_model("--hf-model", hf_model, torch_dtype, device, trust_remote_code)
         teacher_model = None

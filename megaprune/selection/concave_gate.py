@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaprune.errors import MegapruneError
 from megaprune.selection.budget import Budget
+from megaprune.selection.selector import check_gradient
 from megaprune.selection.windows import windows
 
 
@@ -81,8 +82,7 @@ class ConcaveGate:
     def update(self, mask_grad: Tensor, step: int) -> None:
         """Moves the start by the loss's gradient [num_layers] at `mask(step)`. Raises MegapruneError if it is not
         finite."""
-        if not mask_grad.isfinite().all():
-            raise MegapruneError(f"the mask's gradient at search step {step} is not finite")
+        check_gradient(mask_grad, step)
         self._optimizer.zero_grad()
         with torch.enable_grad():
             self._gates(step).backward(mask_grad.detach().to("cpu", torch.float32))

@@ -10,6 +10,7 @@ from torch import Tensor
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import top_layers
+from megaprune.selection.selector import check_gradient, check_same_search
 
 
 def gumbel_topk_mask(
@@ -160,10 +161,7 @@ class GumbelTopK:
         Where the mask of this step was no choice (all free layers kept, or none) nothing moves. Raises
         MegapruneError if the gradient is not finite.
         """
-        if not mask_grad.isfinite().all():
-            raise MegapruneError(
-                f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
-            )
+        check_gradient(mask_grad, step)
         # Drawn anew: the noise is a function of the step and the scores have not moved, so it is the same
         # graph as the mask's, and nothing has to be held, or saved, between the two calls.
         with torch.enable_grad():
@@ -191,13 +189,7 @@ class GumbelTopK:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved search. Raises MegapruneError if it had other settings."""
-        saved = state["settings"]
-        for name, value in self._settings().items():
-            if saved.get(name) != value:
-                raise MegapruneError(
-                    f"cannot resume: the saved search has {name} = {saved.get(name)}, this run asks for "
-                    f"{value}; give the saved run's flags again, or another --save"
-                )
+        check_same_search(state["settings"], self._settings())
         with torch.no_grad():
             self._scores.copy_(state["scores"])
         self._optimizer.state[self._scores] = {name: value.clone() for name, value in state["adam"].items()}

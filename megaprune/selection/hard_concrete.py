@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.errors import MegapruneError
 from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import uniform_noise
 from megaprune.selection.one_shot import top_layers
+from megaprune.selection.selector import check_gradient, check_same_search
 
 # Louizos et al. (2018): the concrete's temperature, and how far it is stretched beyond 0 and 1.
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -82,10 +82,7 @@ class HardConcrete:
     def update(self, mask_grad: Tensor, step: int) -> None:
         """One step of descent on log alpha and of ascent on the multipliers. Raises MegapruneError if the gradient is
         not finite."""
-        if not mask_grad.isfinite().all():
-            raise MegapruneError(
-                f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
-            )
+        check_gradient(mask_grad, step)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         with torch.enable_grad():
@@ -112,12 +109,7 @@ class HardConcrete:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises MegapruneError if the saved search had other settings."""
-        for name, value in self._settings().items():
-            if state["settings"].get(name) != value:
-                raise MegapruneError(
-                    f"cannot resume: the saved search has {name} = {state['settings'].get(name)}, this run asks for "
-                    f"{value}; give the saved run's flags again, or another --save"
-                )
+        check_same_search(state["settings"], self._settings())
         with torch.no_grad():
             self._log_alpha.copy_(state["log_alpha"])
             self._multipliers.copy_(state["multipliers"])

@@ -1,10 +1,11 @@
 """The interface of every learned search, and the checks that all ways of selecting layers share."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from megaprune.errors import UsageError
+from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 
 
@@ -40,6 +41,24 @@ class Selector(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises MegapruneError if the state is that of a search with other settings."""
+
+
+def check_gradient(mask_grad: Tensor, step: int) -> None:
+    """Raises MegapruneError unless the gradient of a search's step is finite."""
+    if not mask_grad.isfinite().all():
+        raise MegapruneError(
+            f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
+        )
+
+
+def check_same_search(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises MegapruneError if a saved search's settings are not those that are asked for."""
+    for name, value in asked.items():
+        if saved.get(name) != value:
+            raise MegapruneError(
+                f"cannot resume: the saved search has {name} = {saved.get(name)}, this run asks for {value}; give the "
+                "saved run's flags again, or another --save"
+            )
 
 
 def protected_layers(spec: str, num_layers: int) -> frozenset[int]:

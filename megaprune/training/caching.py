@@ -25,17 +25,10 @@ from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.mcore.weights_io import import_weights
 from megaprune.models import Architecture
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.training.data import PADDING_ID, Batch, PackedDataset, batches_for, prepare_dataset
+from megaprune.training.data import PADDING_ID, Batch, Windows, batches_for, prepare_dataset
 from megaprune.training.run_dir import RunDir
-from megaprune.training.setup import (
-    cache_key,
-    check_sequence,
-    check_top_k,
-    fingerprint_of,
-    open_source,
-    parallel_sizes,
-    tokenizer_in,
-)
+from megaprune.training.setup import check_sequence, check_top_k, open_source, parallel_sizes, tokenizer_in
+from megaprune.training.teacher_cache import cache_key, check_cacheable
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import aside_folder
 
@@ -106,6 +99,7 @@ def _prepare(config: Config, output: Path) -> _Setup:
     """Checks the flags against the model and the processes. Reads headers only; writes nothing."""
     if output.exists() and not (output / MANIFEST).is_file():
         raise MegapruneError(f"{_FLAG} {output} exists and holds no teacher cache: choose another folder")
+    check_cacheable(config)
     source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
@@ -123,12 +117,12 @@ def _prepare(config: Config, output: Path) -> _Setup:
     return _Setup(config, source, arch, engine, stages, output)
 
 
-def _plan(setup: _Setup) -> tuple[CachePlan, PackedDataset]:
+def _plan(setup: _Setup) -> tuple[CachePlan, Windows]:
     """The cache that is to be made, and the data. Collective."""
     config, cache_dir = setup.config, setup.config.data.data_cache_path or setup.work.data_cache
     tokenizer = tokenizer_in(setup.source.folder, config.model.trust_remote_code)
 
-    def load() -> PackedDataset:
+    def load() -> Windows:
         return prepare_dataset(
             config.data.train_data,
             tokenizer,
@@ -139,7 +133,7 @@ def _plan(setup: _Setup) -> tuple[CachePlan, PackedDataset]:
         )
 
     dataset = parallel.on_first_rank(load) or load()
-    key = cache_key(fingerprint_of(setup.source), tokenizer, dataset, setup.arch)
+    key = cache_key(setup.source, tokenizer, dataset)
     return CachePlan(key, config.distillation.distill_top_k, "bf16" if setup.engine.bf16 else "fp32"), dataset
 
 
@@ -195,7 +189,7 @@ class _Caching:
     """The passes over the windows. Shards are dealt out to the replicas, round by round, so that all replicas run
     equally many micro-batches: expert parallelism needs every rank in each."""
 
-    def __init__(self, setup: _Setup, plan: CachePlan, dataset: PackedDataset, teacher: torch.nn.Module) -> None:
+    def __init__(self, setup: _Setup, plan: CachePlan, dataset: Windows, teacher: torch.nn.Module) -> None:
         self._plan, self._dataset, self._teacher = plan, dataset, teacher
         self._folder = setup.work.path
         self._micro_batch_size = setup.config.recovery.micro_batch_size

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,25 @@ from megaprune.training.data_sources import RowKeys
 PADDING_ID = -1  # the sample id of a row that only fills up a batch
 # Keeps the choice of calibration windows apart from the order of any epoch of the same seed.
 _CALIBRATION_STREAM = 0xCA11B
+
+
+class Windows(Protocol):
+    """Windows of tokens, by number: what batches are made of."""
+
+    @property
+    def seq_length(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def train_order(self, seed: int, start: int, count: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,10 @@ class PackedDataset:
         loss_mask[: stop - start - 1] = 1.0 if all_ones else self.stream.loss_mask[start + 1 : stop]
         return tokens, loss_mask
 
+    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
+        """The windows of training samples start .. start + count - 1, int64 [count]."""
+        return sample_order(len(self), seed, start, count)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -94,18 +117,27 @@ def prepare_dataset(
     cache_dir: Path,
     flag: str = "--train-data",
     pad_last: bool = False,
-) -> PackedDataset:
-    """The windows of `paths`: .jsonl, .json (also .zst, .gz), .parquet, folders of these, or hub dataset ids.
+    vocab_size: int | None = None,
+) -> Windows:
+    """The windows of `paths`: .jsonl, .json (also .zst, .gz), .parquet, folders of these, or hub dataset ids; or of
+    preprocessed datasets (prefixes of .bin and .idx), in the order of the files.
 
-    Tokenises into `cache_dir` at the first call and maps the cache afterwards: rank 0 calls it alone, the
-    others after a barrier. Texts are tokenised with the tokenizer's own special tokens and end with its
-    end-of-text token; chats are what the chat template makes of them, and where it marks the assistant's
-    tokens (a `{% generation %}` block) only those carry loss. A hub dataset ("id" or "id:split") is fetched
-    once: later calls use the cache and do not ask whether the hub has a newer one.
+    Preprocessed data is mapped as it is, and its tokens are held against `vocab_size` where that is given. The rest
+    is tokenised into `cache_dir` at the first call and mapped from there afterwards: rank 0 calls it alone, the others
+    after a barrier. Texts are tokenised with the tokenizer's own special tokens and end with its end-of-text token;
+    chats are what the chat template makes of them, and where it marks the assistant's tokens (a `{% generation %}`
+    block) only those carry loss. A hub dataset ("id" or "id:split") is fetched once: later calls use the cache and do
+    not ask whether the hub has a newer one.
 
     Raises UsageError or MegapruneError, naming `flag` and the file and line, for data that cannot be used,
     and for fewer tokens than one window.
     """
+    from megaprune.training import indexed  # which builds on this module
+
+    blend = indexed.find_blend(paths, flag)
+    if blend is not None:
+        files = indexed.open_blend(blend, flag, seq_length, vocab_size)
+        return indexed.stored_windows(blend, files, seq_length, tokenizer.eos_token_id, pad_last, flag)
     stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag)
     dataset = PackedDataset(stream, seq_length, tokenizer.eos_token_id, pad_last)
     if not len(dataset):
@@ -148,7 +180,7 @@ def calibration_ids(num_windows: int, count: int, seed: int, skip: int = 0) -> l
 
 
 def train_batches(
-    dataset: PackedDataset,
+    dataset: Windows,
     *,
     iteration: int,
     global_batch_size: int,
@@ -163,7 +195,7 @@ def train_batches(
     (m * dp_size + r) * micro_batch_size and the following. Raises UsageError where the sizes do not divide.
     """
     rows = train_ids(
-        len(dataset),
+        dataset,
         iteration=iteration,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -175,7 +207,7 @@ def train_batches(
 
 
 def train_ids(
-    num_windows: int,
+    dataset: Windows,
     *,
     iteration: int,
     global_batch_size: int,
@@ -191,12 +223,12 @@ def train_ids(
             f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
             f"{micro_batch_size} times the data-parallel size {dp_size}: change one of them"
         )
-    ids = sample_order(num_windows, seed, iteration * global_batch_size, global_batch_size)
+    ids = dataset.train_order(seed, iteration * global_batch_size, global_batch_size)
     return ids.reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist()
 
 
 def eval_batches(
-    dataset: PackedDataset, *, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
+    dataset: Windows, *, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
     """The windows of `dataset` in order, or the first `limit`, dealt out as by `batches_for`."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -204,7 +236,7 @@ def eval_batches(
 
 
 def batches_for(
-    dataset: PackedDataset, ids: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int
+    dataset: Windows, ids: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[Batch]:
     """The windows `ids` in order, micro-batch m going to rank m % dp_size.
 
@@ -217,7 +249,7 @@ def batches_for(
         yield _batch(dataset, chosen + [PADDING_ID] * (micro_batch_size - len(chosen)))
 
 
-def _batch(dataset: PackedDataset, ids: list[int]) -> Batch:
+def _batch(dataset: Windows, ids: list[int]) -> Batch:
     tokens = np.full((len(ids), dataset.seq_length + 1), dataset.pad_id, np.int64)
     loss_mask = np.zeros((len(ids), dataset.seq_length), np.float32)
     for row, index in enumerate(ids):

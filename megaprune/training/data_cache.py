@@ -80,7 +80,7 @@ def open_or_build(paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir
     stream = _open(folder)
     if stream is None:
         documents = read_documents(sources, keys, flag, hub_cache=cache_dir / "hub")
-        encoded = _Encoder(tokenizer, dtype).encode(documents, flag)
+        encoded = Encoder(tokenizer, dtype).encode(documents, flag)
         try:
             _build(encoded, folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
@@ -114,7 +114,7 @@ def _tokenizer_identity(tokenizer: Any) -> list[Any]:
     return [digest, tokenizer.chat_template, tokenizer.eos_token_id]
 
 
-class _Encoder:
+class Encoder:
     """Documents to tokens, in order, a batch at a time."""
 
     def __init__(self, tokenizer: Any, dtype: np.dtype) -> None:
@@ -125,11 +125,12 @@ class _Encoder:
         """Raises MegapruneError where the tokenizer or its chat template refuses a document."""
         with tqdm(desc=f"tokenising {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY) as bar:
             for batch in _batches(documents):
-                for tokens, loss_mask in self._encode_batch(batch):
+                for tokens, loss_mask in self.encode_batch(batch):
                     yield tokens, loss_mask
                     bar.update(len(tokens))
 
-    def _encode_batch(self, batch: list[Document]) -> list[_Encoded]:
+    def encode_batch(self, batch: list[Document]) -> list[_Encoded]:
+        """The tokens of neighbours of one kind. Raises MegapruneError, naming the document, where one is refused."""
         encode = self._encode_chats if batch[0].is_chat else self._encode_texts
         try:
             return encode(batch)
@@ -140,7 +141,7 @@ class _Encoder:
                 what = "chat template" if batch[0].is_chat else "tokenizer"
                 raise MegapruneError(f"{batch[0].where}: the {what} refuses it ({first_line(error)})") from error
         # One at a time, to name the document at fault.
-        return [encoded for document in batch for encoded in self._encode_batch([document])]
+        return [encoded for document in batch for encoded in self.encode_batch([document])]
 
     def _encode_texts(self, batch: list[Document]) -> list[_Encoded]:
         eos = self.tokenizer.eos_token_id

@@ -62,6 +62,18 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row as read: a JSON line not yet parsed, or what the other formats give; `where` as in `Document`.
+
+    bytes_read: of all files so far, as stored; a hub dataset's count none.
+    """
+
+    where: str
+    content: Any
+    bytes_read: int
+
+
+@dataclass(frozen=True)
 class RowKeys:
     """The keys under which a row holds its text or its chat. A row that has both counts as text."""
 
@@ -136,41 +148,53 @@ def read_documents(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cach
 
     What the datasets library itself keeps of a hub dataset goes to `hub_cache`.
     """
+    documents = (document_of(row, keys) for row in read_rows(sources, keys, flag, hub_cache))
+    return (document for document in documents if document.content)
+
+
+def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Path | None) -> Iterator[Row]:
+    """All rows in order, for `document_of`, perhaps in another process: parsing JSON is most of the reading.
+
+    Raises MegapruneError for a file or a hub dataset that can't be read. With `hub_cache` None what the datasets
+    library keeps goes to its own cache.
+    """
+    done = 0
     for source in sources:
-        for where, row in _read_rows(source, keys, flag, hub_cache):
-            document = _document(where, row, keys)
-            if document.content:
-                yield document
+        if isinstance(source, HubSource):
+            for where, row in _hub_rows(source, flag, hub_cache):
+                yield Row(where, row, done)
+            continue
+        place = f"{flag} {source.path}"
+        try:
+            rows = _parquet_rows(source.path, keys, place) if source.path.suffix == ".parquet" else None
+            for where, row, position in rows or _json_rows(source.path, place):
+                yield Row(where, row, done + position)
+            done += source.path.stat().st_size
+        except (OSError, pyarrow.ArrowException) as error:
+            raise MegapruneError(f"{place} cannot be read ({first_line(error)}): write or fetch it again") from error
 
 
-def _read_rows(source: Source, keys: RowKeys, flag: str, hub_cache: Path) -> Iterator[tuple[str, Any]]:
-    if isinstance(source, HubSource):
-        yield from _hub_rows(source, flag, hub_cache)
-        return
-    place = f"{flag} {source.path}"
-    try:
-        if source.path.suffix == ".parquet":
-            yield from _parquet_rows(source.path, keys, place)
-        else:
-            yield from _json_rows(source.path, place)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise MegapruneError(f"{place} cannot be read ({first_line(error)}): write or fetch it again") from error
+def document_of(row: Row, keys: RowKeys) -> Document:
+    """The document in a row. Raises MegapruneError, naming its place, where there is none."""
+    content = row.content
+    if isinstance(content, bytes):
+        content = _json(_utf8(content, row.where), row.where)
+    return _document(row.where, content, keys)
 
 
-def _json_rows(path: Path, place: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, place: str) -> Iterator[tuple[str, Any, int]]:
     codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
     # Arrow's stream reads on through several frames and, unlike zstandard's reader, notices a missing end.
-    with pyarrow.input_stream(str(path), compression=codec) as stream:
+    with pyarrow.OSFile(str(path)) as file, pyarrow.input_stream(file, compression=codec) as stream:
         lines = io.BufferedReader(stream)
         if ".json" in path.suffixes and lines.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             text = _utf8(lines.read(), place)
             for number, row in enumerate(_json(text, place), start=1):
-                yield f"{place}, row {number}", row
+                yield f"{place}, row {number}", row, file.tell()
             return
         for number, line in enumerate(lines, start=1):
-            where = f"{place}, line {number}"
             if line.strip():
-                yield where, _json(_utf8(line, where), where)
+                yield f"{place}, line {number}", line, file.tell()
 
 
 def _utf8(raw: bytes, where: str) -> str:
@@ -188,18 +212,18 @@ def _json(text: str, where: str) -> Any:
         raise MegapruneError(f"{where} is not valid JSON: {error.msg} ({line}column {error.colno})") from error
 
 
-def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[tuple[str, Any]]:
-    number = 0
+def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[tuple[str, Any, int]]:
+    number, size = 0, path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
         # Only the columns that matter are decoded; where there is neither, all, for the message to name them.
         wanted = [name for name in (keys.text, keys.messages) if name in file.schema_arrow.names] or None
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{place}, row {number}", row
+                yield f"{place}, row {number}", row, size * number // file.metadata.num_rows
 
 
-def _hub_rows(source: HubSource, flag: str, hub_cache: Path) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
     # Imported here: both take seconds to load, and local data needs neither.
     import datasets
     import huggingface_hub
@@ -213,7 +237,8 @@ def _hub_rows(source: HubSource, flag: str, hub_cache: Path) -> Iterator[tuple[s
             f"{place} does not exist and is not a dataset id that the hub gives ({first_line(error)})"
         ) from error
     try:
-        rows = datasets.load_dataset(source.dataset_id, split=source.split, streaming=True, cache_dir=str(hub_cache))
+        kept = {"cache_dir": str(hub_cache)} if hub_cache else {}
+        rows = datasets.load_dataset(source.dataset_id, split=source.split, streaming=True, **kept)
         for number, row in enumerate(rows, start=1):
             yield f"{place}, row {number} of split {source.split}", row
     except Exception as error:  # as above

@@ -8,7 +8,6 @@ from typing import Any
 from megaprune import device
 from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
 from megaprune.conversion.checkpoint_source import CheckpointSource
-from megaprune.distillation.cache_format import CacheKey
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore import parallel
@@ -22,18 +21,20 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
+from megaprune.training.automatic import HELD_OUT_WINDOWS
 from megaprune.training.data import (
     Batch,
-    PackedDataset,
+    Windows,
     batches_for,
     calibration_ids,
     eval_batches,
     prepare_dataset,
     train_ids,
 )
-from megaprune.training.data_cache import tokenizer_fingerprint
+from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
-from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
+from megaprune.training.teacher_cache import check_cacheable, open_cache
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
@@ -81,21 +82,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """The packed datasets of a run, as this replica sees them."""
+    """The datasets of a run, as this replica sees them. Text is calibrated on in the windows that are trained on."""
 
     config: Config
-    train: PackedDataset | None
-    valid: PackedDataset | None
+    train: Windows | None
+    valid: Windows | None
+    calibration: Windows | None
     teacher_cache: TeacherCache | None = None
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
         """This replica's share of `count` calibration windows, behind the first `skip`."""
-        ids = calibration_ids(len(self.train), count, self.config.recovery.seed, skip)
-        return list(batches_for(self.train, ids, **self._dealt()))
+        ids = calibration_ids(len(self.calibration), count, self.config.recovery.seed, skip)
+        return list(batches_for(self.calibration, ids, **self._dealt()))
 
     @property
-    def num_train_windows(self) -> int:
-        return len(self.train)
+    def num_calibration_windows(self) -> int:
+        return len(self.calibration)
 
     def valid_batches(self, limit: int | None = None) -> list[Batch]:
         """This replica's share of the validation windows, or of the first `limit`; each token counts once."""
@@ -107,7 +109,7 @@ class Data:
             recovery, dealt = self.config.recovery, self._dealt()
             if iteration < recovery.train_iters:
                 sizes = dict(iteration=iteration, global_batch_size=global_batch_size, seed=recovery.seed)
-                self.teacher_cache.prefetch([id for row in train_ids(len(self.train), **sizes, **dealt) for id in row])
+                self.teacher_cache.prefetch([id for row in train_ids(self.train, **sizes, **dealt) for id in row])
 
     def _dealt(self) -> dict[str, int]:
         return dict(
@@ -196,35 +198,66 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         MegapruneError: the data can't be used; on every rank.
     """
     config = setup.config
+    blend = find_blend(config.data.train_data, "--train-data")
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
-    cached = config.distillation.teacher == "cached"
-    model = fingerprint_of(setup.source) if cached else ""
+    if config.distillation.teacher == "cached":
+        check_cacheable(config)
 
-    def load() -> Data:
+    # What the others map, the first has looked through.
+    vocab_size = setup.arch.vocab_size if parallel.rank() == 0 else None
+
+    def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
         common = dict(
             seq_length=config.data.seq_length,
             text_key=config.data.text_key,
             messages_key=config.data.messages_key,
             cache_dir=cache,
+            vocab_size=vocab_size,
         )
-        train = valid = None
-        if config.data.train_data:
+        train, valid, files = None, None, []
+        if blend:
+            files = open_blend(blend, "--train-data", config.data.seq_length, vocab_size)
+        elif config.data.train_data:
             train = prepare_dataset(config.data.train_data, tokenizer, flag="--train-data", **common)
-            if config.prune.method not in ("random", "manual"):
-                calibration_ids(len(train), config.data.calibration_samples, config.recovery.seed)
         if config.data.valid_data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
-        if not cached:
-            return Data(config, train, valid)
-        wanted = cache_key(model, tokenizer, train, setup.arch)
-        teacher_cache = TeacherCache(
-            Path(config.distillation.teacher_logits), wanted, config.distillation.distill_top_k
-        )
-        if parallel.rank() == 0:
-            teacher_cache.check_shards()
-        return Data(config, train, valid, teacher_cache)
+        return train, valid, files
 
-    return parallel.on_first_rank(load) or load()
+    train, valid, files = parallel.on_first_rank(load) or load()
+    calibration = train
+    if blend:
+        train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
+    if calibration and _calibrates(config):
+        calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
+    cached = open_cache(config, setup.source, tokenizer, train) if config.distillation.teacher == "cached" else None
+    return Data(config, train, valid, calibration, cached)
+
+
+def _blended(
+    setup: Setup, blend: Blend, files: list[IndexedFile], pad_id: int, cache: Path
+) -> tuple[Windows | None, Windows | None]:
+    """The training samples of preprocessed data and its calibration windows, where the run has a use for them.
+    Collective."""
+    config = setup.config
+    common = dict(
+        seq_length=config.data.seq_length,
+        seed=config.recovery.seed,
+        pad_id=pad_id,
+        vocab_size=setup.arch.vocab_size,
+        cache_dir=cache,
+    )
+    train = calibration = None
+    if _calibrates(config):
+        most = config.data.calibration_samples * (1 + HELD_OUT_WINDOWS)
+        calibration = calibration_windows(blend, files, most=most, **common)
+    num_samples = config.recovery.train_iters * setup.global_batch_size
+    if num_samples:
+        train = training_windows(blend, files, num_samples=num_samples, **common)
+    return train, calibration
+
+
+def _calibrates(config: Config) -> bool:
+    return config.prune.method not in ("random", "manual")
 
 
 def load_tokenizer(setup: Setup) -> Any:
@@ -245,35 +278,6 @@ def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # transformers raises many kinds; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MegapruneError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
-
-
-def fingerprint_of(source: HFSource) -> str:
-    """The model's fingerprint; each rank reads its share of the tensors. Collective."""
-    names, error, digests = fingerprinted_tensors(source), None, {}
-    share = -(-len(names) // parallel.world_size())  # neighbours together: they may lie in one fused tensor
-    try:
-        digests = tensor_digests(source, names[parallel.rank() * share :][:share])
-    except MegapruneError as met:
-        error = met
-    parallel.raise_together(error)
-    parts = parallel.from_all_ranks(digests)
-    return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
-
-
-def cache_key(model: str, tokenizer: Any, data: PackedDataset, arch: Architecture) -> CacheKey:
-    """What a teacher's targets on these data follow from.
-
-    Args:
-        model: `fingerprint_of` the teacher.
-    """
-    return CacheKey(
-        model=model,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        data=data.fingerprint,
-        seq_length=data.seq_length,
-        windows=len(data),
-        vocab_size=arch.vocab_size,
-    )
 
 
 def _uses_transformer_engine(config: Config) -> bool:

@@ -281,3 +281,14 @@ def test_flags_that_belong_together(model, tiny_data, tmp_path, cached):
         status, line = cli.attempt("prune", prune_argv(model, tiny_data, tmp_path / "run", *extra))
         assert status == 2 and said in line
     assert cli.attempt("cache-teacher", cache_argv(model, tiny_data, tmp_path)[:-2])[0] == 2
+
+
+def test_preprocessed_data_is_refused(model, tiny_data, tmp_path, cached):
+    for suffix in ("bin", "idx"):
+        (tiny_data / f"preprocessed.{suffix}").touch()
+    data = ["--train-data", str(tiny_data / "preprocessed")]
+    run = cli.attempt("prune", recovery_argv(model, tiny_data, tmp_path / "run", *from_cache(cached), *data))
+    parallel.finish()
+    for status, line in (run, cache(model, tiny_data, tmp_path / "c", *data)):
+        assert status == 2 and "a teacher can't be cached for preprocessed data" in line
+    assert list(tmp_path.iterdir()) == []
