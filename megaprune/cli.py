@@ -16,6 +16,7 @@ from megaprune.launcher import rank
 
 VERBS = {
     "prune": "prune and heal a model",
+    "cache-teacher": "a teacher's logits for all training data, to learn from without it",
     "convert": "HF safetensors to a Megatron-Core checkpoint and back",
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "compare": "several methods on one model, at equal budgets",

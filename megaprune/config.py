@@ -144,9 +144,12 @@ class DistillationConfig:
         "rest",
     )
     distill_top_k: int = flag("teacher logits per token", 10)
-    teacher: Literal["online", "self"] = flag(
-        "online: the original model beside the student; self: with LoRA, the student's own frozen weights", "online"
+    teacher: Literal["online", "self", "cached"] = flag(
+        "online: the original model beside the student; self: with LoRA, the student's own frozen weights; cached: "
+        "what cache_teacher.py stored in --teacher-logits",
+        "online",
     )
+    teacher_logits: str | None = flag("with --teacher cached: the folder that cache_teacher.py wrote")
 
 
 @dataclass
@@ -239,6 +242,11 @@ class Config:
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
     @property
+    def distils(self) -> bool:
+        """Whether the student learns from a teacher."""
+        return bool(self.recovery.train_iters) and self.distillation.distill_loss != "ce"
+
+    @property
     def tunes_endpoints(self) -> bool:
         """Whether recovery trains only the layers beside the cut."""
         chosen = self.recovery.recovery_layers
@@ -315,6 +323,7 @@ def _check(config: Config) -> None:
     _check_iterations(config)
     _check_lora(config)
     _check_cut(config)
+    _check_teacher(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.prune.method in CALIBRATED):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
@@ -333,6 +342,18 @@ def check_for_plan(config: Config) -> None:
     if config.recovery.train_iters is not None:
         _check_iterations(config)
     _check_lora(config)
+
+
+def check_for_caching(config: Config) -> None:
+    """The checks of what a teacher's targets follow from; the flags of pruning and training are left alone.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    _check_model(config.model)
+    if not config.data.train_data:
+        raise UsageError("--train-data is required: the data that the runs will train on")
+    _check_ranges(config)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -401,6 +422,15 @@ def _check_cut(config: Config) -> None:
         raise UsageError(
             "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
         )
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
+    if (teacher == "cached") != (logits is not None):
+        raise UsageError("--teacher cached and --teacher-logits go together")
+    if teacher == "cached" and not config.distils:
+        unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
+        raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")
 
 
 def _check_lora(config: Config) -> None:

@@ -77,7 +77,7 @@ class PruningRun:
     def __init__(self, setup: Setup, data: Data, command: str) -> None:
         self.setup, self.data, self.command = setup, data, command
         self.config = setup.config
-        self.models = Models(setup)
+        self.models = Models(setup, data.teacher_cache)
         self.valid = data.valid_batches()
         self.stop = StopRequest(self.config.run.exit_on_signal)
         self.resume_from = checkpoint.latest(setup.run_dir.checkpoints)
@@ -139,8 +139,8 @@ class PruningRun:
 
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
-        trained = self.config.recovery.train_iters > 0 and self.config.distillation.distill_loss != "ce"
-        return trained or bool(self.valid) or self.config.stitches or self.config.prune.method in CALIBRATED
+        taught = self.config.distils and self.config.distillation.teacher != "cached"
+        return taught or bool(self.valid) or self.config.stitches or self.config.prune.method in CALIBRATED
 
     def _measure_original(self, original: torch.nn.Module) -> None:
         """Measures the model's validation loss and, where they are wanted, its layers' scores."""
@@ -287,6 +287,7 @@ class PruningRun:
         return Objective(distillation.distill_loss, distillation.distill_tail, self.models.shard, teacher)
 
     def _batches(self, iteration: int) -> list:
+        self.data.read_ahead(iteration + 1, self.setup.global_batch_size)
         return train_batches(
             self.data.train,
             iteration=iteration,

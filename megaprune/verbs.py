@@ -15,6 +15,16 @@ def prune(argv: Sequence[str], command: str) -> None:
     parallel.leave()
 
 
+def cache_teacher(argv: Sequence[str], command: str) -> None:
+    """``tools/cache_teacher.py``"""
+    from megaprune.training.caching_cli import run
+
+    run(argv)
+    from megaprune.mcore import parallel
+
+    parallel.leave()
+
+
 def convert(argv: Sequence[str], command: str) -> None:
     """``tools/convert.py``"""
     from megaprune.conversion.cli import run

@@ -119,6 +119,12 @@ def teacher_targets(logits: Tensor, k: int, shard: VocabShard) -> TeacherTargets
     return TeacherTargets(indices, top_logits, peak + total.log(), entropy)
 
 
+def top_k_log_odds(targets: TeacherTargets) -> Tensor:
+    """The logarithm [...] of the top k's probability by that of all other tokens; finite."""
+    log_mass = _log_mass(targets)
+    return log_mass - _log1mexp(log_mass)
+
+
 def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: VocabShard, tail: Tail) -> Tensor:
     """KL(teacher || student) of every token, [...], from the teacher's top k (E3-Pruner, adaptive KD).
 
@@ -240,11 +246,15 @@ def _kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 def _teacher_with_rest(targets: TeacherTargets) -> Tensor:
     """Log-probabilities [..., k + 1]: of the top k, and of all the rest together."""
-    # Rounding, or a cache in 16 bits, may put the mass of the top k at 1 and beyond: the rest is below eps.
-    eps = torch.finfo(targets.logits.dtype).eps
-    log_mass = (targets.logits.logsumexp(-1) - targets.logsumexp).clamp_max(-eps)
-    rest = targets.logsumexp + _log1mexp(log_mass)
+    rest = targets.logsumexp + _log1mexp(_log_mass(targets))
     return torch.cat([targets.logits, rest.unsqueeze(-1)], dim=-1).log_softmax(-1)
+
+
+def _log_mass(targets: TeacherTargets) -> Tensor:
+    """The log-probability [...], below 0, of the top k together."""
+    # Rounding may put their mass at 1 and beyond: the rest is below eps.
+    eps = torch.finfo(targets.logits.dtype).eps
+    return (targets.logits.logsumexp(-1) - targets.logsumexp).clamp_max(-eps)
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """Where a student's targets come from. A teacher is asked before the step for all of its micro-batches."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Protocol
 
 import torch
 
+from megaprune import device
+from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
+from megaprune.errors import MegapruneError
+from megaprune.mcore import parallel
 from megaprune.mcore.gated_layer import LayerGate
 from megaprune.mcore.lora import adapters_off
 from megaprune.mcore.passes import MicroBatch, forward
@@ -50,3 +55,35 @@ class SelfTeacher:
         """See `Teacher`."""
         with adapters_off(self._student), self._gate.all_layers():
             return forward(self._student, batches, lambda logits, _: teacher_targets(logits, self._top_k, self._shard))
+
+
+class CachedTeacher:
+    """What a teacher said of the same windows before, read from disk: no model at all.
+
+    A batch is known by the windows that it holds, so that neither the order nor the layout needs to be that in which
+    the cache was made.
+    """
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self._cache = cache
+
+    def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
+        """See `Teacher`. Collective: where one rank finds the cache damaged, all refuse.
+
+        Raises:
+            MegapruneError: what is stored is not what was written; names the file.
+        """
+        found, error = [], None
+        if parallel.is_last_stage():
+            try:
+                found = [self._cache.windows(batch.sample_ids) for batch in batches]
+            except MegapruneError as met:
+                error = met
+        if parallel.any_rank(error is not None):
+            parallel.raise_together(error)
+        target = device.torch_device()
+        return [_moved(targets, target) for targets in found]
+
+
+def _moved(targets: TeacherTargets, target: torch.device) -> TeacherTargets:
+    return TeacherTargets(*(getattr(targets, field.name).to(target) for field in fields(targets)))

@@ -164,6 +164,30 @@ def convert_table(result: Result) -> str:
     return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
 
 
+def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
+    """``benchmark teacher-cache``: caching by a forward pass alone, reading, and what 16 bits lose.
+
+    Raises:
+        MegapruneError: the model or the data can't be used.
+        UsageError: flags out of range.
+    """
+    from megaprune.evaluation.cache_benchmark import TeacherCacheConfig, check, measure, teacher_cache_table
+
+    config = _parse(TeacherCacheConfig, argv, "teacher-cache", "What caching a teacher costs, and what it loses.")
+    check(config)
+    from megaprune import device
+
+    result = {
+        "benchmark": "teacher-cache",
+        "settings": asdict(config),
+        "environment": _environment(device.NAME, 1),
+        **measure(config),
+    }
+    print(teacher_cache_table(result, _aligned), flush=True)
+    _write(config.output, result)
+    return result
+
+
 def inference_benchmark(argv: Sequence[str]) -> Result:
     """``benchmark inference``: a pruned model beside its original.
 
@@ -193,6 +217,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
     "train-step": train_step_benchmark,
     "convert": convert_benchmark,
     "inference": inference_benchmark,
+    "teacher-cache": teacher_cache_benchmark,
 }
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -127,6 +127,13 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
             error = met
     raise_together(error)
     return result
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Every rank's value, in order of rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_rank(flag: bool) -> bool:

@@ -78,8 +78,8 @@ def training_memory(
     Args:
         moe_layers: whether each layer that runs on the stage has experts.
         teacher_bytes: weights of a teacher beside the student.
-        taught: there is a teacher, whose forward pass comes before the student's.
-        target_bytes: what stays of that pass for all micro-batches, on the last stage.
+        taught: a teacher's forward pass comes before the student's.
+        target_bytes: what a teacher, or what is stored of one, says of all micro-batches, on the last stage.
     """
     kept = in_flight * sum(map(activations.layer, moe_layers))
     working = activations.working(moe_layers, last_stage, share.largest_trained)

@@ -254,7 +254,7 @@ class _Planner:
             micro_batches_in_flight(stage, self._sizes.pipeline, self._cluster.micro_batches),
             last,
             teacher_bytes=teacher.model_bytes if teacher else 0,
-            taught=self._teacher is not None,
+            taught=self._teacher in ("online", "self"),
             target_bytes=self._target_bytes(),
         )
 

@@ -194,6 +194,29 @@ def train_batches(
     The iteration's global batch is the same set at every layout; micro-batch m of rank r holds its samples
     (m * dp_size + r) * micro_batch_size and the following. Raises UsageError where the sizes do not divide.
     """
+    rows = train_ids(
+        dataset,
+        iteration=iteration,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=seed,
+    )
+    return [_batch(dataset, row) for row in rows]
+
+
+def train_ids(
+    dataset: Windows,
+    *,
+    iteration: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """The windows of each of the micro-batches that `train_batches` gives."""
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
         raise UsageError(
@@ -201,8 +224,7 @@ def train_batches(
             f"{micro_batch_size} times the data-parallel size {dp_size}: change one of them"
         )
     ids = dataset.train_order(seed, iteration * global_batch_size, global_batch_size)
-    rows = ids.reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
-    return [_batch(dataset, row.tolist()) for row in rows]
+    return ids.reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist()
 
 
 def eval_batches(

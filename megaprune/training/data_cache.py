@@ -91,6 +91,12 @@ def open_or_build(paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir
     return stream
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex digest of what decides a text's tokens; the chat template's share shows in the data's fingerprint."""
+    digest, _, eos_token_id = _tokenizer_identity(tokenizer)
+    return hashlib.sha256(f"{digest} {eos_token_id}".encode()).hexdigest()
+
+
 def _token_dtype(tokenizer: Any) -> np.dtype:
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)  # ids may have gaps
     return np.dtype("<u2" if vocab_size < 65536 else "<u4")

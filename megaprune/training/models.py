@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import VocabShard
-from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, Teacher
+from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher
 from megaprune.mcore import checkpoint
 from megaprune.mcore.adapter_io import attach_adapters
 from megaprune.mcore.builder import build_model, in_half_precision, train_only, vocab_shard
@@ -21,8 +22,8 @@ from megaprune.training.setup import Setup
 class Models:
     """Makes a run's models. The original and a student that keeps its pruned layers share one gate."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, setup: Setup, teacher_cache: TeacherCache | None = None) -> None:
+        self._setup, self._teacher_cache = setup, teacher_cache
         self.gate = LayerGate()
         self.shard: VocabShard = vocab_shard(setup.arch)
 
@@ -71,7 +72,8 @@ class Models:
         return student
 
     def teacher(self, student: Trainer | None, original: torch.nn.Module | None = None) -> Teacher | None:
-        """The student's teacher: itself, or the original model, imported unless it is at hand. None for CE.
+        """The student's teacher: itself, what is cached, or the original model, imported unless it is at hand. None for
+        CE.
 
         Args:
             student: not asked for by a teacher apart from it.
@@ -81,6 +83,8 @@ class Models:
             return None
         if self.student_stays_whole:
             return SelfTeacher(student.ddp, self.gate, self.shard, distillation.distill_top_k)
+        if self._teacher_cache is not None:
+            return CachedTeacher(self._teacher_cache)
         model = self.original(gated=False) if original is None else original
         return OnlineTeacher(in_half_precision(model, self._setup.engine), self.shard, distillation.distill_top_k)
 

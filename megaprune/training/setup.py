@@ -8,6 +8,7 @@ from typing import Any
 from megaprune import device
 from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
 from megaprune.conversion.checkpoint_source import CheckpointSource
+from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
@@ -22,10 +23,19 @@ from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.selector import protected_layers
 from megaprune.selection.windows import cut_position
 from megaprune.training.automatic import HELD_OUT_WINDOWS
-from megaprune.training.data import Batch, Windows, batches_for, calibration_ids, eval_batches, prepare_dataset
+from megaprune.training.data import (
+    Batch,
+    Windows,
+    batches_for,
+    calibration_ids,
+    eval_batches,
+    prepare_dataset,
+    train_ids,
+)
 from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
+from megaprune.training.teacher_cache import check_cacheable, open_cache
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
@@ -79,6 +89,7 @@ class Data:
     train: Windows | None
     valid: Windows | None
     calibration: Windows | None
+    teacher_cache: TeacherCache | None = None
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
         """This replica's share of `count` calibration windows, behind the first `skip`."""
@@ -92,6 +103,14 @@ class Data:
     def valid_batches(self, limit: int | None = None) -> list[Batch]:
         """This replica's share of the validation windows, or of the first `limit`; each token counts once."""
         return list(eval_batches(self.valid, limit=limit, **self._dealt())) if self.valid else []
+
+    def read_ahead(self, iteration: int, global_batch_size: int) -> None:
+        """Begins to read what the teacher said of this replica's share of an iteration to come, if that is cached."""
+        if self.teacher_cache is not None and parallel.is_last_stage():
+            recovery, dealt = self.config.recovery, self._dealt()
+            if iteration < recovery.train_iters:
+                sizes = dict(iteration=iteration, global_batch_size=global_batch_size, seed=recovery.seed)
+                self.teacher_cache.prefetch([id for row in train_ids(self.train, **sizes, **dealt) for id in row])
 
     def _dealt(self) -> dict[str, int]:
         return dict(
@@ -118,11 +137,7 @@ def prepare(config: Config) -> Setup:
     check_parallel_sizes(arch, sizes, parallel.world_size())
     transformer_engine = _uses_transformer_engine(config)
     check_sequence(config, arch, sizes)
-    if config.distillation.distill_top_k > arch.vocab_size:
-        raise UsageError(
-            f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
-            "vocabulary"
-        )
+    check_top_k(config, arch)
     manual, protected, budget = layers_in_question(config, source.config)
     if manual is not None and config.needs_one_cut:
         cut_position(manual, arch.num_layers)
@@ -188,6 +203,8 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
     config = setup.config
     blend = find_blend(config.data.train_data, "--train-data")
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
+    if config.distillation.teacher == "cached":
+        check_cacheable(config)
 
     # What the others map, the first has looked through.
     vocab_size = setup.arch.vocab_size if parallel.rank() == 0 else None
@@ -215,7 +232,8 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
     if calibration and _calibrates(config):
         calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
-    return Data(config, train, valid, calibration)
+    cached = open_cache(config, setup.source, tokenizer, train) if config.distillation.teacher == "cached" else None
+    return Data(config, train, valid, calibration, cached)
 
 
 def _blended(
@@ -251,15 +269,18 @@ def load_tokenizer(setup: Setup) -> Any:
     Raises:
         MegapruneError: the folder holds none that transformers can load.
     """
+    return tokenizer_in(setup.source.folder, setup.config.model.trust_remote_code)
+
+
+def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of an HF folder. Raises as `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            setup.source.folder, trust_remote_code=setup.config.model.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"{setup.source.folder} holds no tokenizer that can be loaded: {reason}") from None
+        raise MegapruneError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
 
 
 def _uses_transformer_engine(config: Config) -> bool:
@@ -351,6 +372,19 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
             f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
         )
     return size
+
+
+def check_top_k(config: Config, arch: Architecture) -> None:
+    """Checks that the vocabulary has as many tokens as the teacher is to name.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    if config.distillation.distill_top_k > arch.vocab_size:
+        raise UsageError(
+            f"--distill-top-k {config.distillation.distill_top_k} is more than the {arch.vocab_size} tokens of the "
+            "vocabulary"
+        )
 
 
 def lora_options(config: Config, family: Family, arch: Architecture) -> LoRAOptions | None:

@@ -106,3 +106,24 @@ def test_convert_measures_every_case(tmp_path):
 def test_wrong_flags_of_convert_are_refused(words):
     with pytest.raises(UsageError, match=words.split()[0]):
         run(["convert", *words.split()])
+
+
+def test_teacher_cache(tiny_model, tiny_data, tmp_path):
+    flags = ["--hf-model", tiny_model("qwen3_tied"), "--data", tiny_data / "valid.jsonl", "--seq-length", 16]
+    flags += ["--windows", 10, "--repeats", 1, "--output", tmp_path / "result.json"]
+    run(["teacher-cache", *map(str, flags)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [case["case"] for case in result["cases"]] == ["forward pass", "and top k", "and written", "read"]
+    assert all(case["tokens_per_second"] > 0 for case in result["cases"])
+    assert result["bytes_per_token"] == 45 + 4 / 16
+    largest = {row["encoding"]: row["largest"] for row in result["encodings"] if row["student"] == "near"}
+    assert min(largest, key=largest.get).endswith("(stored)") and max(largest, key=largest.get) == "bf16 logits"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [([], "--hf-model and --data are required"), (["--windows", "0"], "--windows 0 is less than 1")],
+)
+def test_teacher_cache_refuses(argv, message):
+    with pytest.raises(UsageError, match=message):
+        run(["teacher-cache", *argv])

@@ -1,0 +1,285 @@
+"""The teacher cache on disk: what a token becomes, and what the manifest says of the whole.
+
+A window of the packed data is a block of fixed size, so that any token is found by arithmetic: block `w` holds the
+window's tokens, number w * seq_length of the token stream and following. Shards are files of so many blocks, in order,
+and behind them the CRC-32 of each (little-endian uint32, begun with the window's number, so that a block in another's
+place is found too). Of each shard the manifest has the digest of these sums, and of itself its own: a flipped bit
+anywhere is found.
+
+A block lies in columns, each over all its tokens s and their k largest logits, by falling logit; little-endian:
+
+- the low 16 bits of each index, uint16 [s, k];
+- each higher bit that the vocabulary needs, the lowest first, [s, k], packed as by numpy.packbits;
+- fp16 [s, k]: first the log-odds of the top k against all other tokens, then each logit less the largest;
+- the log-sum-exp over the whole vocabulary, the upper 24 bits of its fp32, [s];
+- the entropy of the full distribution in nats, fp16 [s].
+
+At k = 10 that is 45 bytes a token up to a vocabulary of 65,536, and 47.5 up to 262,144 (18 bits). Why these numbers:
+docs/teacher-cache.md.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megaprune.distillation.losses import TeacherTargets, top_k_log_odds
+from megaprune.errors import MegapruneError
+from megaprune.report.files import write_json
+
+MANIFEST = "manifest.json"
+CHECKSUM_BYTES = 4
+_FORMAT = "megaprune teacher cache"
+_VERSION = 1
+_LOW_BITS = 16
+_LARGEST_GAP = 65504.0  # fp16's largest number: e to the minus that is nothing
+_SHARD_BYTES = 64 * 10**6
+# Small data are cut into about so many shards, so that the replicas have something to share out.
+_FEWEST_SHARDS = 256
+_SMALLEST_SHARD_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How a window's targets lie in a block."""
+
+    seq_length: int
+    top_k: int
+    vocab_size: int
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of a vocabulary index."""
+        return max(_LOW_BITS, (self.vocab_size - 1).bit_length())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of a block."""
+        return sum(self._column_bytes)
+
+    @cached_property
+    def _column_bytes(self) -> list[int]:
+        picked = self.seq_length * self.top_k
+        planes = [-(-picked // 8)] * (self.index_bits - _LOW_BITS)
+        return [2 * picked, *planes, 2 * picked, 3 * self.seq_length, 2 * self.seq_length]
+
+    def encode(self, targets: TeacherTargets) -> bytes:
+        """The block of one window's targets [s, ...].
+
+        Raises:
+            ValueError: a number is not finite, and so of no use as a target.
+        """
+        indices = targets.indices.cpu().numpy()
+        planes = [np.packbits(((indices >> bit) & 1).astype(np.uint8)) for bit in range(_LOW_BITS, self.index_bits)]
+        odds_and_gaps = torch.cat(
+            [
+                top_k_log_odds(targets).unsqueeze(-1),
+                (targets.logits[..., 1:] - targets.logits[..., :1]).clamp_min(-_LARGEST_GAP),
+            ],
+            dim=-1,
+        )
+        columns = (odds_and_gaps, targets.logsumexp, targets.entropy)
+        if not all(column.isfinite().all() for column in columns):
+            raise ValueError("the teacher's logits are not finite")
+        odds_and_gaps, logsumexp, entropy = (column.float().cpu().numpy() for column in columns)
+        # To the nearest: the bits of a float, taken as an integer, order as floats do.
+        upper = (logsumexp.astype("<f4").view("<u4") + 0x80) >> 8
+        return b"".join(
+            [
+                (indices & 0xFFFF).astype("<u2").tobytes(),
+                *(plane.tobytes() for plane in planes),
+                odds_and_gaps.astype("<f2").tobytes(),
+                upper.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes(),
+                entropy.astype("<f2").tobytes(),
+            ]
+        )
+
+    def decode(self, block: np.ndarray, top_k: int) -> TeacherTargets:
+        """A block's targets, [s, ...], of them the first `top_k` logits.
+
+        Args:
+            block: uint8 [num_bytes].
+        """
+        low, *planes, values, upper, entropy = np.split(block, np.cumsum(self._column_bytes)[:-1])
+        shape = self.seq_length, self.top_k
+        indices = low.view("<u2").reshape(shape).astype(np.int64)
+        for bit, plane in enumerate(planes, start=_LOW_BITS):
+            indices |= np.unpackbits(plane, count=indices.size).reshape(shape).astype(np.int64) << bit
+        bits = np.zeros((self.seq_length, 4), np.uint8)
+        bits[:, 1:] = upper.reshape(-1, 3)
+        logsumexp = torch.from_numpy(bits.view("<f4").reshape(-1).astype(np.float32))
+        values = torch.from_numpy(values.view("<f2").reshape(shape).astype(np.float32))
+        logits = F.pad(values[:, 1:], (1, 0))
+        # The top k's share of the distribution is e^odds / (1 + e^odds).
+        logits = logits + (logsumexp + F.logsigmoid(values[:, 0]) - logits.logsumexp(-1)).unsqueeze(-1)
+        return TeacherTargets(
+            torch.from_numpy(indices[:, :top_k].copy()),
+            logits[:, :top_k].contiguous(),
+            logsumexp,
+            torch.from_numpy(entropy.view("<f2").astype(np.float32)),
+        )
+
+
+def block_checksum(block: bytes | np.ndarray, window: int) -> int:
+    """CRC-32 of a window's block."""
+    return zlib.crc32(block, zlib.crc32(window.to_bytes(8, "little")))
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a cache was made from; targets are right for nothing else.
+
+    Args:
+        model, tokenizer, data: their fingerprints.
+        seq_length: tokens of a window, before which the teacher sees nothing.
+        windows: how many windows the data make.
+        vocab_size: of the model.
+    """
+
+    model: str
+    tokenizer: str
+    data: str
+    seq_length: int
+    windows: int
+    vocab_size: int
+
+    def check(self, wanted: "CacheKey", what: str, remedy: str) -> None:
+        """Checks that a cache is the one that is wanted.
+
+        Raises:
+            MegapruneError: it is of something else; says of what.
+        """
+        for name, said in (("model", "another model"), ("tokenizer", "another tokenizer"), ("data", "other data")):
+            if getattr(self, name) != getattr(wanted, name):
+                raise MegapruneError(f"{what} was made from {said}: {remedy}")
+        if self.seq_length != wanted.seq_length:
+            raise MegapruneError(
+                f"{what} was made with --seq-length {self.seq_length}, not {wanted.seq_length}: {remedy}"
+            )
+        if self != wanted:
+            raise MegapruneError(f"{what} was made from other windows: {remedy}")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache before it is made: what follows from its key, and from nothing else.
+
+    Args:
+        computed_in: the dtype of the teacher's weights, ``fp32`` or ``bf16``.
+    """
+
+    key: CacheKey
+    top_k: int
+    computed_in: str
+
+    @cached_property
+    def layout(self) -> BlockLayout:
+        """How blocks are laid out."""
+        return BlockLayout(self.key.seq_length, self.top_k, self.key.vocab_size)
+
+    @property
+    def windows_per_shard(self) -> int:
+        """Windows of every shard but the last. No parallel layout has a part in it."""
+        fits = max(1, _SHARD_BYTES // (self.layout.num_bytes + CHECKSUM_BYTES))
+        return min(fits, max(_SMALLEST_SHARD_WINDOWS, -(-self.key.windows // _FEWEST_SHARDS)))
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.key.windows // self.windows_per_shard)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return self.key.windows * (self.layout.num_bytes + CHECKSUM_BYTES)
+
+    def windows_of(self, shard: int) -> range:
+        """The windows that a shard holds."""
+        first = shard * self.windows_per_shard
+        return range(first, min(first + self.windows_per_shard, self.key.windows))
+
+    def shard_bytes(self, shard: int) -> int:
+        """The size of a shard's file."""
+        return len(self.windows_of(shard)) * (self.layout.num_bytes + CHECKSUM_BYTES)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def shard_name(shard: int) -> str:
+    """The file of a shard."""
+    return f"shard-{shard:05d}.bin"
+
+
+def checksums_digest(checksums: bytes) -> str:
+    """What the manifest has of a shard's checksums."""
+    return hashlib.blake2b(checksums, digest_size=16).hexdigest()
+
+
+def write_manifest(folder: Path, plan: CachePlan, digests: list[str]) -> None:
+    """Writes the manifest of a folder with all its shards.
+
+    Args:
+        digests: `checksums_digest` of each shard.
+    """
+    layout = plan.layout
+    record = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        **plan.record(),
+        "tokens": plan.key.windows * plan.key.seq_length,
+        "dtype": "float16",
+        "index_bits": layout.index_bits,
+        "block_bytes": layout.num_bytes,
+        "windows_per_shard": plan.windows_per_shard,
+        "shards": [
+            {
+                "file": shard_name(shard),
+                "windows": len(plan.windows_of(shard)),
+                "bytes": plan.shard_bytes(shard),
+                "checksum": digest,
+            }
+            for shard, digest in enumerate(digests)
+        ],
+    }
+    write_json(folder / MANIFEST, record | {"checksum": _digest(record)})
+
+
+def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
+    """The plan of a finished cache, and `checksums_digest` of each of its shards.
+
+    Args:
+        flag: what the user calls the folder.
+
+    Raises:
+        MegapruneError: there is no cache, it is damaged, or of a version that this code does not read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise MegapruneError(f"{flag} {folder} holds no {MANIFEST}: give a folder that cache_teacher.py has finished")
+    try:
+        record = json.loads(path.read_bytes())
+        checksum = record.pop("checksum")
+        if record["format"] != _FORMAT or checksum != _digest(record):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MegapruneError(f"{path} is damaged: make the cache anew with cache_teacher.py") from None
+    if record["version"] != _VERSION:
+        raise MegapruneError(
+            f"{path} is of version {record['version']} of the format, and {_VERSION} is read here: make the cache anew"
+        )
+    plan = CachePlan(CacheKey(**record["key"]), record["top_k"], record["computed_in"])
+    if record["windows_per_shard"] != plan.windows_per_shard or record["block_bytes"] != plan.layout.num_bytes:
+        raise MegapruneError(f"{path} describes other shards than are made here: make the cache anew")
+    return plan, [shard["checksum"] for shard in record["shards"]]
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,139 @@
+"""Writing a teacher cache: shards aside, each named when it is whole, and a manifest that comes last."""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megaprune.distillation.cache_format import (
+    CachePlan,
+    block_checksum,
+    checksums_digest,
+    shard_name,
+    write_manifest,
+)
+from megaprune.distillation.cache_reader import map_shard
+from megaprune.distillation.losses import TeacherTargets
+from megaprune.errors import MegapruneError
+from megaprune.report.files import write_json
+
+_PLAN = "plan.json"
+
+
+def check_plan(folder: Path, plan: CachePlan) -> None:
+    """Checks that a folder is free, or holds unfinished work on this very cache.
+
+    Raises:
+        MegapruneError: it holds something else.
+    """
+    path = folder / _PLAN
+    if not is_begun(folder):
+        if folder.exists() and any(entry.name != "data-cache" for entry in folder.iterdir()):
+            raise MegapruneError(f"{folder}, where the work would go on, holds other files: move or remove it")
+        return
+    try:
+        begun = json.loads(path.read_bytes())
+        same = begun == plan.record()
+    except ValueError:
+        raise MegapruneError(f"{path} is damaged: remove {folder} to begin anew") from None
+    if not same:
+        wanted = plan.record() | plan.key.__dict__
+        begun = begun | begun["key"]
+        name = next(name for name in wanted if name != "key" and begun.get(name) != wanted[name])
+        raise MegapruneError(
+            f"{folder} holds an unfinished cache of another {name.replace('_', ' ')}: remove it, or choose another "
+            "--output"
+        )
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds unfinished work."""
+    return (folder / _PLAN).is_file()
+
+
+def begin(folder: Path, plan: CachePlan) -> None:
+    """Marks a folder as this plan's."""
+    write_json(folder / _PLAN, plan.record())
+
+
+def is_written(folder: Path, plan: CachePlan, shard: int) -> bool:
+    """Whether a shard is there, each of its bytes as it was written."""
+    path = folder / shard_name(shard)
+    if not path.is_file() or path.stat().st_size != plan.shard_bytes(shard):
+        return False
+    blocks, checksums = map_shard(path, plan, shard)
+    windows = plan.windows_of(shard)
+    return all(block_checksum(b, w) == c for b, w, c in zip(blocks, windows, checksums, strict=True))
+
+
+def finish(folder: Path, final: Path, plan: CachePlan) -> None:
+    """Completes a folder with all its shards, and names it `final`."""
+    digests = [
+        checksums_digest(map_shard(folder / shard_name(shard), plan, shard)[1].tobytes())
+        for shard in range(plan.num_shards)
+    ]
+    write_manifest(folder, plan, digests)
+    (folder / _PLAN).unlink()
+    os.replace(folder, final)
+
+
+class ShardFile:
+    """One shard in the making. Packs and writes in the background, in the order in which windows come."""
+
+    def __init__(self, folder: Path, plan: CachePlan, shard: int) -> None:
+        self._path, self._plan = folder / shard_name(shard), plan
+        self._aside = self._path.with_name(self._path.name + ".tmp")
+        self._left = iter(plan.windows_of(shard))
+        self._checksums: list[int] = []
+        self._file: BinaryIO | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-shard")
+        self._pending: list[Future[None]] = []
+
+    def add(self, windows: Iterable[int], targets: TeacherTargets) -> None:
+        """Takes the targets [s, b, ...] of consecutive windows, on the CPU."""
+        self._pending.append(self._pool.submit(self._write, list(windows), targets))
+
+    def close(self) -> None:
+        """Gives the shard its name, once all its windows are written.
+
+        Raises:
+            MegapruneError: it can't be written, or targets are no numbers.
+        """
+        self._pool.shutdown()
+        try:
+            for written in self._pending:
+                written.result()
+            assert next(self._left, None) is None, "a shard was closed before it was full"
+            self._file.write(np.asarray(self._checksums, "<u4").tobytes())
+            self._file.close()
+            os.replace(self._aside, self._path)
+        except OSError as error:
+            raise MegapruneError(
+                f"{self._aside} can't be written ({error.strerror}): mend that, and give the same command to go on"
+            ) from None
+
+    def __enter__(self) -> "ShardFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, windows: list[int], targets: TeacherTargets) -> None:
+        if self._file is None:
+            self._file = self._aside.open("wb")
+        for place, window in enumerate(windows):
+            assert window == next(self._left), "windows of a shard came out of order"
+            one = TeacherTargets(*(column[:, place] for column in targets.__dict__.values()))
+            try:
+                block = self._plan.layout.encode(one)
+            except ValueError as error:
+                raise MegapruneError(f"{error} in window {window} of --train-data: look at the model") from None
+            self._checksums.append(block_checksum(block, window))
+            self._file.write(block)

@@ -1,0 +1,90 @@
+"""Caching a teacher, and runs that learn from a cache, on any number of processes."""
+
+import tiny
+
+from megaprune.errors import MegapruneError
+from megaprune.mcore import parallel
+from megaprune.training.caching import _Caching
+from megaprune.training.caching_cli import run
+
+_TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+# Family and flags of each cache that 2 processes make.
+CACHE_LAYOUTS = {
+    "tp2": ("qwen3_tied", (*_TP2, "--sequence-parallel")),
+    "pp2": ("qwen3_tied", _PP2),
+    "dp2": ("qwen3_tied", ()),
+    "moe_ep2": ("deepseek_v3", ("--expert-model-parallel-size", "2")),
+}
+# Flags of each run on 2 processes that learns from the cache that one process made; not as the cache was made, either.
+RUN_LAYOUTS = {
+    "tp2": (*_TP2, "--seed", "5"),
+    "pp2": (*_PP2, "--micro-batch-size", "1", "--seed", "6"),
+    "dp2": (
+        "--micro-batch-size",
+        "1",
+    ),
+}
+
+
+def argv(model, data, output, *extra):
+    """Flags of a cache of the tests' data."""
+    flags = ["--hf-model", model, "--train-data", data / "train.jsonl", "--seq-length", tiny.SEQ_LENGTH]
+    return [str(word) for word in (*flags, "--micro-batch-size", 2, "--output", output, *extra)]
+
+
+def run_argv(model, data, save, cache, *extra):
+    """Flags of a short recovery, from a cache or (None) from the teacher itself."""
+    taught = ("--teacher", "cached", "--teacher-logits", str(cache)) if cache else ()
+    argv = tiny.prune_argv(model, data, save, "--method", "random", "--train-iters", "4", *taught, *extra)
+    for flag in ("--search-iters", "--valid-data"):
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    return argv
+
+
+def cache(argv):
+    """A cache, made to its end."""
+    try:
+        run(argv)
+    finally:
+        parallel.finish()
+
+
+def interrupted_cache(argv, rounds):
+    """A cache that is stopped when so many rounds of shards are done, and then gone on with."""
+
+    class Stopped(Exception):
+        pass
+
+    done, whole_round = [], _Caching._round
+
+    def stopping(self, *args):
+        if len(done) == rounds:
+            raise Stopped
+        whole_round(self, *args)
+        done.append(None)
+
+    _Caching._round = stopping
+    try:
+        cache(argv)
+    except Stopped:
+        pass
+    finally:
+        _Caching._round = whole_round
+    assert len(done) == rounds
+    cache(argv)
+
+
+def refused_run(argv, said):
+    """A run that every process refuses, whichever of them meets the reason."""
+    try:
+        tiny.run_here(argv)
+    except MegapruneError as refused:
+        assert said in str(refused), refused
+    else:
+        raise AssertionError(f"{said}: not refused")
+
+
+def prune(argv):
+    """A run to its end."""
+    tiny.run_here(argv)

@@ -1,0 +1,6 @@
+"""See `megaprune cache-teacher --help`."""
+
+from megaprune.cli import main
+
+if __name__ == "__main__":
+    main("cache-teacher")
