@@ -130,6 +130,7 @@ def _plan(setup: _Setup) -> tuple[CachePlan, Windows]:
             text_key=config.data.text_key,
             messages_key=config.data.messages_key,
             cache_dir=Path(cache_dir),
+            vocab_size=setup.arch.vocab_size if parallel.rank() == 0 else None,
         )
 
     dataset = parallel.on_first_rank(load) or load()

@@ -201,9 +201,11 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         MegapruneError: the data can't be used; on every rank.
     """
     config = setup.config
-    blend = find_blend(config.data.train_data, "--train-data")
+    # A cached teacher knows windows as they lie in the files, which are then shuffled as those of text are.
+    cached = config.distillation.teacher == "cached"
+    blend = None if cached else find_blend(config.data.train_data, "--train-data")
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
-    if config.distillation.teacher == "cached":
+    if cached:
         check_cacheable(config)
 
     # What the others map, the first has looked through.
@@ -232,8 +234,8 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
     if calibration and _calibrates(config):
         calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
-    cached = open_cache(config, setup.source, tokenizer, train) if config.distillation.teacher == "cached" else None
-    return Data(config, train, valid, calibration, cached)
+    teacher_cache = open_cache(config, setup.source, tokenizer, train) if cached else None
+    return Data(config, train, valid, calibration, teacher_cache)
 
 
 def _blended(

@@ -19,12 +19,13 @@ def check_cacheable(config: Config) -> None:
     """Refuses training data whose windows are not the same at every seed and length of a run.
 
     Raises:
-        UsageError: they are preprocessed.
+        UsageError: they are a blend that Megatron draws.
     """
-    if find_blend(config.data.train_data, "--train-data"):
+    blend = find_blend(config.data.train_data, "--train-data")
+    if blend is not None and blend.weights is not None:
         raise UsageError(
-            f"--train-data {config.data.train_data[0]}: a teacher can't be cached for preprocessed data, whose windows "
-            "follow from the seed; give text, or use --teacher online"
+            f"--train-data {' '.join(config.data.train_data)}: a cached teacher goes with windows as they lie in the "
+            "files, where a blend's follow from the seed; leave the weights out, or use --teacher online"
         )
 
 

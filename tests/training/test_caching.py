@@ -283,12 +283,27 @@ def test_flags_that_belong_together(model, tiny_data, tmp_path, cached):
     assert cli.attempt("cache-teacher", cache_argv(model, tiny_data, tmp_path)[:-2])[0] == 2
 
 
-def test_preprocessed_data_is_refused(model, tiny_data, tmp_path, cached):
-    for suffix in ("bin", "idx"):
-        (tiny_data / f"preprocessed.{suffix}").touch()
-    data = ["--train-data", str(tiny_data / "preprocessed")]
-    run = cli.attempt("prune", recovery_argv(model, tiny_data, tmp_path / "run", *from_cache(cached), *data))
+def test_preprocessed_data_is_cached_as_it_lies(model, tiny_data, tmp_path):
+    # without chats, whose loss mask is lost when they are preprocessed
+    rows = [row for row in (tiny_data / "train.jsonl").read_text().splitlines() if "text" in json.loads(row)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    shutil.copy(tiny_data / "valid.jsonl", tmp_path)
+    tiny_data = tmp_path
+    words = ["--input", str(tiny_data / "train.jsonl"), "--tokenizer", str(model)]
+    assert cli.attempt("preprocess-data", [*words, "--output-prefix", str(tmp_path / "p")]) == (0, None)
+    data = ["--train-data", str(tmp_path / "p")]
+    assert cache(model, tiny_data, tmp_path / "c", *data) == (0, None)
+    tiny.run_here(recovery_argv(model, tiny_data, tmp_path / "text"))
+    tiny.run_here(recovery_argv(model, tiny_data, tmp_path / "run", *from_cache(tmp_path / "c"), *data))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "text"), abs=1e-3)
+    run = cli.attempt(
+        "prune", recovery_argv(model, tiny_data, tmp_path / "no", *from_cache(tmp_path / "c"), *blended(data))
+    )
     parallel.finish()
-    for status, line in (run, cache(model, tiny_data, tmp_path / "c", *data)):
-        assert status == 2 and "a teacher can't be cached for preprocessed data" in line
-    assert list(tmp_path.iterdir()) == []
+    for status, line in (run, cache(model, tiny_data, tmp_path / "no", *blended(data))):
+        assert status == 2 and "a cached teacher goes with windows as they lie" in line
+    assert not (tmp_path / "no").exists()
+
+
+def blended(data):
+    return [data[0], "0.5", data[1]]
