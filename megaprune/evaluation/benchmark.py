@@ -262,7 +262,11 @@ def train_step_table(result: Result) -> str:
     lines = _aligned(rows)
     environment = result["environment"]
     where = f"{environment['device']}, {environment['processes']} processes x {environment['threads']} threads"
-    return "\n".join([f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain", *lines])
+    head = (
+        f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain, those beside a teacher to "
+        "the same step with cross-entropy"
+    )
+    return "\n".join([head, *lines])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,19 +1,29 @@
-"""The cost of a search step beside that of a plain training step, of the same model with random weights."""
+"""The cost of search and recovery steps beside that of plain training, of the same model with random weights."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from megaprune import device
+from megaprune.distillation.cache_format import CacheKey, CachePlan
+from megaprune.distillation.cache_reader import TeacherCache
+from megaprune.distillation.cache_writer import ShardFile, begin, finish
+from megaprune.distillation.losses import TeacherTargets
+from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher
 from megaprune.evaluation.measuring import SavedActivations, interleaved, median_ratio
 from megaprune.mcore import parallel
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.adapter_io import attach_adapters
+from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
 from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.lora import LoRAOptions
 from megaprune.mcore.trainer import OptimizerOptions, Trainer
 from megaprune.models import Architecture
 from megaprune.selection.budget import Budget
@@ -22,6 +32,9 @@ from megaprune.training.data import Batch
 from megaprune.training.step import Objective, search_step, train_step
 
 PLAIN = "plain"
+RECOVERY, ADAPTERS = "recovery, cross-entropy", "adapters, cross-entropy"
+_TOP_K = 10
+_ADAPTERS = LoRAOptions(16, 32.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
 # Small, so that random labels don't blow the random weights up.
 _LR = 1e-5
 
@@ -31,19 +44,22 @@ class Case:
     """One kind of step.
 
     Args:
-        kept_layers: layers that the mask keeps; None is the plain step of a model without gates.
+        kept_layers: layers that run and learn.
+        ideal: compute of the layers by the baseline's, where a backward pass costs two forward passes, or one where
+            weights are frozen.
+        baseline: the case that this one is compared with.
+        kind: a plain training step, a search step of the gated model, recovery of a pruned model, or of adapters.
+        teacher: what recovery learns from; None is the data alone.
         skip_masked_backward: see `LayerGate`.
     """
 
     name: str
-    kept_layers: int | None
+    kept_layers: int
+    ideal: float
+    baseline: str = PLAIN
+    kind: Literal["plain", "search", "recovery", "adapters"] = "search"
+    teacher: Literal["online", "cached", "self"] | None = None
     skip_masked_backward: bool = True
-
-    def ideal(self, num_layers: int) -> float:
-        """Compute of the layers by the plain step's, where a backward pass costs two forward passes: (1 + 2k/L) / 3."""
-        if self.kept_layers is None or not self.skip_masked_backward:
-            return 1.0
-        return (1 + 2 * self.kept_layers / num_layers) / 3
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,20 @@ class Memory:
 
 
 def cases(num_layers: int) -> list[Case]:
-    """The steps that are compared; the first is the baseline."""
+    """The steps that are compared; the first is the baseline of all steps of the whole model."""
     quarter, half = (num_layers - round(share * num_layers) for share in (0.25, 0.5))
+    share = quarter / num_layers
     return [
-        Case(PLAIN, None),
-        Case("gated, nothing masked", num_layers),
-        Case("search, 25% masked", quarter),
-        Case("search, 50% masked", half),
-        Case("50% masked, backward not skipped", half, skip_masked_backward=False),
+        Case(PLAIN, num_layers, 1.0, kind="plain"),
+        Case("gated, nothing masked", num_layers, 1.0),
+        Case("search, 25% masked", quarter, (1 + 2 * share) / 3),
+        Case("search, 50% masked", half, (1 + 2 * half / num_layers) / 3),
+        Case("50% masked, backward not skipped", half, 1.0, skip_masked_backward=False),
+        Case(RECOVERY, quarter, share, kind="recovery"),
+        Case("recovery, cached teacher", quarter, 1.0, RECOVERY, "recovery", "cached"),
+        Case("recovery, online teacher", quarter, 1 + 1 / (3 * share), RECOVERY, "recovery", "online"),
+        Case(ADAPTERS, quarter, 2 * share / 3, kind="adapters"),
+        Case("adapters, self as teacher", quarter, 1 + 1 / (2 * share), ADAPTERS, "adapters", "self"),
     ]
 
 
@@ -80,73 +102,85 @@ def measure_steps(
 ) -> list[dict[str, Any]]:
     """Times the steps of all cases, interleaved, then measures the memory of one more step of each. Collective.
 
-    The steps are the run's own (`megaprune.training.step`), with cross-entropy loss and one micro-batch: gradients
-    cleared, mask drawn, forward, backward, reductions, weights and scores updated.
+    The steps are the run's own (`megaprune.training.step`), with one micro-batch: gradients cleared, mask drawn,
+    teacher asked, forward, backward, reductions, weights and scores updated. The loss is cross-entropy, and with a
+    teacher the adaptive one. Recovery is of a model that lacks a quarter of the layers.
 
     Args:
         arch: at least 4 layers, of which the first and the last are never masked.
 
     Returns:
-        A record for each case, the same keys in each; ratios are to the first.
+        A record for each case, the same keys in each; ratios are to its baseline.
     """
-    setup = _Setup(arch, engine, micro_batch_size, rounds=repeats + warmup + 1)
     every = cases(arch.num_layers)
-    steps = {case.name: setup.stepper(case) for case in every}
-    samples = interleaved({name: stepper.timed_step for name, stepper in steps.items()}, repeats, warmup)
-    memory = {name: stepper.measure_memory() for name, stepper in steps.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        setup = _Setup(arch, engine, micro_batch_size, repeats + warmup + 1, Path(folder))
+        steps = {case.name: setup.stepper(case) for case in every}
+        samples = interleaved({name: stepper.timed_step for name, stepper in steps.items()}, repeats, warmup)
+        memory = {name: stepper.measure_memory() for name, stepper in steps.items()}
     tokens = micro_batch_size * engine.seq_length * parallel.data_parallel_size()
-    return [_record(case, arch.num_layers, tokens, samples, memory) for case in every]
+    return [_record(case, tokens, samples, memory) for case in every]
 
 
-def _record(
-    case: Case, num_layers: int, tokens: int, samples: dict[str, list[Sample]], memory: dict[str, Memory]
-) -> dict[str, Any]:
-    step, baseline_step = ([sample.step for sample in samples[name]] for name in (case.name, PLAIN))
-    passes, baseline_passes = ([sample.forward_backward for sample in samples[name]] for name in (case.name, PLAIN))
+def _record(case: Case, tokens: int, samples: dict[str, list[Sample]], memory: dict[str, Memory]) -> dict[str, Any]:
+    names = (case.name, case.baseline)
+    step, baseline_step = ([sample.step for sample in samples[name]] for name in names)
+    passes, baseline_passes = ([sample.forward_backward for sample in samples[name]] for name in names)
     return {
         "case": case.name,
-        "kept_layers": num_layers if case.kept_layers is None else case.kept_layers,
+        "baseline": case.baseline,
+        "kept_layers": case.kept_layers,
         "forward_backward_seconds": statistics.median(passes),
         "step_seconds": statistics.median(step),
         "tokens_per_second": tokens / statistics.median(step),
         "forward_backward_ratio": median_ratio(passes, baseline_passes),
         "step_ratio": median_ratio(step, baseline_step),
-        "ideal_ratio": case.ideal(num_layers),
+        "ideal_ratio": case.ideal,
         "activation_bytes": memory[case.name].activations,
-        "activation_ratio": memory[case.name].activations / memory[PLAIN].activations,
+        "activation_ratio": memory[case.name].activations / memory[case.baseline].activations,
         "peak_bytes": memory[case.name].peak,
         "rounds": [asdict(sample) for sample in samples[case.name]],
     }
 
 
 class _Setup:
-    """What all cases share: the batch, a model of stock layers and a gated one."""
+    """What the cases share: the batch, and a model of each kind that is trained."""
 
-    def __init__(self, arch: Architecture, engine: EngineOptions, micro_batch_size: int, rounds: int) -> None:
-        self._arch, self._engine, self._rounds = arch, engine, rounds
-        self._objective = Objective("ce", "rest", vocab_shard(arch), None)
+    def __init__(
+        self, arch: Architecture, engine: EngineOptions, micro_batch_size: int, rounds: int, folder: Path
+    ) -> None:
+        self._arch, self._engine, self._rounds, self._folder = arch, engine, rounds, folder
+        self._shard = vocab_shard(arch)
         self._batch = _random_batch(arch.vocab_size, micro_batch_size, engine.seq_length)
-        self._gate = LayerGate()
-        self._plain, self._gated = self._trainer(None), self._trainer(self._gate)
-
-    def _trainer(self, gate: LayerGate | None) -> "_TimedTrainer":
-        model = build_model(self._arch, [self._arch.num_layers], self._engine, gate)
-        _initialize(model)
-        options = OptimizerOptions(
-            lr=_LR,
-            min_lr=_LR,
-            lr_decay_style="constant",
-            lr_warmup_iters=0,
-            train_iters=self._rounds,
-            weight_decay=0.0,
-            clip_grad=1.0,
-        )
-        return _TimedTrainer(model, self._engine, options)
+        self._gates = {"search": LayerGate(), "adapters": LayerGate()}
+        self._trainers: dict[str, _TimedTrainer] = {}
 
     def stepper(self, case: Case) -> "_Stepper":
-        if case.kept_layers is None:
-            return _Stepper(self._plain, lambda number: train_step(self._plain, [self._batch], self._objective, number))
-        num_layers = self._arch.num_layers
+        trainer = self._trainer(case)
+        if case.kind == "search":
+            return _Stepper(trainer, self._search(case, trainer))
+        objective = self._objective(case, trainer)
+        return _Stepper(trainer, lambda number: train_step(trainer, [self._batch], objective, number))
+
+    def _trainer(self, case: Case) -> "_TimedTrainer":
+        if case.kind not in self._trainers:
+            dropped = self._arch.num_layers - case.kept_layers if case.kind in ("recovery", "adapters") else 0
+            kept = [0, *range(1 + dropped, self._arch.num_layers)]
+            whole = case.kind != "recovery"
+            model = self._model(self._arch if whole else self._arch.pruned(kept), self._gates.get(case.kind))
+            if case.kind == "adapters":
+                attach_adapters(model, _ADAPTERS, seed=0)
+                self._gates["adapters"].bypass(set(range(self._arch.num_layers)) - set(kept))
+            self._trainers[case.kind] = _TimedTrainer(model, self._engine, _optimizer_options(self._rounds))
+        return self._trainers[case.kind]
+
+    def _model(self, arch: Architecture, gate: LayerGate | None) -> GPTModel:
+        model = build_model(arch, [arch.num_layers], self._engine, gate)
+        _initialize(model)
+        return model
+
+    def _search(self, case: Case, trainer: "_TimedTrainer") -> Callable[[int], None]:
+        num_layers, gate = self._arch.num_layers, self._gates["search"]
         # Another draw at every step, always of this many layers.
         selector = GumbelTopK(
             torch.zeros(num_layers),
@@ -155,12 +189,55 @@ class _Setup:
             self._rounds,
             ramp=1 / self._rounds,
         )
+        objective = Objective("ce", "rest", self._shard, None)
 
         def step(number: int) -> None:
-            self._gate.skip_masked_backward = case.skip_masked_backward
-            search_step(self._gated, [self._batch], self._objective, number, selector, self._gate)
+            gate.skip_masked_backward = case.skip_masked_backward
+            search_step(trainer, [self._batch], objective, number, selector, gate)
 
-        return _Stepper(self._gated, step)
+        return step
+
+    def _objective(self, case: Case, trainer: "_TimedTrainer") -> Objective:
+        if case.teacher is None:
+            return Objective("ce", "rest", self._shard, None)
+        if case.teacher == "self":
+            teacher: Teacher = SelfTeacher(trainer.ddp, self._gates["adapters"], self._shard, _TOP_K)
+        else:
+            model = in_half_precision(self._model(self._arch, None), self._engine)
+            teacher = OnlineTeacher(model, self._shard, _TOP_K)
+        if case.teacher == "cached":
+            teacher = self._cached(teacher)
+        return Objective("adaptive", "rest", self._shard, teacher)
+
+    def _cached(self, teacher: Teacher) -> CachedTeacher:
+        """What a teacher says of the batch, through the disk."""
+        windows = len(self._batch.sample_ids)
+        key = CacheKey("model", "tokenizer", "data", self._engine.seq_length, windows, self._arch.vocab_size)
+        plan = CachePlan(key, _TOP_K, "bf16" if self._engine.bf16 else "fp32")
+        folder = self._folder / f"replica-{parallel.rank()}"
+        found = teacher.targets([self._batch])[0]
+        folder.mkdir()
+        for number in range(plan.num_shards):
+            some = plan.windows_of(number)
+            with ShardFile(folder, plan, number) as shard:
+                columns = (column[:, some.start : some.stop].cpu() for column in found.__dict__.values())
+                shard.add(some, TeacherTargets(*columns))
+                shard.close()
+        begin(folder, plan)
+        finish(folder, folder.with_name(f"{folder.name}-cache"), plan)
+        return CachedTeacher(TeacherCache(folder.with_name(f"{folder.name}-cache"), key, _TOP_K))
+
+
+def _optimizer_options(rounds: int) -> OptimizerOptions:
+    return OptimizerOptions(
+        lr=_LR,
+        min_lr=_LR,
+        lr_decay_style="constant",
+        lr_warmup_iters=0,
+        train_iters=rounds,
+        weight_decay=0.0,
+        clip_grad=1.0,
+    )
 
 
 class _Stepper:

@@ -22,8 +22,16 @@ def result(tmp_path_factory):
 
 
 def test_train_step_measures_every_case(result):
-    assert [case["kept_layers"] for case in result["cases"]] == [4, 4, 3, 2, 2]
-    assert [case["ideal_ratio"] for case in result["cases"]] == pytest.approx([1, 1, 2.5 / 3, 2 / 3, 1])
+    assert [case["kept_layers"] for case in result["cases"]] == [4, 4, 3, 2, 2, 3, 3, 3, 3, 3]
+    ideals = [1, 1, 2.5 / 3, 2 / 3, 1, 0.75, 1, 1 + 4 / 9, 0.5, 1 + 2 / 3]
+    assert [case["ideal_ratio"] for case in result["cases"]] == pytest.approx(ideals)
+    by_name = {case["case"]: case for case in result["cases"]}
+    for case in result["cases"]:
+        baseline = by_name[case["baseline"]]
+        assert case["activation_ratio"] == case["activation_bytes"] / baseline["activation_bytes"]
+    # no teacher adds to what autograd keeps but a loss of a few numbers a token
+    for name in ("recovery, cached teacher", "recovery, online teacher", "adapters, self as teacher"):
+        assert by_name[name]["activation_ratio"] < 1.2
     for case in result["cases"]:
         assert 0 < case["forward_backward_seconds"] < case["step_seconds"] < math.inf
         assert case["step_ratio"] > 0 and case["forward_backward_ratio"] > 0
