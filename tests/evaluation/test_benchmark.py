@@ -42,7 +42,7 @@ def test_train_step_measures_every_case(result):
 
 
 def test_masked_layers_keep_no_activations(result):
-    plain, nothing, quarter, half, naive = (case["activation_bytes"] for case in result["cases"])
+    plain, nothing, quarter, half, naive = (case["activation_bytes"] for case in result["cases"][:5])
     assert nothing == naive and plain <= nothing < 1.01 * plain
     assert nothing - quarter == pytest.approx(quarter - half, rel=0.01)
     # Half of the layers, what stands outside the layers, and one output of each masked layer.
