@@ -143,12 +143,13 @@ def convert_benchmark(argv: Sequence[str]) -> Result:
 def convert_table(result: Result) -> str:
     """The measured conversions, for the terminal."""
     cases = result["cases"]
-    rows = [("", "seconds", "GB/s", "ratio", "peak MiB")] + [
+    rows = [("", "seconds", "GB/s", "ratio", "processor s", "peak MiB")] + [
         (
             record["case"],
             f"{record['seconds']:.2f}",
             f"{record['gigabytes_per_second']:.2f}",
             f"{record['ratio']:.2f}",
+            f"{record['processor_seconds']:.2f}",
             f"{record['peak_bytes'] / 2**20:,.0f}",
         )
         for record in cases

@@ -33,7 +33,8 @@ _TRANSFORMERS = (
 _LAUNCH = (
     "import os, sys, time; start = time.perf_counter(); "
     "child = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); _, status, usage = os.wait4(child, 0); "
-    "print([time.perf_counter() - start, usage.ru_maxrss]); sys.exit(os.waitstatus_to_exitcode(status))"
+    "print([time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]); "
+    "sys.exit(os.waitstatus_to_exitcode(status))"
 )
 # a matrix of DeepSeek-R1's experts
 FP8_SHAPE = (2048, 7168)
@@ -44,6 +45,7 @@ class Sample:
     """One run of one command."""
 
     seconds: float
+    processor_seconds: float
     peak_bytes: int
 
 
@@ -165,6 +167,7 @@ def _record(name: str, samples: Sequence[Sample], baseline: Sequence[Sample], to
     return {
         "case": name,
         "seconds": seconds,
+        "processor_seconds": statistics.median(sample.processor_seconds for sample in samples),
         "gigabytes_per_second": total / seconds / 1e9,
         "ratio": statistics.median(a.seconds / b.seconds for a, b in zip(samples, baseline, strict=True)),
         "peak_bytes": max(sample.peak_bytes for sample in samples),
@@ -179,8 +182,8 @@ def _run(command: Sequence[str]) -> Sample:
     launched = subprocess.run([sys.executable, "-S", "-c", _LAUNCH, *command], capture_output=True, text=True)
     if launched.returncode:
         raise MegapruneError(f"{command[0]} failed: {launched.stderr[-500:]}")
-    seconds, peak = json.loads(launched.stdout.splitlines()[-1])
-    return Sample(seconds, peak * (1 if sys.platform == "darwin" else 1024))
+    seconds, processor_seconds, peak = json.loads(launched.stdout.splitlines()[-1])
+    return Sample(seconds, processor_seconds, peak * (1 if sys.platform == "darwin" else 1024))
 
 
 def _read(folder: Path) -> None:

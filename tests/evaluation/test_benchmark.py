@@ -104,7 +104,7 @@ def test_convert_measures_every_case(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert [record["case"] for record in result["cases"]] == ["cp", "import", "export"]
     for record in result["cases"]:
-        assert record["seconds"] > 0 and record["peak_bytes"] > 2**20
+        assert record["seconds"] > 0 and record["peak_bytes"] > 2**20 and record["processor_seconds"] >= 0
     assert result["cases"][0]["ratio"] == 1
     assert all(record["bit_equal"] for record in result["fp8"])
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
