@@ -77,8 +77,6 @@ def finish() -> None:
     if not parallel_state.model_parallel_is_initialized():
         return
     parallel_state.destroy_model_parallel()
-    if dist.get_world_size() == 1:
-        return
     # The core only forgets its groups: their threads and connections would live on.
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
