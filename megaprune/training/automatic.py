@@ -18,8 +18,8 @@ from megaprune.training.selecting import Choice
 # The final judgement sees so many times the windows of a pass before.
 HELD_OUT_WINDOWS = 4
 # Of the budget, what the cheap candidates and the final judgement may take, and E3's search; swaps get what is left.
-_CANDIDATES_SHARE = 0.5
-_SEARCH_SHARE = 0.2
+_CANDIDATES_SHARE = 0.7
+_SEARCH_SHARE = 0.15
 # A search of fewer steps would only hand back the scores that it began with.
 _FEWEST_STEPS = 8
 _MOST_STEPS = 60
@@ -34,8 +34,14 @@ def passes_of_candidates(budget: Budget, protected: frozenset[int]) -> float:
     segments = windows(budget, protected)
     contiguous = shared_cost(masks_of(segments, layers), "kl") if segments else 0.0
     greedy = num_layers_run(budget, protected) / layers
-    final = HELD_OUT_WINDOWS * (1 + _MOST_CANDIDATES)
+    final = HELD_OUT_WINDOWS * _layers_of_judgement(budget, protected) / layers
     return each + 1 + contiguous + greedy + final
+
+
+def _layers_of_judgement(budget: Budget, protected: frozenset[int]) -> int:
+    """What runs at most when the candidates are judged: the original, and the layers that each keeps."""
+    cheapest_first = sorted(set(range(budget.num_layers)) - protected, key=lambda layer: budget.costs[layer])
+    return budget.num_layers + _MOST_CANDIDATES * len(budget.take(cheapest_first, protected))
 
 
 def num_windows(budget: Budget, protected: frozenset[int], tokens: int, seq_length: int, asked: bool) -> int:
@@ -90,7 +96,7 @@ def choose_automatically(
     with judge.counting() as cost:
         losses = dict(zip(found, judge.losses(list(found.values())), strict=True))
         best = best_of(found, losses)
-        final = held_out.tokens_of(budget.num_layers * (1 + _MOST_CANDIDATES))
+        final = held_out.tokens_of(_layers_of_judgement(budget, protected))
 
         def affordable(sets: Sequence[Sequence[int]]) -> int:
             return judge.affordable(sets, tokens - judge.tokens - final)
