@@ -20,7 +20,7 @@ class PaperSource(HFSource):
         self._files = dict.fromkeys(self.shapes)
         self.reads = defaultdict(list)
 
-    def _slice(self, name):
+    def _described(self, name):
         return SimpleNamespace(get_shape=lambda: self.shapes[name], get_dtype=lambda: "BF16")
 
     def read(self, name, dim=0, start=0, stop=None):
