@@ -1,5 +1,6 @@
 """What calibration data says of the original model without some of its layers, and what it costs to ask."""
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,10 +74,14 @@ class Judge:
     def affordable(self, kept_sets: Sequence[Sequence[int]], tokens: int) -> int:
         """How many of these sets, from the first on, have their KL for so many tokens."""
         known = self._known.get(("kl", 1.0), {})
-        most, passes = len(kept_sets), tokens / self._tokens_of_a_pass(1.0)
-        while most and shared_cost(self._masks(self._new(kept_sets[:most], known)), "kl") > passes:
-            most -= 1
-        return most
+
+        def passes(count: int) -> float:
+            new = self._new(kept_sets[:count], known)
+            return shared_cost(self._masks(new), "kl") if new else 0.0
+
+        most = tokens / self._tokens_of_a_pass(1.0)
+        # more sets never cost less: what they share, they share with fewer too
+        return max(0, bisect.bisect_right(range(len(kept_sets) + 1), most, key=passes) - 1)
 
     def without_each(self, protected: frozenset[int], loss: LossOfMasks = "kl") -> torch.Tensor:
         """The loss without each layer, [num_layers]; of protected layers it is infinite, and not measured."""
