@@ -409,6 +409,11 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_cut(config: Config) -> None:
+    if config.prune.method == "clp" and config.prune.target_params is not None:
+        raise UsageError(
+            "--method clp finds a segment of a fixed number of layers: give --num-layers-to-prune or --prune-ratio, "
+            "not --target-params"
+        )
     if not config.needs_one_cut:
         return
     flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"

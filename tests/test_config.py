@@ -40,6 +40,7 @@ FLAGS = [
     ("--distill-tail full", "full"),
     ("--distill-top-k 5", 5),
     ("--teacher online", "online"),
+    ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
     ("--pipeline-model-parallel-size 2", 2),
     ("--context-parallel-size 1", 1),
@@ -282,6 +283,13 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (BASE + ["--method", "manual", "--prune-layers", "3,,4"], "--prune-layers '3,,4' is not a list"),
         (BASE + ["--method", "manual", "--prune-layers", "3 4"], "--prune-layers '3 4' is not a list"),
         (BASE + ["--method", "manual", "--prune-layers", ""], "--prune-layers '' is not a list"),
+        (
+            BASE + ["--method", "clp", "--target-params", "9"],
+            "--method clp finds a segment of a fixed number of layers",
+        ),
+        (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
+        (E3 + ["--stitch", "linear-patch"], "--stitch linear-patch needs one contiguous cut, which --method e3"),
+        (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         # iterations
         (E3 + ["--train-iters", "0"], "--train-iters must be above 0"),
         (E3 + ["--search-iters", "101"], "--search-iters 101 is not between 1 and --train-iters 100"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprune import device
-from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
+from megaprune.config import CALIBRATED, Config, num_layers_to_prune, pruned_layers_of
 from megaprune.conversion.checkpoint_source import CheckpointSource
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.errors import MegapruneError, UsageError
@@ -262,7 +262,7 @@ def _blended(
 
 
 def _calibrates(config: Config) -> bool:
-    return config.prune.method not in ("random", "manual")
+    return config.prune.method in ("e3", *CALIBRATED) or config.stitches
 
 
 def load_tokenizer(setup: Setup) -> Any:
