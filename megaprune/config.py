@@ -453,13 +453,13 @@ def _check_lora(config: Config) -> None:
 
 def _check_iterations(config: Config) -> None:
     train_iters = config.recovery.train_iters
+    if config.search.criterion != "perplexity" and config.prune.method != "shortened":
+        raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
     if config.prune.method in SEARCHES:
         if train_iters == 0:
             raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
         if not 1 <= config.search_iters <= train_iters:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
-    elif config.search.criterion != "perplexity" and config.prune.method != "shortened":
-        raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
     elif config.search.selection_budget and config.prune.method != "auto":
         raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
     elif config.prune.method == "clp" and config.search.search_iters is not None and config.search.search_iters < 1:
