@@ -15,6 +15,9 @@ from megaprune.selection.selector import check_gradient, check_same_search
 # Louizos et al. (2018): the concrete's temperature, and how far it is stretched beyond 0 and 1.
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 _START = 5.0
+# Of log alpha, from open to closed; a search too short for it at the least learning rate closes no gate, and what it
+# ranks is noise. Much higher rates overshoot: all gates close at once and none learns any more.
+_WAY, _LEAST_LR = 10.0, 0.1
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -33,7 +36,8 @@ class HardConcrete:
 
     Loss = the model's + l1 (s - t) + l2 (s - t)^2, with s the expected share of what the layers may cost that is
     gone, t its target, which rises linearly over the first `ramp` of the steps, and l1, l2 that ascend. The best by
-    log alpha stay at the end. Protected layers' gates are 1. Raises UsageError if the budget doesn't fit.
+    log alpha stay at the end. Protected layers' gates are 1. Without learning rates, both are as high as `num_steps`
+    asks: a gate has some 10 of log alpha to go. Raises UsageError if the budget doesn't fit.
     """
 
     def __init__(
@@ -41,8 +45,8 @@ class HardConcrete:
         budget: Budget,
         protected: Set[int],
         num_steps: int,
-        lr: float = 0.1,
-        lagrangian_lr: float = 0.1,
+        lr: float | None = None,
+        lagrangian_lr: float | None = None,
         ramp: float = 0.2,
         seed: int = 0,
     ) -> None:
@@ -54,11 +58,12 @@ class HardConcrete:
         costs = torch.tensor(budget.costs, dtype=torch.float64)
         self._shares = (costs[self._free] / costs.sum()).float()
         self._target = 1 - budget.limit / sum(budget.costs)
+        enough = max(_LEAST_LR, _WAY / num_steps)
         self._log_alpha = torch.full((len(self._free),), _START, requires_grad=True)
         self._multipliers = torch.zeros(2, requires_grad=True)
         self._optimizers = (
-            torch.optim.Adam([self._log_alpha], lr=lr),
-            torch.optim.Adam([self._multipliers], lr=lagrangian_lr, maximize=True),
+            torch.optim.Adam([self._log_alpha], lr=lr or enough),
+            torch.optim.Adam([self._multipliers], lr=lagrangian_lr or enough, maximize=True),
         )
 
     @property
