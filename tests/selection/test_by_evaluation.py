@@ -94,6 +94,22 @@ def test_evolution_finds_planted_layers(seed):
         assert is_exact(list(kept), SIX) and set(kept) >= PROTECTED
 
 
+@pytest.mark.parametrize("first_useless", [1, 3, 5])
+def test_evolution_finds_a_planted_segment(first_useless):
+    """Only whole does the segment go without harm: each of its layers undoes what the others do."""
+    segment = set(range(first_useless, first_useless + 6))
+
+    def evaluate(sets, share=1.0):
+        return [
+            sum(layer not in kept for layer in range(12) if layer not in segment) + 0.5 * bool(segment & set(kept))
+            for kept in sets
+        ]
+
+    rest = sorted(set(range(12)) - segment)
+    for seed in range(3):
+        assert evolve([0, 1, 3, 5, 8, 11], SIX, PROTECTED, evaluate, generations=40, seed=seed) == rest
+
+
 def test_evolution_is_elitist_and_repeatable():
     losses = []
     for generations in (0, 5, 20):

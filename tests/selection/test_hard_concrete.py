@@ -47,6 +47,14 @@ def test_search_finds_the_useful_layers_and_meets_its_target(num_steps, seed):
     assert gone.sum() == pytest.approx(6, abs=1.0)
 
 
+@pytest.mark.parametrize("first_useless", range(1, 6))
+def test_search_finds_a_planted_segment(first_useless):
+    harm = torch.full((12,), 0.5)
+    harm[first_useless : first_useless + 6] = 0.0
+    kept = searched(harm, seed=first_useless).kept_layers()
+    assert kept == [layer for layer in range(12) if not first_useless <= layer < first_useless + 6]
+
+
 def test_parameters_are_a_budget_too():
     budget = Budget((10, 10, 10, *[100] * 9), 455)
     kept = searched(torch.linspace(0.1, 2, 12), 0, budget).kept_layers()
