@@ -92,6 +92,11 @@ class SearchConfig:
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
     )
+    mask_noise: Literal["shared", "replica"] = flag(
+        "whether all data-parallel replicas try the same mask in a step, or each one of its own, and the scores' "
+        "gradients are averaged",
+        "shared",
+    )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
     criterion: Literal["perplexity", "taylor"] = flag(
@@ -251,6 +256,11 @@ class Config:
         """Whether recovery trains only the layers beside the cut."""
         chosen = self.recovery.recovery_layers
         return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
+
+    @property
+    def own_masks(self) -> bool:
+        """Whether each replica tries a mask of its own in the search."""
+        return self.search.mask_noise == "replica"
 
     @property
     def stitches(self) -> bool:
@@ -455,6 +465,8 @@ def _check_iterations(config: Config) -> None:
     train_iters = config.recovery.train_iters
     if config.search.criterion != "perplexity" and config.prune.method != "shortened":
         raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
+    if config.own_masks and config.prune.method != "e3":
+        raise UsageError(f"--mask-noise replica is for --method e3, not {config.prune.method}")
     if config.prune.method in SEARCHES:
         if train_iters == 0:
             raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")

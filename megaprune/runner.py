@@ -227,6 +227,7 @@ class PruningRun:
                 selector,
                 self.models.gate,
                 train_weights=config.search.search_weights == "trained",
+                own_masks=config.own_masks,
             )
             self.progress.selector = selector.state_dict()
             self.progress.scores = selector.scores.tolist()

@@ -57,7 +57,9 @@ def _row(results: Sequence[dict[str, Any]]) -> Row:
         "kl": statistics.fmean(result["kl"] for result in results),
         "top1_agreement": statistics.fmean(result["top1_agreement"] for result in results),
         "tokens": results[0]["tokens_seen"],
-        "selection_tokens": results[0]["stages"].get("importance", {}).get("tokens", 0),
+        "selection_tokens": round(
+            statistics.fmean(result["stages"].get("importance", {}).get("tokens", 0) for result in results)
+        ),
         "seconds": statistics.fmean(sum(s["seconds"] for s in result["stages"].values()) for result in results),
         "jaccard": statistics.fmean(len(a & b) / len(a | b) for a, b in pairs) if pairs else math.nan,
         "mask_kl": statistics.fmean(result["mask_kl"] for result in results),

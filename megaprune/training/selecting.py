@@ -8,6 +8,7 @@ import torch
 
 from megaprune.config import Config
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.mcore import parallel
 from megaprune.selection.budget import Budget
 from megaprune.selection.concave_gate import ConcaveGate
 from megaprune.selection.evolution import evolve
@@ -101,7 +102,14 @@ def make_selector(
         lr=config.search.mask_lr,
         seed=config.recovery.seed,
         ramp=config.search.mask_ramp,
+        **_of_this_replica(config),
     )
+
+
+def _of_this_replica(config: Config) -> dict[str, Any]:
+    if not config.own_masks:
+        return {}
+    return {"replica": parallel.data_parallel_rank(), "average": parallel.mean_over_replicas}
 
 
 def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) -> Choice:

@@ -135,6 +135,11 @@ def prepare(config: Config) -> Setup:
     arch = source.family.architecture(source.config)
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
+    if config.own_masks and arch.num_experts and sizes.expert * sizes.expert_tensor > sizes.tensor:
+        raise UsageError(
+            "--mask-noise replica: replicas that share out experts must run the same layers; lower "
+            "--expert-model-parallel-size, or leave it at shared"
+        )
     transformer_engine = _uses_transformer_engine(config)
     check_sequence(config, arch, sizes)
     check_top_k(config, arch)
