@@ -132,7 +132,7 @@ class PruningRun:
             self._measure_original(original)
         if not searching:
             return None, None if self.models.student_stays_whole else self.models.teacher(None, original)
-        student = self.models.whole_student(original, self.resume_from)
+        student = self.models.whole_student(original, self._saved_weights())
         teacher = self.models.teacher(student)
         self._search(student, teacher)
         return (student if self.models.student_stays_whole else None), teacher
@@ -237,11 +237,21 @@ class PruningRun:
                 self.progress.kept_layers = selector.kept_layers()
             self._save_if_due(student, force=iteration + 1 == config.search_iters)
 
+    @property
+    def _weights_are_the_source(self) -> bool:
+        """Whether nothing but scores has been learned so far."""
+        searching = self.progress.iteration <= self.config.search_iters
+        return searching and self.config.search.search_weights == "frozen"
+
+    def _saved_weights(self) -> Path | None:
+        """The newest checkpoint, if there are weights in it."""
+        return None if self._weights_are_the_source else checkpoint.latest(self.setup.run_dir.checkpoints)
+
     # Recovery
 
     def _begin_recovery(self, student: Trainer | None) -> Trainer:
         """The student with its pruned layers gone, or bypassed."""
-        kept, saved = self.progress.kept_layers, checkpoint.latest(self.setup.run_dir.checkpoints)
+        kept, saved = self.progress.kept_layers, self._saved_weights()
         if self.models.student_stays_whole:
             say(f"keeping layers {kept}")
             self.models.gate.bypass(set(range(self.setup.arch.num_layers)) - set(kept))
@@ -327,7 +337,8 @@ class PruningRun:
         interval = self.config.run.save_interval
         stopping = self.stop.agreed()
         if force or stopping or (interval and self.progress.iteration % interval == 0):
-            checkpoint.save(self.setup.run_dir.checkpoints, self.progress.iteration, trainer, self.progress.state())
+            folder, trained = self.setup.run_dir.checkpoints, None if self._weights_are_the_source else trainer
+            checkpoint.save(folder, self.progress.iteration, trained, self.progress.state())
         if stopping:
             self.metrics.close()
             say(f"stopped by SIGTERM at iteration {self.progress.iteration}: the same command goes on from here")

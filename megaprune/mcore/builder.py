@@ -205,12 +205,21 @@ def build_model(
         raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
     for layer in model.decoder.layers if gate is not None else ():
         layer.gate = gate
+    if model.pre_process and config.recompute_granularity == "full":
+        # A layer whose activations are recomputed gives what trains in it, or its mask, no gradient unless its input
+        # asks for one, which a frozen embedding's output would not.
+        model.embedding.register_forward_hook(_ask_for_gradient)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # 0.16.1 reduces experts' gradients over the ranks that share dense weights where EP is 1: others, if ETP
             # is not TP.
             parameter.allreduce = False
     return model.to(device.torch_device())
+
+
+def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        hidden_states.requires_grad_()
 
 
 def vocab_shard(arch: Architecture) -> VocabShard:

@@ -50,8 +50,9 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(folder: Path, iteration: int, trainer: Trainer, state: dict[str, Any]) -> Path:
-    """Saves model, optimizer and the run's own state under ``iter_<iteration>``, then drops older ones. Collective.
+def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str, Any]) -> Path:
+    """Saves model, optimizer and the run's own state under ``iter_<iteration>``, then drops older ones; without a
+    trainer the run's state alone. Collective.
 
     The folder gets its name only when every rank has written its part.
     """
@@ -61,7 +62,7 @@ def save(folder: Path, iteration: int, trainer: Trainer, state: dict[str, Any]) 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(trainer) | {"state": state}, str(aside))
+    dist_checkpointing.save((_sharded_state(trainer) if trainer else {}) | {"state": state}, str(aside))
     dist.barrier()
     if dist.get_rank() == 0:
         if final.exists():  # an earlier save of the same iteration: the new one takes its place

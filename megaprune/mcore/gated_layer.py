@@ -87,6 +87,11 @@ class LayerGate:
         """Whether a layer is left out."""
         return layer in self._bypassed
 
+    @property
+    def runs_all_layers(self) -> bool:
+        """Whether no layer is left out."""
+        return not self._bypassed
+
     def value(self, layer: int) -> float:
         """The mask of one layer as a number."""
         return self._values[layer]

@@ -159,18 +159,10 @@ def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
     """Freezes the model and gives its decoder's targeted linear layers their adapters (undefined: see
     `initialise_adapter`)."""
     model.requires_grad_(False)
-    if model.pre_process and model.config.recompute_granularity == "full":
-        # A layer whose activations are recomputed gives its adapters no gradient unless its input asks for one.
-        model.embedding.register_forward_hook(_ask_for_gradient)
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
             module.__class__ = _FORMS[type(module)]
             module._attach(options)
-
-
-def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: Tensor) -> None:
-    if torch.is_grad_enabled():
-        hidden_states.requires_grad_()
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, _LoRALinear]:

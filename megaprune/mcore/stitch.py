@@ -53,6 +53,9 @@ class LinearPatch:
         return hadamard(mixed).to(hidden.dtype)
 
     def _before(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        gate = getattr(layer, "gate", None)
+        if gate is not None and gate.runs_all_layers:  # the teacher that the student also is: it has no cut
+            return args, kwargs
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": self(kwargs["hidden_states"])}
         return (self(args[0]), *args[1:]), kwargs

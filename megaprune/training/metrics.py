@@ -256,9 +256,10 @@ class _Lines:
         iteration, total = record["iteration"], self._pace.total_iterations
         if iteration % self._log_interval and iteration != total:
             return
+        grad_norm = "–" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         print(
             f"iteration {iteration:>{len(str(total))}}/{total} | {record['stage']:<8} | "
-            f"loss {record['loss']:.4f} | lr {record['lr']:.3e} | grad norm {record['grad_norm']:.3f} | "
+            f"loss {record['loss']:.4f} | lr {record['lr']:.3e} | grad norm {grad_norm} | "
             f"kept {record['num_kept']} | {self._pace.tokens_per_second:,.0f} tokens/s | "
             f"ETA {self._pace.eta(iteration)}",
             file=sys.stderr,

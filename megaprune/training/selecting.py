@@ -139,5 +139,6 @@ def _shortened(judge: Judge, budget: Budget, protected: frozenset[int], criterio
     if criterion == "taylor":
         scores = judge.taylor_importance()
     else:
-        scores = judge.without_each(keeps, "ce") / torch.tensor(budget.costs)
+        (whole,) = judge.losses([range(budget.num_layers)], "ce")
+        scores = (judge.without_each(keeps, "ce") - whole) / torch.tensor(budget.costs)
     return Choice(top_layers(scores, budget, keeps), scores.tolist(), tokens=judge.tokens)

@@ -43,6 +43,65 @@ def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
     assert moved == {pruned[0] - 1, pruned[-1] + 1}
 
 
+@pytest.mark.parametrize("method", ["clp", "e3"])
+def test_what_trains_behind_frozen_layers_trains_under_recomputation_too(tiny_model, tiny_data, tmp_path, method):
+    def argv(name, *flags):
+        if method == "clp":
+            return tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+        flags = (*flags, "--train-iters", "4", "--search-iters", "4", "--search-weights", "frozen")
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("plain"))
+    tiny.run_here(argv("recomputed", "--recompute-granularity", "full"))
+    plain, recomputed = (read_metrics(tmp_path / name) for name in ("plain", "recomputed"))
+    for record, expected in zip(recomputed, plain, strict=True):
+        if method == "clp":
+            assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4) and record["grad_norm"] > 1e-4
+        else:
+            assert record["scores"] == pytest.approx(expected["scores"], rel=1e-4)
+    if method == "e3":
+        assert plain[0]["scores"] != plain[3]["scores"]
+
+
+def test_a_search_with_frozen_weights_recovers_from_the_source_and_resumes(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    model = tiny_model("qwen3_tied")
+
+    def argv(name):
+        flags = ("--train-iters", "6", "--search-iters", "4", "--lr-warmup-iters", "0", "--search-weights", "frozen")
+        return tiny.prune_argv(model, tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("whole"))
+    for stop in (2, 3):  # in the search, and in recovery
+        with monkeypatch.context() as stopping:
+            asked = iter(range(1, 100))
+            stopping.setattr(StopRequest, "agreed", lambda self, asked=asked, stop=stop: next(asked) == stop)
+            stopping.setattr(parallel, "leave", lambda: None)
+            with pytest.raises(SystemExit):
+                tiny.run_here(argv("stopped"))
+    tiny.run_here(argv("stopped"))
+    whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
+    for key in ("kept_layers", "scores", "valid"):
+        assert whole[key] == stopped[key]
+    # what is pruned is the source: as if these layers had been named
+    flags = ("--method", "manual", "--prune-layers", ",".join(map(str, whole["pruned_layers"])), "--train-iters", "0")
+    common = ("--hf-model", str(model), "--valid-data", str(tiny_data / "valid.jsonl"))
+    tiny.run_here([*common, "--save", str(tmp_path / "named"), "--seq-length", str(tiny.SEQ_LENGTH), *flags])
+    named = json.loads((tmp_path / "named" / "report.json").read_text())
+    assert named["valid"]["pruned"]["loss"] == pytest.approx(whole["valid"]["pruned"]["loss"], rel=1e-6)
+
+
+def test_a_stitch_is_not_in_the_way_of_the_teacher_that_the_student_is(tiny_model, tiny_data, tmp_path):
+    losses = {}
+    for teacher in ("self", "online"):
+        argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / teacher, "exhaustive")
+        argv += ["--train-iters", "2", "--lr-warmup-iters", "0", "--lora-rank", "2", "--stitch", "linear-patch"]
+        tiny.run_here([*argv, "--teacher", teacher])
+        losses[teacher] = [record["loss"] for record in read_metrics(tmp_path / teacher)]
+    assert losses["self"] == pytest.approx(losses["online"], rel=1e-5)
+
+
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--teacher", "self"]])
 def test_a_stitch_eases_recovery_and_is_gone_at_its_end(tiny_model, tiny_data, tmp_path, lora):
     model = tiny_model("qwen3_tied")
