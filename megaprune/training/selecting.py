@@ -18,7 +18,7 @@ from megaprune.selection.hard_concrete import HardConcrete
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import top_layers
 from megaprune.selection.selector import Selector
-from megaprune.selection.windows import best_window
+from megaprune.selection.windows import best_window, windows
 from megaprune.training.judging import Judge
 
 # Shortened LLaMA keeps the first four layers and the last two.
@@ -33,6 +33,22 @@ class Choice:
     scores: list[float] | None = None
     candidates: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
+
+
+def check_method(method: str, budget: Budget, protected: frozenset[int]) -> None:
+    """Refuses what a method can't choose within a budget, before a model is loaded.
+
+    Raises:
+        UsageError: names the method.
+    """
+    if method == "shortened":
+        _kept_by_shortened(budget, protected)
+    if method == "clp":
+        _notch(budget, protected, 1)
+    if method == "exhaustive" and not windows(budget, protected):
+        raise UsageError(
+            "--method exhaustive: no contiguous segment between protected layers is long enough; protect fewer"
+        )
 
 
 def choose_layers(
@@ -67,11 +83,8 @@ def choose_layers(
         kept = greedy_layers(budget, protected, lambda sets: judge.losses(sets, "ce"))
         return Choice(kept, tokens=judge.tokens)
     if method == "exhaustive":
+        check_method(method, budget, protected)
         kept = best_window(budget, protected, judge.losses)
-        if kept is None:
-            raise UsageError(
-                "--method exhaustive: no contiguous segment between protected layers is long enough; protect fewer"
-            )
         return Choice(kept, tokens=judge.tokens)
     if method == "clp":
         return _clp(judge, budget, protected, steps)
@@ -112,13 +125,17 @@ def _of_this_replica(config: Config) -> dict[str, Any]:
     return {"replica": parallel.data_parallel_rank(), "average": parallel.mean_over_replicas}
 
 
-def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) -> Choice:
+def _notch(budget: Budget, protected: frozenset[int], steps: int) -> ConcaveGate:
     try:
-        gate = ConcaveGate(budget, protected, steps)
+        return ConcaveGate(budget, protected, steps)
     except UsageError:
         raise
     except MegapruneError as error:
         raise UsageError(f"--method clp: {error}") from None
+
+
+def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) -> Choice:
+    gate = _notch(budget, protected, steps)
     for step in range(steps):
         gate.update(judge.mask_gradient(gate.mask(step), step), step)
     ends = gate.kept_sets()
@@ -127,7 +144,7 @@ def _clp(judge: Judge, budget: Budget, protected: frozenset[int], steps: int) ->
     return Choice(kept, tokens=judge.tokens)
 
 
-def _shortened(judge: Judge, budget: Budget, protected: frozenset[int], criterion: str) -> Choice:
+def _kept_by_shortened(budget: Budget, protected: frozenset[int]) -> frozenset[int]:
     first, last = _SHORTENED_KEEPS
     keeps = protected | set(range(first)) | set(range(budget.num_layers - last, budget.num_layers))
     room = sum(budget.costs[layer] for layer in keeps)
@@ -136,6 +153,11 @@ def _shortened(judge: Judge, budget: Budget, protected: frozenset[int], criterio
             f"--method shortened keeps the first {first} layers and the last {last}, which is more than stays: prune "
             "less, or choose another method"
         )
+    return keeps
+
+
+def _shortened(judge: Judge, budget: Budget, protected: frozenset[int], criterion: str) -> Choice:
+    keeps = _kept_by_shortened(budget, protected)
     if criterion == "taylor":
         scores = judge.taylor_importance()
     else:

@@ -35,6 +35,7 @@ from megaprune.training.data import (
 from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
+from megaprune.training.selecting import check_method
 from megaprune.training.teacher_cache import check_cacheable, open_cache
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
@@ -144,8 +145,11 @@ def prepare(config: Config) -> Setup:
     check_sequence(config, arch, sizes)
     check_top_k(config, arch)
     manual, protected, budget = layers_in_question(config, source.config)
+    check_method(config.prune.method, budget, protected)
     if manual is not None and config.needs_one_cut:
-        cut_position(manual, arch.num_layers)
+        behind = cut_position(manual, arch.num_layers)
+        if config.stitches and behind == len(manual):
+            raise UsageError("--stitch linear-patch: no layer behind the cut is left to stitch to; leave it out")
     setup = Setup(
         config=config,
         source=source,

@@ -168,6 +168,23 @@ def test_shortened_keeps_the_first_four_and_the_last_two(gated):
         choose_layers("shortened", judge_of(gated), THREE, PROTECTED, 1.0, 0)
 
 
+def test_shortened_weighs_what_is_lost_against_price():
+    """Not the loss itself, which hardly differs: the layer that costs most would always be the one to go."""
+    budget, harm = Budget((*[10] * 6, *[100] * 6), 650), [0.5] * 12
+    harm[4] = 0.0
+
+    class Losses:
+        tokens = 0
+
+        def losses(self, sets, loss):
+            return [8.9 + sum(harm[layer] for layer in range(12) if layer not in kept) for kept in sets]
+
+        def without_each(self, protected, loss):
+            return torch.tensor(self.losses([[i for i in range(12) if i != layer] for layer in range(12)], loss))
+
+    assert 4 not in choose_layers("shortened", Losses(), budget, PROTECTED).kept_layers
+
+
 def test_taylor_importance_is_that_of_autograd(gated, tiny_model):
     model = tiny.load_hf(tiny_model("qwen3_tied")).train()
     total = sum(batch.loss_mask.sum() for batch in BATCHES)
