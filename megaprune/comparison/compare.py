@@ -2,42 +2,45 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megaprune.comparison.plan import Comparison, PlannedRun
-from megaprune.comparison.ranking import Ranking, rank_all_masks
-from megaprune.comparison.table import rows_of, write_tables
+from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
+from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel
 from megaprune.report.files import write_json
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.runner import run
 from megaprune.training.metrics import read_metrics
+from megaprune.training.setup import prepare
 
 _EVALUATION = "evaluation.json"
 
 
 def compare(comparison: Comparison, save: Path) -> None:
-    """Makes the runs one after the other, each resumable, then `table.csv`, `table.md` and plots in `save`.
+    """Makes the runs one after the other, each resumable, then `table.csv`, `table.md`, `runs.csv` and plots in `save`.
     Collective.
 
     Raises:
         MegapruneError: a run was refused; those before it are kept.
     """
     runs = comparison.runs
+    _check(comparison)
     for number, planned in enumerate(runs, start=1):
         if parallel.rank() == 0:
             print(f"\n[{number}/{len(runs)}] {planned.folder.name}", flush=True)
-        try:
+        with _naming(planned):
             run(planned.config, "compare.py")
-        except MegapruneError as error:
-            raise type(error)(f"{planned.folder.name}: {error}") from error
     rankings = _rankings(comparison, save)
     if parallel.rank() == 0:
         results = [_result(planned) | _rank(planned, rankings) for planned in runs]
         rows = rows_of(results)
         write_tables(rows, save)
+        write_runs(results, save)
         for model in dict.fromkeys(planned.model for planned in runs):
             ending = f"-{model}.png" if model else ".png"
             plot_comparison([row for row in rows if row["model"] == model], save / f"quality{ending}")
@@ -48,21 +51,51 @@ def compare(comparison: Comparison, save: Path) -> None:
     parallel.leave()
 
 
-def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int | float], Ranking]:
-    """Of each model and size, where the file asks for it. Measured once, and then read."""
-    found: dict[tuple[str, int | float], Ranking] = {}
+@contextmanager
+def _naming(planned: PlannedRun) -> Iterator[None]:
+    try:
+        yield
+    except MegapruneError as error:
+        raise type(error)(f"{planned.folder.name}: {error}") from error
+
+
+def _check(comparison: Comparison) -> None:
+    """What would be refused in hours is refused now."""
+    met = set()
+    for planned in comparison.runs:
+        what = (planned.model, planned.label, planned.size)
+        if what in met:
+            continue
+        met.add(what)
+        with _naming(planned):
+            setup = prepare(planned.config)
+            if comparison.rank_windows and setup.manual is None:
+                all_masks(setup)
+
+
+def _masks_of(planned: PlannedRun) -> tuple[str, int, str]:
+    """What the masks depend on that a finished run's is ranked among: the model, how many layers go, the protected."""
+    pruned = json.loads((planned.folder / "report.json").read_text())["pruned_layers"]
+    return planned.model, len(pruned), planned.config.search.protect_layers
+
+
+def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], Ranking]:
+    """Where the file asks for them. Measured once, and then read."""
+    found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
-        key = (planned.model, planned.size)
-        if key not in found:
-            path = save / "-".join(filter(None, ["masks", planned.model, f"{planned.size}.json"]))
+        key = _masks_of(planned)
+        if key not in found and planned.config.prune.method != "manual":
+            model, pruned, protected = key
+            name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
+            path = save / ("-".join(filter(None, name)) + ".json")
             if parallel.rank() == 0 and not path.is_file():
                 print(f"measuring all masks for {path}", flush=True)
             found[key] = rank_all_masks(planned.config, comparison.rank_windows, path)
     return found
 
 
-def _rank(planned: PlannedRun, rankings: dict[tuple[str, int | float], Ranking]) -> dict[str, float]:
-    ranking = rankings.get((planned.model, planned.size))
+def _rank(planned: PlannedRun, rankings: dict[tuple[str, int, str], Ranking]) -> dict[str, float]:
+    ranking = rankings.get(_masks_of(planned))
     if ranking is None:
         return {"mask_kl": math.nan, "percentile": math.nan}
     kept = json.loads((planned.folder / "report.json").read_text())["kept_layers"]

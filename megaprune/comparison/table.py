@@ -48,12 +48,15 @@ def _row(results: Sequence[dict[str, Any]]) -> Row:
     return {
         "model": results[0]["model"],
         "label": results[0]["label"],
+        "size": results[0]["size"],
         "pruned": len(results[0]["pruned_layers"]),
         "seeds": len(results),
         "teacher_loss": _loss(results[0], "teacher"),
         "pruned_loss": statistics.fmean(_loss(result, "pruned") for result in results),
         "recovered_loss": statistics.fmean(recovered),
-        "spread": statistics.stdev(recovered) if len(recovered) > 1 else math.nan,
+        "spread": statistics.stdev(recovered)
+        if len(recovered) > 1 and all(map(math.isfinite, recovered))
+        else math.nan,
         "kl": statistics.fmean(result["kl"] for result in results),
         "top1_agreement": statistics.fmean(result["top1_agreement"] for result in results),
         "tokens": results[0]["tokens_seen"],
@@ -75,10 +78,7 @@ _ALWAYS = {key for key, _ in _COLUMNS} - {"mask_kl", "percentile"}
 def write_tables(rows: Sequence[Row], folder: Path) -> None:
     """`table.csv` with all digits, and `table.md`, best first within each size."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_csv(rows, folder / "table.csv")
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = sorted((r for r in rows if r["model"] == model), key=lambda r: (r["pruned"], r["recovered_loss"]))
@@ -94,6 +94,30 @@ def write_tables(rows: Sequence[Row], folder: Path) -> None:
             "",
         ]
     (folder / "table.md").write_text("\n".join(lines))
+
+
+def write_runs(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """`runs.csv`, a row for each run, with the layers that each kept."""
+    rows = [
+        {
+            **{key: result[key] for key in ("model", "label", "size", "seed")},
+            **{f"{model}_loss": _loss(result, model) for model in ("teacher", "pruned", "recovered")},
+            **{key: result[key] for key in ("kl", "top1_agreement", "mask_kl", "percentile")},
+            "tokens": result["tokens_seen"],
+            "selection_tokens": result["stages"].get("importance", {}).get("tokens", 0),
+            "seconds": sum(stage["seconds"] for stage in result["stages"].values()),
+            "kept": " ".join(map(str, result["kept_layers"])),
+        }
+        for result in results
+    ]
+    _write_csv(rows, folder / "runs.csv")
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _loss(result: dict[str, Any], model: str) -> float:

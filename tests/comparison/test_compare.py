@@ -46,6 +46,15 @@ def test_methods_may_have_flags_and_labels_of_their_own(tmp_path):
     assert runs[1].config.search.mask_lr == 0.5
 
 
+def test_layers_named_by_the_user_are_a_method_too(tmp_path):
+    named = [{"method": "manual", "prune_layers": "2,5", "label": "mine"}, {"method": "random", "seeds": [1]}]
+    run = COMMON | {"protect_layers": ["first", "last"]}
+    runs = read_comparison(write(tmp_path, run=run, methods=named, num_layers_to_prune=[2, 3]), tmp_path).runs
+    assert [run.folder.name for run in runs] == ["mine-2-seed1", "mine-2-seed2", "random-2-seed1", "random-3-seed1"]
+    assert runs[0].config.prune.prune_layers == "2,5" and runs[0].config.prune.num_layers_to_prune is None
+    assert runs[0].config.search.protect_layers == "first,last"
+
+
 def test_several_models_and_seeds_of_a_methods_own(tmp_path):
     models = {"small": {"hf_model": "a"}, "large": {"hf_model": "b", "bf16": False}}
     methods = ["e3", {"method": "shortgpt", "seeds": [7]}]
@@ -75,6 +84,14 @@ def test_several_models_and_seeds_of_a_methods_own(tmp_path):
         ({"methods": [{"method": "e3", "seeds": 3}]}, "seeds must be a list"),
         ({"rank_windows": "all"}, "rank_windows must be a number"),
         ({"rank_windows": 4}, "rank_windows needs valid_data"),
+        ({"rank_windows": True}, "rank_windows must be a number"),
+        ({"methods": [["random"]]}, "'random'.* is no method"),
+        ({"methods": [{"label": "foo"}]}, "'foo'.* is no method"),
+        ({"methods": [{"method": "random", "label": "a/b"}]}, "label 'a/b' can't be part of a folder's name"),
+        ({"models": {"..": {"hf_model": "a"}}}, r"model '\.\.' can't be part"),
+        ({"run": COMMON | {"seed": 3}}, "seed has no place under 'run'"),
+        ({"run": COMMON | {"dry-run": True}}, "dry-run has no place under 'run'"),
+        ({"methods": ["manual"]}, "--prune-layers '' is not a list"),
     ],
 )
 def test_bad_files(tmp_path, changes, said):
@@ -112,6 +129,8 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert (rows[0]["recovered_loss"], rows[0]["pruned_loss"], rows[0]["seeds"]) == (3.5, 4.5, 2)
     assert rows[0]["jaccard"] == pytest.approx(1 / 3) and rows[0]["spread"] == pytest.approx(0.5**0.5)
     assert math.isnan(rows[1]["jaccard"]) and rows[1]["selection_tokens"] == 50
+    unmeasured = [one | {"valid": {}} for one in results[:2]]
+    assert math.isnan(rows_of(unmeasured)[0]["spread"])
     write_tables(rows, tmp_path)
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table[4].startswith("| b | 2 | 1 | 3.5000 | 2.5000 | – | 0.5000 | 75.0% | 1,000 | 50 | 3 | – |")
@@ -151,14 +170,17 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
     words = ["--config", str(asked), "--save", str(save)]
     assert cli.attempt("compare", words) == (0, None)
     made = {path.name for path in save.iterdir()}
-    assert made == {"runs", "table.csv", "table.md", "quality.png", "recovery.png", "masks-2.json"}
+    masks = "masks-2-first+last-4windows.json"
+    assert made == {"runs", "table.csv", "table.md", "runs.csv", "quality.png", "recovery.png", masks}
+    with (save / "runs.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["e3", "shortgpt", "random"]
     with (save / "table.csv").open() as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
     assert {row["tokens"] for row in rows.values()} == {"256"}
     for label, row in rows.items():
         report = json.loads((save / "runs" / f"{label}-2-seed1" / "report.json").read_text())
         assert float(row["recovered_loss"]) == report["valid"]["recovered"]["loss"]
-        ranked = json.loads((save / "masks-2.json").read_text())
+        ranked = json.loads((save / masks).read_text())
         kl = ranked[" ".join(map(str, report["kept_layers"]))]
         assert len(ranked) == math.comb(5, 3) and float(row["mask_kl"]) == kl
         assert float(row["percentile"]) == 100 * sum(other < kl for other in ranked.values()) / len(ranked)
@@ -171,3 +193,19 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
         again = {row["label"]: row for row in csv.DictReader(file)}
     for label, row in rows.items():
         assert again[label] | {"seconds": 0} == row | {"seconds": 0}
+
+
+def test_what_will_be_refused_is_refused_before_the_first_run(tiny_model, tiny_data, tmp_path):
+    run = {"hf_model": str(tiny_model("qwen3_tied")), "train_data": str(tiny_data / "train.jsonl"), "train_iters": 1}
+    run |= {"seq_length": tiny.SEQ_LENGTH, "valid_data": str(tiny_data / "valid.jsonl"), "global_batch_size": 1}
+    for changes, said in [
+        ({"methods": ["random", "shortened"]}, "shortened-2-seed1: --method shortened keeps the first 4"),
+        ({"num_layers_to_prune": [2, 6]}, "random-6-seed1: --num-layers-to-prune"),
+        (
+            {"num_layers_to_prune": None, "target_params": [150_000], "rank_windows": 1},
+            "random-150000-seed1: rank_windows: masks are ranked by number of layers",
+        ),
+    ]:
+        asked = write(tmp_path, **({"run": run, "methods": ["random"], "num_layers_to_prune": [2]} | changes))
+        status, error = cli.attempt("compare", ["--config", str(asked), "--save", str(tmp_path / "out")])
+        assert status and said in str(error) and not (tmp_path / "out").exists()
