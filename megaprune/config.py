@@ -465,6 +465,10 @@ def _check_iterations(config: Config) -> None:
     train_iters = config.recovery.train_iters
     if config.search.criterion != "perplexity" and config.prune.method != "shortened":
         raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
+    if config.search.selection_budget and config.prune.method != "auto":
+        raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
+    if config.search.search_weights != "trained" and config.prune.method not in SEARCHES:
+        raise UsageError(f"--search-weights is for methods that search, and --method {config.prune.method} does not")
     if config.own_masks and config.prune.method != "e3":
         raise UsageError(f"--mask-noise replica is for --method e3, not {config.prune.method}")
     if config.prune.method in SEARCHES:
@@ -472,8 +476,6 @@ def _check_iterations(config: Config) -> None:
             raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
         if not 1 <= config.search_iters <= train_iters:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
-    elif config.search.selection_budget and config.prune.method != "auto":
-        raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
     elif config.prune.method == "clp" and config.search.search_iters is not None and config.search.search_iters < 1:
         raise UsageError(f"--search-iters {config.search.search_iters} is less than 1")
     elif config.search.search_iters and config.prune.method != "clp":

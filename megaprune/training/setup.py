@@ -243,6 +243,11 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
     if calibration and _calibrates(config):
         calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
+        if config.prune.method == "auto" and len(calibration) < 1 + HELD_OUT_WINDOWS:
+            raise UsageError(
+                f"--method auto judges on other windows than it chooses by, and needs {1 + HELD_OUT_WINDOWS}: "
+                f"--train-data has {len(calibration)}; give more data, or lower --seq-length"
+            )
     teacher_cache = open_cache(config, setup.source, tokenizer, train) if cached else None
     return Data(config, train, valid, calibration, teacher_cache)
 

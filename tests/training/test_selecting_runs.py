@@ -24,6 +24,11 @@ def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
     tiny.load_hf(tmp_path / "run" / "hf")
     with pytest.raises(UsageError, match="--selection-budget 10 is too little"):
         tiny.run_here([*argv, "--save", str(tmp_path / "other"), "--selection-budget", "10"])
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((tiny_data / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(UsageError, match="--method auto .* needs 5: --train-data has [1-4]; give more data"):
+        words = ["--train-data", str(few), "--calibration-samples", "1", "--train-iters", "0"]
+        tiny.run_here([*argv, "--save", str(tmp_path / "other"), *words])
     assert not (tmp_path / "other").exists()
 
 
