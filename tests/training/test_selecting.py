@@ -218,15 +218,15 @@ def test_auto_takes_the_best_of_its_candidates(gated):
     choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens=100_000)
     names = [candidate["name"] for candidate in choice.candidates]
     assert names[:5] == ["kl-init", "block influence", "best window", "greedy", "e3, weights frozen"]
-    assert names[5].endswith(", swapped") and len(names) == 6
+    assert len(names) == 7 and all(name.endswith(", swapped") for name in names[5:])
     chosen = [candidate for candidate in choice.candidates if candidate["chosen"]]
     assert len(chosen) == 1 and chosen[0]["kept_layers"] == choice.kept_layers
     assert chosen[0]["kl"] == min(candidate["kl"] for candidate in choice.candidates)
     assert held_out.losses([choice.kept_layers])[0] == chosen[0]["kl"]
     # with all the swaps it can pay, no single swap is better on the text that it looked at
-    swapped = choice.candidates[-1]["kept_layers"]
-    around = judge.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
-    assert around[0] == min(around)
+    for swapped in (candidate["kept_layers"] for candidate in choice.candidates[5:]):
+        around = judge.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
+        assert around[0] == min(around)
 
 
 @pytest.mark.parametrize("tokens", [1, 3_000, 6_000, 20_000])
@@ -236,8 +236,7 @@ def test_auto_stays_within_its_budget(gated, tokens):
     choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens)
     assert choice.tokens == judge.tokens + held_out.tokens
     if tokens == 1:
-        assert len(choice.candidates) == 5
-        assert choice.candidates[-1]["tokens"] == 0
+        assert [candidate["tokens"] for candidate in choice.candidates[4:]] == [0, 0]
     windows_seen = num_windows(THREE, PROTECTED, tokens, BATCHES[0].tokens.shape[1], asked=False)
     if windows_seen >= len(BATCHES):
         assert choice.tokens <= tokens
