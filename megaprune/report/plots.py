@@ -198,6 +198,12 @@ def _save(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
+def _legend_beside(axes: Axes, size: str) -> None:
+    """Right of the plot, where no line runs."""
+    columns = 1 + (len(axes.get_legend_handles_labels()[1]) - 1) // 24
+    axes.legend(frameon=False, fontsize=size, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
+
+
 def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Recovered loss against layers pruned, a line a method.
 
@@ -206,17 +212,21 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for label in dict.fromkeys(row["label"] for row in rows):
+    for number, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
         own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["pruned"])
         spread = [0.0 if np.isnan(row["spread"]) else row["spread"] for row in own]
         x, y = [row["pruned"] for row in own], [row["recovered_loss"] for row in own]
-        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.4, capsize=2, label=label)
+        # colours come again after ten
+        marker, line = ("o", "-") if number % 20 < 10 else ("s", ":")
+        axes.errorbar(
+            x, y, yerr=spread, marker=marker, markersize=4, linestyle=line, linewidth=1.4, capsize=2, label=label
+        )
     if rows and not np.isnan(rows[0]["teacher_loss"]):
         axes.axhline(rows[0]["teacher_loss"], color=GREY, linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="layers pruned", ylabel="recovered loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=PALE)
-    axes.legend(frameon=False, fontsize="small")
+    _legend_beside(axes, "small")
     return _save(figure, path)
 
 
@@ -236,5 +246,5 @@ def plot_recovery(runs: dict[str, Sequence[Record]], path: str | Path) -> Path:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color=PALE)
     if axes.lines:
-        axes.legend(frameon=False, fontsize="x-small")
+        _legend_beside(axes, "xx-small")
     return _save(figure, path)
