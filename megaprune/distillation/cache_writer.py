@@ -19,8 +19,8 @@ from megaprune.distillation.cache_format import (
 )
 from megaprune.distillation.cache_reader import map_shard
 from megaprune.distillation.losses import TeacherTargets
-from megaprune.errors import MegapruneError
-from megaprune.report.files import write_json
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import write_json
 
 _PLAN = "plan.json"
 

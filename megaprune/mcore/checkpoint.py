@@ -15,10 +15,10 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-from megaprune.errors import MegapruneError
 from megaprune.mcore.distributed_adam import make_loadable
-from megaprune.mcore.lora import is_adapter
-from megaprune.mcore.trainer import Trainer
+from megaprune.mcore.layers.lora import is_adapter
+from megaprune.mcore.optimizer import Trainer
+from megaprune.utils.errors import MegapruneError
 
 # 0.16.1 has its writers report to a manager process, for saves that run on beside the training. It takes seconds and
 # 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.

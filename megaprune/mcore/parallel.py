@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megaprune import device
-from megaprune.errors import MegapruneError
-from megaprune.launcher import raise_together, rank, world_size
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.ranks import raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.mla import EXPERT_BIAS_RULE, SHARED_EXPERT_RULES, mla_fields, mla_rules, sigmoid_router_fields
 from megaprune.models.tables import (
     EXPERT_RULES,
@@ -19,6 +18,7 @@ from megaprune.models.tables import (
     require,
     rope_dict,
 )
+from megaprune.utils.errors import MegapruneError
 
 # Megatron-Core scores a group by the sum of its best (topk // topk_group) experts, DeepSeek by that of its best two.
 _SCORED_PER_GROUP = 2

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.tables import (
     ATTENTION,
     HF,
@@ -15,6 +14,7 @@ from megaprune.models.tables import (
     refuse_attention_bias,
     require,
 )
+from megaprune.utils.errors import MegapruneError
 
 
 def _down_projection(name: str, hf_name: str) -> WeightRule:

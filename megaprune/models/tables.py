@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 
 HFConfig = dict[str, Any]
 

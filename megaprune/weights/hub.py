@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 
 
 def resolve_hf_model(name: str, config_only: bool = False) -> Path:

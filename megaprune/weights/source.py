@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from megaprune.errors import MegapruneError
 from megaprune.models import Family, HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 

@@ -1,10 +1,18 @@
 """Configs that Megatron-Core's layers would not compute as transformers does are refused, not approximated."""
 
 import pytest
-from real_configs import DEEPSEEK_R1, DENSE, LLAMA_3_1_8B, LLAMA_3_8B, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
-from megaprune.errors import MegapruneError
 from megaprune.models import FAMILIES, family_of
+from megaprune.utils.errors import MegapruneError
+from tests.helpers.real_configs import (
+    DEEPSEEK_R1,
+    DENSE,
+    LLAMA_3_1_8B,
+    LLAMA_3_8B,
+    QWEN2_5_14B,
+    QWEN3_30B_A3B,
+    QWEN3_32B,
+)
 
 
 def refusal(config):

@@ -1,0 +1,83 @@
+"""The console command ``megaprune <verb>``; each file in tools/ is one verb of it."""
+
+import importlib
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.ranks import rank
+
+VERBS = {
+    "prune": "prune and heal a model",
+    "cache-teacher": "a teacher's logits for all training data, to learn from without it",
+    "convert": "HF safetensors to a Megatron-Core checkpoint and back",
+    "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
+    "compare": "several methods on one model, at equal budgets",
+    "benchmark": "speed ratios, measured side by side",
+    "preprocess-data": "text or chat to Megatron's indexed datasets",
+    "plan": "layers, parameters and memory of every rank, without weights or accelerators",
+}
+
+# How long other ranks wait for the launcher to end them, once rank 0 has printed the error that all of them met.
+_WAIT_FOR_LAUNCHER_SECONDS = 60
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Runs a verb and exits: 0, or 1 or 2 with one line on stderr (see `megaprune.utils.errors`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if verb is None:
+        if not words or words[0] not in VERBS:
+            _usage(words)
+        verb = words.pop(0)
+    status, line = attempt(verb, words)
+    if line is not None:
+        _fail(status, line)
+
+
+def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
+    """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
+    _quieten()
+    try:
+        run = getattr(importlib.import_module("megaprune.cli.verbs"), verb.replace("-", "_"))
+        run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+    except MegapruneError as error:
+        return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    return 0, None
+
+
+def _usage(words: Sequence[str]) -> NoReturn:
+    if words and words[0] not in ("-h", "--help"):
+        _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
+    print("usage: megaprune <verb> [flags]\n")
+    for verb, description in VERBS.items():
+        print(f"  {verb:<17}{description}")
+    print("\nmegaprune <verb> --help shows the flags of a verb.")
+    sys.exit(0)
+
+
+def _fail(status: int, line: str) -> NoReturn:
+    if rank() != 0:
+        # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost. It ends them by
+        # SIGTERM, which a run takes as a request to stop at the next iteration.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_WAIT_FOR_LAUNCHER_SECONDS)
+    else:
+        print(line, file=sys.stderr, flush=True)
+    # Not sys.exit: the process groups' threads could keep a failed rank waiting for the others.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _quieten() -> None:
+    """Libraries' chatter would bury the run's own lines."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
