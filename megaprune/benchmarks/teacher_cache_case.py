@@ -45,9 +45,9 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     from megaprune import device
     from megaprune.benchmarks.teacher_cache import measure_caching
     from megaprune.data.batches import prepare_dataset
+    from megaprune.data.tokenizer import load_tokenizer
     from megaprune.mcore import parallel
     from megaprune.mcore.builder import EngineOptions
-    from megaprune.pruning.prepare import tokenizer_in
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
 
@@ -57,7 +57,7 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     source.check_tensors()
     parallel.initialize(sizes)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = tokenizer_in(source.folder, False)
+        tokenizer = load_tokenizer(source.folder)
         dataset = prepare_dataset(
             config.data, tokenizer, seq_length=config.seq_length, cache_dir=Path(folder), flag="--data"
         )

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.cli.console import console
+from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from megaprune.utils.ranks import rank
 
 VERBS = {
@@ -46,7 +47,10 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     _quieten()
     try:
         run = getattr(importlib.import_module("megaprune.cli.verbs"), verb.replace("-", "_"))
-        run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        with console():
+            run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+    except RunStopped:
+        return 0, None
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
     return 0, None

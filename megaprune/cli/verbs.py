@@ -8,10 +8,13 @@ def prune(argv: Sequence[str], command: str) -> None:
     from megaprune.config.schema import parse_config
 
     config = parse_config(argv)
+    from megaprune.cli.signals import StopRequest
     from megaprune.mcore import parallel
+    from megaprune.pruning.resolve import open_run
     from megaprune.pruning.runner import run
 
-    run(config, command)
+    options, source = open_run(config, parallel.world_size())
+    run(options, source, command, StopRequest() if config.run.exit_on_signal else None)
     parallel.leave()
 
 

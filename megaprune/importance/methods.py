@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from megaprune.config.schema import Config
 from megaprune.importance.evaluator import Judge
 from megaprune.mcore import parallel
 from megaprune.selection.budget import Budget
@@ -23,6 +22,28 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 # Shortened LLaMA keeps the first four layers and the last two.
 _SHORTENED_KEEPS = (4, 2)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """A search that runs while the model trains.
+
+    Args:
+        lr: learning rate of the scores.
+        anneal: share of the temperature that is gone at the end.
+        ramp: share of the search over which the number of kept layers falls to its target.
+        init_scale: spread of the scores that the search starts from.
+        own_masks: whether each replica draws a mask of its own.
+    """
+
+    iterations: int
+    lr: float
+    temperature: float
+    anneal: float
+    ramp: float
+    init_scale: float
+    seed: int
+    own_masks: bool
 
 
 @dataclass
@@ -96,33 +117,30 @@ def choose_layers(
 
 
 def make_selector(
-    config: Config, budget: Budget, protected: frozenset[int], scores: Sequence[float] | None
+    method: str, search: SearchOptions, budget: Budget, protected: frozenset[int], scores: Sequence[float] | None
 ) -> Selector:
-    """The learner of a method that searches while it trains.
+    """Return the learner of a method that searches while it trains.
 
     Args:
         scores: the layers' first ones, where the method begins from any.
     """
-    if config.prune.method == "sheared":
-        return HardConcrete(budget, protected, config.search_iters, seed=config.recovery.seed)
+    if method == "sheared":
+        return HardConcrete(budget, protected, search.iterations, seed=search.seed)
+    replica: dict[str, Any] = {}
+    if search.own_masks:
+        replica = {"replica": parallel.data_parallel_rank(), "average": parallel.mean_over_replicas}
     return GumbelTopK(
         torch.tensor(scores),
         budget,
         protected,
-        config.search_iters,
-        temperature=config.search.gumbel_temperature,
-        anneal=config.search.gumbel_anneal,
-        lr=config.search.mask_lr,
-        seed=config.recovery.seed,
-        ramp=config.search.mask_ramp,
-        **_of_this_replica(config),
+        search.iterations,
+        temperature=search.temperature,
+        anneal=search.anneal,
+        lr=search.lr,
+        seed=search.seed,
+        ramp=search.ramp,
+        **replica,
     )
-
-
-def _of_this_replica(config: Config) -> dict[str, Any]:
-    if not config.own_masks:
-        return {}
-    return {"replica": parallel.data_parallel_rank(), "average": parallel.mean_over_replicas}
 
 
 def _notch(budget: Budget, protected: frozenset[int], steps: int) -> ConcaveGate:

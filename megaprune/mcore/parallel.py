@@ -1,10 +1,11 @@
 """Process groups: setting them up, and agreeing across them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megaprune.utils.ranks import raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
+# Groups that stood before Megatron's were set up: someone else's, and left alone.
+_others: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
     Args:
         gloo: also groups on the CPU, beside those of the backend.
     """
+    if not _others:  # else a session was cut short, and its groups are still there
+        _others.extend(distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -72,6 +77,28 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
+@contextmanager
+def session(sizes: ParallelSizes) -> Iterator[None]:
+    """A block with Megatron's groups; the process group stays for later ones. Collective.
+
+    Raises:
+        MegapruneError: Megatron's groups are in use.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise MegapruneError(
+            "this process uses Megatron-Core's parallel groups already: call megatron.core.parallel_state."
+            "destroy_model_parallel first, or start a process of its own"
+        )
+    initialize(sizes)
+    try:
+        yield
+    except BaseException:
+        # Not collective: other ranks may not have come this far. The groups' threads go with the next session.
+        parallel_state.destroy_model_parallel()
+        raise
+    finish()
+
+
 def finish() -> None:
     """Gives up Megatron's groups, if there are any; others may be set up in their place. Collective."""
     if not parallel_state.model_parallel_is_initialized():
@@ -80,8 +107,9 @@ def finish() -> None:
     # The core only forgets its groups: their threads and connections would live on.
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group not in _others:
             dist.destroy_process_group(group)
+    _others.clear()
 
 
 def leave() -> None:
@@ -89,6 +117,7 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _others.clear()
 
 
 def tensor_parallel() -> TensorParallel:
@@ -125,6 +154,14 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
             error = met
     raise_together(error)
     return result
+
+
+def on_first_rank_for_all(action: Callable[[], T]) -> T:
+    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_first_rank`."""
+    box = [on_first_rank(action)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def from_all_ranks(value: T) -> list[T]:

@@ -1,10 +1,10 @@
 """Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
 
+import itertools
 import json
 import keyword
 import os
 import random
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -283,19 +283,20 @@ def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]
     return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
 
 
-def run_here(argv: Sequence[str]) -> None:
+def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
     """A run in this process, as the command line would do it; another may follow."""
     from megaprune.config.schema import parse_config
     from megaprune.mcore import parallel
+    from megaprune.pruning.resolve import open_run
     from megaprune.pruning.runner import run
 
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        run(parse_config(argv), "prune.py")
-    finally:
-        if torch.distributed.is_initialized():
-            parallel.finish()
-        signal.signal(signal.SIGTERM, on_sigterm)
+    run(*open_run(parse_config(argv), parallel.world_size()), "prune.py", should_stop)
+
+
+def stop_after(iterations: int | None) -> Callable[[], bool]:
+    """Asks a run to stop when so many iterations of it are done (None: never)."""
+    asked = itertools.count()  # the first time before any iteration
+    return lambda: next(asked) == iterations
 
 
 def environment() -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.ranks import raise_together, rank, world_size
 from megaprune.weights.writer import aside_folder
 
@@ -171,7 +172,7 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_thr
     left = [part for part in mine if not (work.result / part.file).exists()]
     total = sum(part.num_bytes for part in mine)
     done = total - sum(part.num_bytes for part in left)
-    settings = dict(unit="B", unit_scale=True, disable=not is_first(), dynamic_ncols=True)
+    settings = dict(unit="B", unit_scale=True, disable=not bars_are_shown(), dynamic_ncols=True)
     with tqdm(total=total, initial=done, **settings) as bar, ThreadPoolExecutor(num_threads) as pool:
         futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
         try:
