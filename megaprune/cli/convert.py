@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Converts or compares.
 
     Raises:
