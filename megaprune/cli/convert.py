@@ -1,24 +1,17 @@
-"""The verb `convert`: import, export, verify.
-
-On argparse alone: what other verbs' command lines are made of takes a second to load, which here would count.
-"""
+"""The verb `convert`: import, export, verify."""
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune import api
+from megaprune.cli.parser import Parser
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.progress import say
 
 _DIFFERENCES_SHOWN = 10
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Converts or compares.
 
     Raises:
@@ -30,8 +23,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
-    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=_Parser)
+    parser = Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
+    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=Parser)
 
     def add(name: str, help: str, work: object) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
@@ -64,28 +57,22 @@ def _positive(text: str) -> int:
     return number
 
 
-def _import(config: argparse.Namespace) -> None:
-    from megaprune.weights.hub import resolve_hf_model
-    from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Labour
-    from megaprune.weights.torch_dist.import_hf import import_checkpoint
-
-    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}[config.dtype]
-    source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path).absolute()
-    import_checkpoint(source, folder, dtype, Labour(config.workers, config.resume))
-    _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")
+def _import(given: argparse.Namespace) -> None:
+    report = api.import_hf(
+        given.hf_model, given.megatron_path, dtype=given.dtype, workers=given.workers, resume=given.resume
+    )
+    say(f"imported {report.tensors:,} tensors of {report.source} into {report.output}")
 
 
-def _export(config: argparse.Namespace) -> None:
-    from megaprune.weights.torch_dist.engine import Labour
-    from megaprune.weights.torch_dist.export_hf import export_checkpoint
-    from megaprune.weights.torch_dist.source import CheckpointSource
-    from megaprune.weights.writer import parse_size
-
-    size = parse_size(config.max_shard_size)
-    source, folder = CheckpointSource(config.megatron_path), Path(config.hf_path).absolute()
-    export_checkpoint(source, folder, size, Labour(config.workers, config.resume))
-    _say(f"exported {len(source.names):,} tensors of {config.megatron_path} into {folder}")
+def _export(given: argparse.Namespace) -> None:
+    report = api.export_hf(
+        given.megatron_path,
+        given.hf_path,
+        max_shard_size=given.max_shard_size,
+        workers=given.workers,
+        resume=given.resume,
+    )
+    say(f"exported {report.tensors:,} tensors of {given.megatron_path} into {report.output}")
 
 
 def _verify(config: argparse.Namespace) -> None:
@@ -98,10 +85,3 @@ def _verify(config: argparse.Namespace) -> None:
     if differences:
         raise MegapruneError(f"{equal:,} tensors are equal, {len(differences):,} are not")
     print(f"{equal:,} tensors, all equal")
-
-
-def _say(text: str) -> None:
-    from megaprune.weights.torch_dist.engine import is_first
-
-    if is_first():
-        print(text, flush=True)

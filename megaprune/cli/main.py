@@ -46,9 +46,9 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
-        run = getattr(importlib.import_module("megaprune.cli.verbs"), verb.replace("-", "_"))
+        module = importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}")
         with console():
-            run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+            module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except RunStopped:
         return 0, None
     except MegapruneError as error:

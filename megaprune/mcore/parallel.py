@@ -144,7 +144,7 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def on_first_rank(action: Callable[[], T]) -> T | None:
+def on_rank0(action: Callable[[], T]) -> T | None:
     """What the action gives on rank 0, which alone runs it; None elsewhere. Where it is refused, every rank is."""
     error, result = None, None
     if rank() == 0:
@@ -156,9 +156,9 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
     return result
 
 
-def on_first_rank_for_all(action: Callable[[], T]) -> T:
-    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_first_rank`."""
-    box = [on_first_rank(action)]
+def on_rank0_for_all(action: Callable[[], T]) -> T:
+    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`."""
+    box = [on_rank0(action)]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return cast(T, box[0])
@@ -183,7 +183,7 @@ def barrier() -> None:
     dist.barrier()
 
 
-def from_last_stage(value: T) -> T:
+def broadcast_from_last_stage(value: T) -> T:
     """A value known on the last pipeline stage, on every stage of this pipeline."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
@@ -204,7 +204,7 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def of_first_rank(value: torch.Tensor) -> torch.Tensor:
+def broadcast_from_rank0(value: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor, on the CPU: backends promise equal sums, not equal bits, and ranks must decide alike."""
     box = value.to(device.torch_device())
     dist.broadcast(box, src=0)
@@ -214,7 +214,7 @@ def of_first_rank(value: torch.Tensor) -> torch.Tensor:
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks of the run, on the CPU, the same bits on each."""
     dist.all_reduce(value)
-    return of_first_rank(value)
+    return broadcast_from_rank0(value)
 
 
 def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_replicas: bool = True) -> torch.Tensor:

@@ -44,20 +44,20 @@ def cache_teacher(options: CachingOptions, source: HFSource) -> CachePlan:
         with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
             plan, dataset = _plan(options, source)
             if options.output.exists():
-                parallel.on_first_rank(lambda: _check_finished(options.output, plan))
+                parallel.on_rank0(lambda: _check_finished(options.output, plan))
                 say(f"{options.output} holds the finished cache already")
                 return _left_alone(options, plan)
-            parallel.on_first_rank(lambda: cache_writer.check_plan(options.work.path, plan))
-            parallel.on_first_rank(lambda: check_room(options.output, plan.num_bytes - _bytes_in(options.work.path)))
+            parallel.on_rank0(lambda: cache_writer.check_plan(options.work.path, plan))
+            parallel.on_rank0(lambda: check_room(options.output, plan.num_bytes - _bytes_in(options.work.path)))
             say(_size_of(plan))
             if options.dry_run:
                 return _left_alone(options, plan)
             model = build_model(options.model.arch, options.pipeline.original, options.engine)
             import_weights(model, source)
             teacher = in_half_precision(model, options.engine).requires_grad_(False)
-            parallel.on_first_rank(lambda: _begin(options.work.path, plan))
+            parallel.on_rank0(lambda: _begin(options.work.path, plan))
         _Caching(options, plan, dataset, teacher).run()
-        parallel.on_first_rank(lambda: _finish(options, plan))
+        parallel.on_rank0(lambda: _finish(options, plan))
         say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
         return plan
 
@@ -85,7 +85,7 @@ def _plan(options: CachingOptions, source: HFSource) -> tuple[CachePlan, Windows
     def load() -> Windows:
         return stored_data(options.data, options.data.train, tokenizer, cache_dir, vocab_size)
 
-    dataset = parallel.on_first_rank(load) or load()
+    dataset = parallel.on_rank0(load) or load()
     key = cache_key(source, tokenizer, dataset)
     return CachePlan(key, options.distillation.top_k, "bf16" if options.engine.bf16 else "fp32"), dataset
 

@@ -109,7 +109,7 @@ def prepare_data(options: RunOptions, source: HFSource, tokenizer: Any, cache_di
             valid = stored_data(data, data.valid, tokenizer, cache_dir, vocab_size, "--valid-data", pad_last=True)
         return train, valid, files
 
-    train, valid, files = parallel.on_first_rank(load) or load()
+    train, valid, files = parallel.on_rank0(load) or load()
     calibration = train
     if blend:
         train, calibration = _blended(options, blend, files, tokenizer.eos_token_id, cache_dir)
@@ -209,4 +209,4 @@ def open_cache(distillation: DistillationOptions, source: HFSource, tokenizer: A
         cache.check_shards()
         return cache
 
-    return parallel.on_first_rank(check) or load()
+    return parallel.on_rank0(check) or load()

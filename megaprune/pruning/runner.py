@@ -41,12 +41,12 @@ def run(options: RunOptions, source: HFSource, command: str, should_stop: Should
             say(describe(options))
             return None
         with run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-            parallel.on_first_rank(lambda: run_dir.begin(options.output.settings))
+            parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
             data = prepare_data(options, source, tokenizer, cache_dir(options))
             context = RunContext(options, source, data, should_stop)
             with closing(context.metrics):
                 _execute(context, command)
-        return parallel.on_first_rank_for_all(lambda: read_report(run_dir.report))
+        return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
 
 
 def cache_dir(options: RunOptions) -> Path:

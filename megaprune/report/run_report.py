@@ -60,9 +60,34 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
-        found = json.loads(strict_json(asdict(self)))
+        found: dict[str, Any] = json.loads(strict_json(asdict(self)))
         candidates, versions = found.pop("candidates"), found.pop("versions")
         return found | ({"candidates": candidates} if candidates else {}) | {"versions": versions}
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The scores of a model's layers.
+
+    Args:
+        scores: one per layer, higher = keep; None where the method chooses layers together.
+        kept_layers: the method's choice, where the call says how much goes; pruned_layers: the others.
+        candidates: what the method chose among, with its measure of each.
+        tokens: tokens that went forward through all layers for this.
+    """
+
+    method: str
+    num_layers: int
+    scores: list[float | None] | None
+    kept_layers: list[int] | None
+    pruned_layers: list[int] | None
+    candidates: list[dict[str, Any]]
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores as report.json holds them: numbers that are not finite are None."""
+        found: dict[str, Any] = json.loads(strict_json(asdict(self)))
+        return found
 
 
 def build_report(

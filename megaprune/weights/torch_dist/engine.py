@@ -47,6 +47,19 @@ class Labour:
         return self.workers or (2 if world_size() == 1 else 1)
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: the number of HF tensors, and what became what."""
+
+    tensors: int
+    source: Path
+    output: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"tensors": self.tensors, "source": str(self.source), "output": str(self.output)}
+
+
 def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
     """Cuts items, each with its bytes, into runs of at most so many bytes; a larger item is a run of its own."""
     runs: list[list[T]] = []
@@ -203,11 +216,24 @@ def _processes() -> Any:
         return
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield
+        return
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def on_rank0(work: Callable[[], None]) -> None:
+    """Have rank 0 do something while the others wait. Collective where a launcher started several processes.
+
+    Raises:
+        MegapruneError: rank 0 met it; on every process.
+    """
+    with _processes():
+        _together(lambda: work() if is_first() else None)
 
 
 def _together(work: Callable[[], None]) -> None:
