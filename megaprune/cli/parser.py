@@ -2,7 +2,7 @@
 
 import difflib
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from transformers.hf_argparser import HfArgumentParser
 from megaprune.utils.errors import UsageError
 
 
-def flag(help: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its help text."""
+def flag(help: str | Callable[[], str], default: Any = None, **metadata: Any) -> Any:
+    """A field with its help text, or a function that gives it."""
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -29,6 +29,8 @@ class Parser(HfArgumentParser):
         # Both spellings are parsed; help and errors show the one with dashes.
         for action in self._actions:
             action.option_strings = [option for option in action.option_strings if "_" not in option]
+            # The registry of methods is looked at when a parser is made, not when the dataclasses are.
+            action.help, action.metavar = (text() if callable(text) else text for text in (action.help, action.metavar))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> tuple:
         """All arguments must be known: transformers would report the others with a traceback."""

@@ -5,12 +5,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megaprune.cli.method_modules import load_given_modules
 from megaprune.cli.parser import flag, parse_groups
+from megaprune.config.method_checks import (
+    check_budget,
+    check_cut,
+    check_method_flags,
+    find_method,
+    method_help,
+    method_names,
+)
+from megaprune.selection.registry import Method
 from megaprune.utils.errors import UsageError
 
-SEARCHES = ("e3", "sheared")
-# Methods that look at calibration data, and do not train.
-CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
@@ -57,21 +64,10 @@ class PruneConfig:
     """What to prune."""
 
     _argument_group_name = "what to prune"
-    method: Literal[
-        "e3",
-        "auto",
-        "clp",
-        "shortgpt",
-        "minitron",
-        "sheared",
-        "sleb",
-        "shortened",
-        "evolution",
-        "kl-init",
-        "exhaustive",
-        "random",
-        "manual",
-    ] = flag("how layers are chosen (docs/methods.md); random is a control, manual takes --prune-layers", "e3")
+    method: str = flag(method_help, "e3", metavar=method_names)
+    method_module: list[str] = flag(
+        "Python files or modules that register methods of your own with @megaprune.selection.register", []
+    )
     num_layers_to_prune: int | None = flag("how many layers go")
     prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers")
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
@@ -91,11 +87,6 @@ class SearchConfig:
     mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
-    )
-    mask_noise: Literal["shared", "replica"] = flag(
-        "whether all data-parallel replicas try the same mask in a step, or each one of its own, and the scores' "
-        "gradients are averaged",
-        "shared",
     )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
@@ -247,6 +238,24 @@ class Config:
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
     @property
+    def method(self) -> Method:
+        """The method that chooses the layers."""
+        return find_method(self.prune)
+
+    def method_options(self) -> dict[str, Any]:
+        """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
+
+        Raises:
+            MegapruneError: it takes a keyword that is no flag.
+        """
+        listed = self.prune.prune_layers
+        filled = {
+            "search_iters": self.search_iters if self.method.searches else self.gradient_steps,
+            "prune_layers": pruned_layers_of(listed) if listed is not None else None,
+        }
+        return self.method.options(self.flat() | filled)
+
+    @property
     def distils(self) -> bool:
         """Whether the student learns from a teacher."""
         return bool(self.recovery.train_iters) and self.distillation.distill_loss != "ce"
@@ -254,13 +263,7 @@ class Config:
     @property
     def tunes_endpoints(self) -> bool:
         """Whether recovery trains only the layers beside the cut."""
-        chosen = self.recovery.recovery_layers
-        return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
-
-    @property
-    def own_masks(self) -> bool:
-        """Whether each replica tries a mask of its own in the search."""
-        return self.search.mask_noise == "replica"
+        return (self.recovery.recovery_layers or self.method.recovers) == "endpoints"
 
     @property
     def stitches(self) -> bool:
@@ -285,7 +288,7 @@ class Config:
     @property
     def search_iters(self) -> int:
         """Iterations of search: none for methods that don't search."""
-        if self.prune.method not in SEARCHES:
+        if not self.method.searches:
             return 0
         chosen = self.search.search_iters
         return self.tenth_of_training if chosen is None else chosen
@@ -297,6 +300,7 @@ def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
     Raises:
         UsageError: a flag or a recipe is wrong; names it.
     """
+    load_given_modules(argv)  # --help lists their methods
     config = Config(*parse_groups(argv, GROUPS, prog, _DESCRIPTION, ALTERNATIVES))
     _check(config)
     return config
@@ -332,10 +336,10 @@ def _check(config: Config) -> None:
     _check_ranges(config)
     _check_iterations(config)
     _check_lora(config)
-    _check_cut(config)
+    check_cut(config)
     _check_teacher(config)
     training = config.recovery.train_iters > 0
-    if not config.data.train_data and (training or config.prune.method in CALIBRATED):
+    if not config.data.train_data and (training or config.method.calibrated):
         raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
 
 
@@ -346,7 +350,7 @@ def check_for_plan(config: Config) -> None:
         UsageError: names the flag.
     """
     _check_model(config.model)
-    if config.prune.method == "manual" or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
+    if config.method.names_layers or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
         _check_what_to_prune(config.prune)
     _check_ranges(config)
     if config.recovery.train_iters is not None:
@@ -361,6 +365,7 @@ def check_for_caching(config: Config) -> None:
         UsageError: names the flag.
     """
     _check_model(config.model)
+    find_method(config.prune)
     if not config.data.train_data:
         raise UsageError("--train-data is required: the data that the runs will train on")
     _check_ranges(config)
@@ -378,8 +383,7 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
     if len(given) != 1:
         every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
         raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
-    if (prune.method == "manual") != (prune.prune_layers is not None):
-        raise UsageError("--prune-layers and --method manual go together")
+    check_budget(prune)
     if prune.prune_layers is not None:
         pruned_layers_of(prune.prune_layers)
     if prune.prune_ratio is not None and not 0 < prune.prune_ratio < 1:
@@ -418,27 +422,6 @@ def _check_ranges(config: Config) -> None:
         raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
 
 
-def _check_cut(config: Config) -> None:
-    if config.prune.method == "clp" and config.prune.target_params is not None:
-        raise UsageError(
-            "--method clp finds a segment of a fixed number of layers: give --num-layers-to-prune or --prune-ratio, "
-            "not --target-params"
-        )
-    if not config.needs_one_cut:
-        return
-    flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"
-    if config.prune.method not in ("clp", "exhaustive", "manual"):
-        raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
-    if config.stitches and not config.recovery.train_iters:
-        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
-    if config.stitches and not config.data.train_data:
-        raise UsageError("--stitch linear-patch needs --train-data")
-    if config.tunes_endpoints and config.lora.lora_rank is not None:
-        raise UsageError(
-            "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
-        )
-
-
 def _check_teacher(config: Config) -> None:
     teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
     if (teacher == "cached") != (logits is not None):
@@ -463,23 +446,7 @@ def _check_lora(config: Config) -> None:
 
 def _check_iterations(config: Config) -> None:
     train_iters = config.recovery.train_iters
-    if config.search.criterion != "perplexity" and config.prune.method != "shortened":
-        raise UsageError(f"--criterion is for --method shortened, not {config.prune.method}")
-    if config.search.selection_budget and config.prune.method != "auto":
-        raise UsageError(f"--selection-budget is for --method auto, not {config.prune.method}")
-    if config.search.search_weights != "trained" and config.prune.method not in SEARCHES:
-        raise UsageError(f"--search-weights is for methods that search, and --method {config.prune.method} does not")
-    if config.own_masks and config.prune.method != "e3":
-        raise UsageError(f"--mask-noise replica is for --method e3, not {config.prune.method}")
-    if config.prune.method in SEARCHES:
-        if train_iters == 0:
-            raise UsageError(f"--method {config.prune.method} searches while it trains: --train-iters must be above 0")
-        if not 1 <= config.search_iters <= train_iters:
-            raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
-    elif config.prune.method == "clp" and config.search.search_iters is not None and config.search.search_iters < 1:
-        raise UsageError(f"--search-iters {config.search.search_iters} is less than 1")
-    elif config.search.search_iters and config.prune.method != "clp":
-        raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
+    check_method_flags(config)
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:
         raise UsageError(
             f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"

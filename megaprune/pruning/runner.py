@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megaprune.config.schema import CALIBRATED, SEARCHES, Config
+from megaprune.config.schema import Config
 from megaprune.data.batches import Batch, train_batches
 from megaprune.distillation.teachers import Teacher
-from megaprune.importance.auto import HELD_OUT_WINDOWS, choose_automatically, num_windows
-from megaprune.importance.evaluator import Judge
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.importance.measures import mean_loss
-from megaprune.importance.methods import Choice, choose_layers, make_selector
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapters import export_adapter
 from megaprune.mcore.builder import in_half_precision
@@ -32,7 +30,7 @@ from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.initial_scores import scores_from_kl
-from megaprune.selection.one_shot import random_layers
+from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.selection.segments import cut_position
 from megaprune.utils.errors import UsageError
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
@@ -121,7 +119,7 @@ class PruningRun:
     def _select(self) -> tuple[Trainer | None, Teacher | None]:
         """Chooses the layers that stay. Returns what recovery can go on with: the searched student if it stays whole,
         and the teacher."""
-        searching = self.config.prune.method in SEARCHES
+        searching = self.config.method.searches
         if not searching and not self._needs_original():
             self.progress.kept_layers = self._named_layers()
             return None, None
@@ -140,52 +138,52 @@ class PruningRun:
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
         taught = self.config.distils and self.config.distillation.teacher != "cached"
-        return taught or bool(self.valid) or self.config.stitches or self.config.prune.method in CALIBRATED
+        return taught or bool(self.valid) or self.config.stitches or self.config.method.calibrated
 
     def _measure_original(self, original: torch.nn.Module) -> None:
         """Measures the model's validation loss and, where they are wanted, its layers' scores."""
         model = in_half_precision(original, self.setup.engine)
         self._validate("teacher", model)
-        method, setup = self.config.prune.method, self.setup
-        if method == "e3":
-            judge = self._judge(model, self.config.data.calibration_samples)
-            with self.progress.timed("importance"):
-                kl = judge.without_each(setup.protected)
-            scale = self.config.search.mask_init_scale
-            self.progress.scores = scores_from_kl(kl, setup.protected, scale, setup.budget.costs).tolist()
-            self.progress.spend("importance", 0.0, judge.tokens)
-        elif method in CALIBRATED:
-            with self.progress.timed("importance"):
-                choice = self._choose(model)
-            self.progress.spend("importance", 0.0, choice.tokens)
-            self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
-            self.progress.candidates = choice.candidates
-        elif method not in SEARCHES:
+        method, setup = self.config.method, self.setup
+        if method.needs_scores:
+            self._score_layers(model)
+        elif method.calibrated:
+            self._choose(model)
+        elif not method.searches:
             self.progress.kept_layers = self._named_layers()
         if self.config.stitches:
-            judge = self._judge(model, self.config.data.calibration_samples)
+            evaluator = self._evaluator(model, self.config.data.calibration_samples)
             hidden_size = setup.arch.transformer["hidden_size"]
             with self.progress.timed("importance"):
-                self.progress.stitch = judge.jump_across(self.progress.kept_layers, hidden_size).tolist()
-            self.progress.spend("importance", 0.0, judge.tokens)
+                self.progress.stitch = evaluator.jump_across(self.progress.kept_layers, hidden_size).tolist()
+            self.progress.spend("importance", 0.0, evaluator.tokens)
 
-    def _choose(self, model: torch.nn.Module) -> Choice:
-        """The choice of a method that looks at calibration data."""
-        config, setup = self.config, self.setup
-        if config.prune.method != "auto":
-            scale, seed = config.search.mask_init_scale, config.recovery.seed
-            judge = self._judge(model, config.data.calibration_samples)
-            steps, criterion = config.gradient_steps, config.search.criterion
-            return choose_layers(
-                config.prune.method, judge, setup.budget, setup.protected, scale, seed, steps, criterion
-            )
-        tokens, count = self._auto_budget()
-        held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)
-        judge, seed = self._judge(model, count), config.recovery.seed
-        return choose_automatically(judge, held_out, setup.budget, setup.protected, tokens, seed)
+    def _score_layers(self, model: torch.nn.Module) -> None:
+        """Gives the layers the scores that a search starts from."""
+        setup, scale = self.setup, self.config.search.mask_init_scale
+        evaluator = self._evaluator(model, self.config.data.calibration_samples)
+        with self.progress.timed("importance"):
+            kl = evaluator.without_each(setup.protected)
+        self.progress.scores = scores_from_kl(kl, setup.protected, scale, setup.budget.costs).tolist()
+        self.progress.spend("importance", 0.0, evaluator.tokens)
 
-    def _auto_budget(self) -> tuple[int, int]:
-        """The tokens that `auto` may spend, and how many calibration windows each of its passes sees for them.
+    def _choose(self, model: torch.nn.Module) -> None:
+        """Lets a method that looks at calibration data choose."""
+        config, setup, held_out = self.config, self.setup, None
+        options, count = config.method_options(), config.data.calibration_samples
+        if config.method.windows is not None:
+            options["selection_budget"], count = self._selection_budget()
+        evaluator = self._evaluator(model, count)
+        if config.method.needs_held_out:
+            held_out = self._evaluator(model, HELD_OUT_WINDOWS * count, skip=count)
+        with self.progress.timed("importance"):
+            choice = config.method.choose(setup.budget, setup.protected, options, evaluator, held_out)
+        self.progress.spend("importance", 0.0, evaluator.tokens + (held_out.tokens if held_out else 0))
+        self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
+        self.progress.candidates = choice.candidates
+
+    def _selection_budget(self) -> tuple[int, int]:
+        """The tokens that a method may spend, and how many calibration windows each of its passes sees for them.
 
         Raises:
             UsageError: the budget is too small.
@@ -193,27 +191,34 @@ class PruningRun:
         config, asked = self.config, self.config.search.selection_budget
         # A search's iteration is a forward and a backward pass, which costs two.
         tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
-        count = num_windows(
-            self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked=asked is not None
+        count = config.method.windows(
+            self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked is not None
         )
-        most = min(config.data.calibration_samples, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
-        return tokens, max(1, min(count, most))
+        windows = self.data.num_calibration_windows
+        if config.method.needs_held_out:
+            windows //= 1 + HELD_OUT_WINDOWS
+        return tokens, max(1, min(count, config.data.calibration_samples, windows))
 
-    def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
+    def _evaluator(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> LayerEvaluator:
         def windows(count: int, behind: int) -> Sequence[Batch]:
             return self.data.calibration_batches(count, skip + behind)
 
-        return Judge(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
+        return LayerEvaluator(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
 
     def _named_layers(self) -> list[int]:
-        """The user's own choice, or the control's."""
+        """The choice of a method that looks at no data."""
         if self.setup.manual is not None:
             return self.setup.manual
-        return random_layers(self.setup.budget, self.setup.protected, self.config.recovery.seed)
+        return self.config.method.choose(
+            self.setup.budget, self.setup.protected, self.config.method_options()
+        ).kept_layers
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
-        selector = make_selector(config, self.setup.budget, self.setup.protected, self.progress.scores)
+        scores = torch.tensor(self.progress.scores) if config.method.needs_scores else None
+        selector = config.method.selector(
+            self.setup.budget, self.setup.protected, config.search_iters, config.method_options(), scores
+        )
         if self.resume_from is not None:
             selector.load_state_dict(self.progress.selector)
         objective = self._objective(teacher)
@@ -227,7 +232,6 @@ class PruningRun:
                 selector,
                 self.models.gate,
                 train_weights=config.search.search_weights == "trained",
-                own_masks=config.own_masks,
             )
             self.progress.selector = selector.state_dict()
             self.progress.scores = selector.scores.tolist()
