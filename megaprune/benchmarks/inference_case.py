@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megaprune.cli.parser import flag
+from megaprune.config.fields import flag
 from megaprune.utils.errors import UsageError
 
 

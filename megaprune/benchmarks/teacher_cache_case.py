@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaprune.cli.parser import flag
+from megaprune.config.fields import flag
 from megaprune.utils.errors import UsageError
 
 

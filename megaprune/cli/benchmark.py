@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from megaprune.cli.parser import Parser, flag
+from megaprune.cli.parser import parse_flags
+from megaprune.config.fields import flag
 from megaprune.models import Architecture
 from megaprune.report.run_report import versions
 from megaprune.utils.errors import UsageError
@@ -222,7 +223,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], Result]] = {
 }
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Runs the benchmark that the first word names. Collective.
 
     Raises:
@@ -279,8 +280,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _parse(config: type, argv: Sequence[str], name: str, description: str) -> Any:
-    parser = Parser([config], prog=f"benchmark.py {name}", description=description)
-    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0]
+    return parse_flags(argv, [config], f"benchmark.py {name}", description, recipes=False)[0]
 
 
 def _check_train_step(config: TrainStepConfig) -> None:

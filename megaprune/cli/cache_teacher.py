@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaprune.cli.parser import flag, parse_groups
-from megaprune.config.schema import ALTERNATIVES, GROUPS, Config, check_for_caching
+from megaprune.cli.parser import parse_flags
+from megaprune.config.checks import check_for_caching
+from megaprune.config.fields import flag
+from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
 from megaprune.utils.errors import UsageError
 
 _DESCRIPTION = (
@@ -22,14 +24,22 @@ class OutputConfig:
     output: str | None = flag("folder of the cache; unfinished work lies beside it, and is gone on with")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
+    """Cache what the command line asks for, and end this process's part in the process group. Collective."""
+    cache_from_flags(argv)
+    from megaprune.mcore import parallel
+
+    parallel.leave()
+
+
+def cache_from_flags(argv: Sequence[str]) -> None:
     """Caches what the command line asks for, or goes on with it. Collective.
 
     Raises:
         MegapruneError: what was asked can't be done.
         UsageError: a flag or a recipe is wrong.
     """
-    *groups, settings = parse_groups(argv, (*GROUPS, OutputConfig), "cache_teacher.py", _DESCRIPTION, ALTERNATIVES)
+    *groups, settings = parse_flags(argv, (*GROUPS, OutputConfig), "cache_teacher.py", _DESCRIPTION, ALTERNATIVES)
     config = Config(*groups)
     check_for_caching(config)
     if not settings.output:

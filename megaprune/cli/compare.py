@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaprune.cli.parser import Parser, flag
+from megaprune.cli.parser import parse_flags
+from megaprune.config.fields import flag
 from megaprune.utils.errors import UsageError
 
 
@@ -16,15 +17,15 @@ class CompareConfig:
     save: str | None = flag("folder for the runs, the tables and the plots; what is finished there is not run again")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Makes every run that is not finished yet, then tables and plots of all. Collective.
 
     Raises:
         MegapruneError: a run was refused.
         UsageError: the file is wrong.
     """
-    parser = Parser([CompareConfig], prog="compare.py", description="Several methods on one model, at equal budgets.")
-    settings = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0]
+    description = "Several methods on one model, at equal budgets."
+    [settings] = parse_flags(argv, [CompareConfig], "compare.py", description, recipes=False)
     for name in ("config", "save"):
         if not getattr(settings, name):
             raise UsageError(f"--{name} is required")

@@ -1,24 +1,16 @@
-"""The verb `convert`: import, export, verify.
-
-On argparse alone: what other verbs' command lines are made of takes a second to load, which here would count.
-"""
+"""The verb `convert`: import, export, verify."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.cli.parser import Parser
+from megaprune.utils.errors import MegapruneError
 
 _DIFFERENCES_SHOWN = 10
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Converts or compares.
 
     Raises:
@@ -30,8 +22,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
-    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=_Parser)
+    parser = Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
+    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=Parser)
 
     def add(name: str, help: str, work: object) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)

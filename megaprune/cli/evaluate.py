@@ -1,9 +1,12 @@
 """The verb `evaluate`: how good is a model, and how far from its teacher."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaprune.cli.parser import parse_flags
+from megaprune.config.fields import flag, required
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
 
@@ -12,37 +15,28 @@ from megaprune.utils.files import write_json
 class EvaluateConfig:
     """The flags of `evaluate`."""
 
-    hf_model: str = field(metadata={"help": "the model: a folder or a hub id"})
-    data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "held-out text: .jsonl, .jsonl.zst, .parquet, folders of these, or hub dataset ids"},
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "also measure KL and top-1 agreement against this model"}
-    )
-    tasks: str | None = field(
-        default=None,
-        metadata={"help": "lm-evaluation-harness tasks, comma-separated (needs megaprune[eval])"},
-    )
-    output: str | None = field(default=None, metadata={"help": "write the results to this JSON file"})
-    seq_length: int | None = field(
-        default=None,
-        metadata={"help": "tokens of a window (default: what the model card says, else at most 2048)"},
-    )
-    micro_batch_size: int = field(default=8, metadata={"help": "windows in one forward pass"})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "auto, fp32, bf16 or fp16; auto is fp32 on the CPU, the model's own on a GPU"},
-    )
-    text_key: str = field(default="text", metadata={"help": "the key that holds a row's text"})
-    messages_key: str = field(default="messages", metadata={"help": "the key that holds a row's chat"})
-    limit: int | None = field(
-        default=None, metadata={"help": "only the first so many windows, and examples of each task"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that the model's repository brings"})
+    hf_model: str = required("the model: a folder or a hub id")
+    data: list[str] = flag("held-out text: .jsonl, .jsonl.zst, .parquet, folders of these, or hub dataset ids", [])
+    teacher: str | None = flag("also measure KL and top-1 agreement against this model")
+    tasks: str | None = flag("lm-evaluation-harness tasks, comma-separated (needs megaprune[eval])")
+    output: str | None = flag("write the results to this JSON file")
+    seq_length: int | None = flag("tokens of a window (default: what the model card says, else at most 2048)")
+    micro_batch_size: int = flag("windows in one forward pass", 8)
+    dtype: str = flag("auto, fp32, bf16 or fp16; auto is fp32 on the CPU, the model's own on a GPU", "auto")
+    text_key: str = flag("the key that holds a row's text", "text")
+    messages_key: str = flag("the key that holds a row's chat", "messages")
+    limit: int | None = flag("only the first so many windows, and examples of each task")
+    trust_remote_code: bool = flag("run code that the model's repository brings", False)
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
+def run(argv: Sequence[str], command: str = "") -> None:
+    """Evaluate what the command line asks for."""
+    description = "Loss of an HF model, and agreement with a teacher."
+    [config] = parse_flags(argv, [EvaluateConfig], "evaluate.py", description, recipes=False)
+    evaluate(config)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates, prints a table, writes `--output` where given, and returns what it wrote.
 
     Raises:

@@ -45,8 +45,8 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
-        run = getattr(importlib.import_module("megaprune.cli.verbs"), verb.replace("-", "_"))
-        run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        module = importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}")
+        module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
     return 0, None

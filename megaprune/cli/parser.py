@@ -1,121 +1,115 @@
-"""Command lines and recipes that come from dataclasses."""
+"""Command lines from configuration dataclasses: argparse reads the words, `megaprune.config.mapping` checks them."""
 
+import argparse
 import difflib
-from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import field
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
-from transformers.hf_argparser import HfArgumentParser
-
+from megaprune.config.fields import flag_name
+from megaprune.config.mapping import Setting, fill, overridden, read_recipe, settings_of
 from megaprune.utils.errors import UsageError
 
 
-def flag(help: str | Callable[[], str], default: Any = None, **metadata: Any) -> Any:
-    """A field with its help text, or a function that gives it."""
-    metadata = {"help": help, **metadata}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
 
-
-class Parser(HfArgumentParser):
-    """argparse over the dataclasses, with errors of one line."""
-
-    def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(list(groups), allow_abbrev=False, **kwargs)
-        # Both spellings are parsed; help and errors show the one with dashes.
-        for action in self._actions:
-            action.option_strings = [option for option in action.option_strings if "_" not in option]
-            # The registry of methods is looked at when a parser is made, not when the dataclasses are.
-            action.help, action.metavar = (text() if callable(text) else text for text in (action.help, action.metavar))
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> tuple:
-        """All arguments must be known: transformers would report the others with a traceback."""
-        parsed, unknown = super().parse_known_args(args, namespace)
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse words that must all be known; suggest the flag that an unknown one resembles."""
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(word, self._option_string_actions, n=1)
             self.error(f"unknown argument {word!r}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return parsed, unknown
+        return parsed
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def parse_groups(
+def parse_flags(
     argv: Sequence[str],
     groups: Sequence[type],
     prog: str,
     description: str,
     alternatives: Sequence[Collection[str]] = (),
+    recipes: bool = True,
 ) -> list[Any]:
-    """The dataclasses that a command line and its recipe fill.
+    """Return the dataclasses that a command line, and its recipe where there is one, fill.
 
     Args:
         alternatives: sets of flags of which one is given; one on the command line replaces another in the recipe.
+        recipes: whether ``--config`` names a recipe.
 
     Raises:
         UsageError: a flag or a recipe is wrong; names it.
     """
-    parser = Parser(groups, prog=prog, description=description)
-    parser.add_argument("--config", help="YAML recipe: flags by name; a flag on the command line wins")
-    argv = list(argv)
-    recipe_path = _recipe_path(argv)
-    if recipe_path is not None:
-        argv = [*_recipe_arguments(Path(recipe_path), parser, argv, alternatives), *argv]
-    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return parsed
+    _load_first(argv, groups)
+    given = vars(_parser(groups, prog, description, recipes).parse_args(list(argv)))
+    path = given.pop("config", None) if recipes else None
+    if path is None:
+        return fill(groups, given)
+    recipe = read_recipe(Path(path))
+    fill(groups, _placeholders(groups, recipe) | recipe, f"--config {path}: ")  # refuses what a flag replaces too
+    return fill(groups, overridden(recipe, given, alternatives))
 
 
-def read_yaml(path: Path) -> Any:
-    """What the file of ``--config`` holds.
-
-    Raises:
-        UsageError: there is none, or it is no YAML.
-    """
-    if not path.is_file():
-        raise UsageError(f"--config {path} does not exist")
-    try:
-        return yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+def _load_first(argv: Sequence[str], groups: Sequence[type]) -> None:
+    """Load what flags name on which the choices of others, and so `--help`, depend."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    loading = [setting for setting in settings_of(groups).values() if setting.loads is not None]
+    for setting in loading:
+        parser.add_argument(flag_name(setting.name), f"--{setting.name}", dest=setting.name, nargs="*", default=[])
+    given, _ = parser.parse_known_args(list(argv))
+    for setting in loading:
+        setting.loads(getattr(given, setting.name))
 
 
-def _recipe_path(argv: Sequence[str]) -> str | None:
-    for position, word in enumerate(argv):
-        if word == "--config":
-            if position + 1 == len(argv):
-                raise UsageError("--config needs the path of a YAML recipe")
-            return argv[position + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
+def _placeholders(groups: Sequence[type], given: Collection[str]) -> dict[str, Any]:
+    """Return values for the required settings that are not given, so that the given ones can be checked alone."""
+    required = (setting for setting in settings_of(groups).values() if setting.required)
+    return {setting.name: setting.kind(1) for setting in required if setting.name not in given}
 
 
-def _recipe_arguments(
-    path: Path, parser: Parser, argv: Sequence[str], alternatives: Sequence[Collection[str]]
-) -> list[str]:
-    """The recipe as arguments, so that it is checked and converted like the command line that overrides it."""
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise UsageError(f"--config {path} must map flags to values")
-    takes_many = {action.dest: action.nargs == "+" for action in parser._actions}
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
-    arguments: list[str] = []
-    for key, value in recipe.items():
-        name = str(key).replace("-", "_")
-        if name not in takes_many or name in ("help", "config"):
-            raise UsageError(f"--config {path}: unknown key {key!r}; keys are the flags' names, see --help")
-        overridden = any(name in names and given.intersection(names) for names in alternatives)
-        if value is None or value == [] or overridden:
-            continue
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, (dict, list)) or item is None for item in items):
-            raise UsageError(f"--config {path}: {key} must be a value or a list of values")
-        words = [str(item) for item in items]
-        # In one word, so that a value that begins with a dash is still a value.
-        arguments += [f"--{name}", *words] if takes_many[name] else [f"--{name}={','.join(words)}"]
-    return arguments
+def _parser(groups: Sequence[type], prog: str, description: str, recipes: bool) -> Parser:
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    sections: dict[type, Any] = {}
+    for setting in settings_of(groups).values():
+        if setting.group not in sections:
+            title = getattr(setting.group, "_argument_group_name", None)
+            sections[setting.group] = parser.add_argument_group(title) if title else parser
+        _add(sections[setting.group], setting)
+    if recipes:
+        parser.add_argument(
+            "--config",
+            default=argparse.SUPPRESS,
+            help="YAML recipe: flags by name; a flag on the command line wins",
+        )
+    # Both spellings are parsed; help and errors show the one with dashes.
+    for action in parser._actions:
+        action.option_strings = [option for option in action.option_strings if "_" not in option]
+    return parser
+
+
+def _add(section: Any, setting: Setting) -> None:
+    options = list(dict.fromkeys([flag_name(setting.name), f"--{setting.name}"]))
+    common: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": _help(setting)}
+    if setting.kind is bool:
+        section.add_argument(*options, nargs="?", const=True, metavar="BOOL", **common)
+        if setting.field.default is True:
+            off = [f"--no-{setting.name.replace('_', '-')}", f"--no_{setting.name}"]
+            section.add_argument(*dict.fromkeys(off), action="store_false", **(common | {"help": argparse.SUPPRESS}))
+        return
+    metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.name.upper()
+    if setting.takes_many:
+        section.add_argument(*options, nargs="+", metavar=metavar, **common)
+    else:
+        section.add_argument(*options, metavar=metavar, **common)
+
+
+def _help(setting: Setting) -> str:
+    text, default = setting.help.replace("%", "%%"), setting.field.default
+    if default in (None, MISSING, "") or "(default" in text:
+        return text
+    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"

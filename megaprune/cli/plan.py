@@ -1,11 +1,13 @@
 """The verb `plan`: a run on paper, from its own flags and the number of processes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from megaprune.cli.parser import parse_groups
-from megaprune.config.schema import ALTERNATIVES, GROUPS, Config, check_for_plan
+from megaprune.cli.parser import parse_flags
+from megaprune.config.checks import check_for_plan
+from megaprune.config.fields import flag, required
+from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
 from megaprune.utils.errors import UsageError
 
 
@@ -14,14 +16,12 @@ class PlanConfig:
     """What a plan needs beside the flags of the run that it plans."""
 
     _argument_group_name = "plan"
-    world_size: int = field(metadata={"help": "processes of the cluster, one to each accelerator"})
-    device_memory_gib: float | None = field(
-        default=None, metadata={"help": "memory of an accelerator: says what will not fit"}
-    )
-    output: str | None = field(default=None, metadata={"help": "write the plan to this JSON file"})
+    world_size: int = required("processes of the cluster, one to each accelerator", least=1)
+    device_memory_gib: float | None = flag("memory of an accelerator: says what will not fit", above=0)
+    output: str | None = flag("write the plan to this JSON file")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Plans, prints tables and writes ``--output`` where given.
 
     Raises:
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
         UsageError: the flags don't fit each other, the model or the processes.
     """
     description = "Layers, parameters and memory of every rank of a run, without weights or accelerators."
-    *groups, settings = parse_groups(argv, (*GROUPS, PlanConfig), "plan.py", description, ALTERNATIVES)
+    *groups, settings = parse_flags(argv, (*GROUPS, PlanConfig), "plan.py", description, ALTERNATIVES)
     config = Config(*groups)
     check_for_plan(config)
     _check(settings)
@@ -52,10 +52,5 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _check(settings: PlanConfig) -> None:
-    if settings.world_size < 1:
-        raise UsageError(f"--world-size {settings.world_size} is less than 1")
-    memory = settings.device_memory_gib
-    if memory is not None and not 0 < memory < float("inf"):
-        raise UsageError(f"--device-memory-gib {memory} is not a size above 0")
     if settings.output and Path(settings.output).is_dir():
         raise UsageError(f"--output {settings.output} is a folder: give the name of a JSON file")

@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaprune.cli.parser import flag, parse_groups
+from megaprune.cli.parser import parse_flags
+from megaprune.config.fields import flag
 from megaprune.utils.errors import MegapruneError, UsageError
 
 _DESCRIPTION = "Text or chat to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx."
@@ -27,21 +28,21 @@ class PreprocessConfig:
     )
     tokenizer: str | None = flag("the model's tokenizer: a folder or a hub id")
     output_prefix: str | None = flag("the dataset to write, without .bin and .idx")
-    workers: int | None = flag("processes that tokenise (default: one for each core); the output is the same")
+    workers: int | None = flag("processes that tokenise (default: one for each core); the output is the same", least=1)
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
     chat_template: str | None = flag("a Jinja file to render chats with, in place of the tokenizer's template")
     trust_remote_code: bool = flag("let the tokenizer run code that comes with it", False)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], command: str = "") -> None:
     """Writes the dataset and prints what it holds and how fast it was written.
 
     Raises:
         MegapruneError: what was asked can't be done; nothing is left behind.
         UsageError: the flags are wrong.
     """
-    [config] = parse_groups(argv, (PreprocessConfig,), "preprocess_data.py", _DESCRIPTION)
+    [config] = parse_flags(argv, (PreprocessConfig,), "preprocess_data.py", _DESCRIPTION)
     _check(config)
     # SIGTERM ends the process without a word or a chance to remove half-written files; a raised exit has both.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -141,8 +142,6 @@ def _check(config: PreprocessConfig) -> None:
     for name in ("input", "tokenizer", "output_prefix"):
         if not getattr(config, name):
             raise UsageError(f"--{name.replace('_', '-')} is required")
-    if config.workers is not None and config.workers < 1:
-        raise UsageError(f"--workers {config.workers} is less than 1")
     if config.output_prefix.endswith(("/", ".bin", ".idx")):
         raise UsageError(
             f"--output-prefix {config.output_prefix}: give the dataset's path without .bin or .idx, not a folder's"

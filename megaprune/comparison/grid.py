@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaprune.cli.parser import read_yaml
-from megaprune.config.schema import GROUPS, WHAT_TO_PRUNE, Config, parse_config, pruned_layers_of
+from megaprune.config.mapping import read_yaml
+from megaprune.config.schema import WHAT_TO_PRUNE, Config, pruned_layers_of
 from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method, find
 from megaprune.utils.errors import UsageError
@@ -15,7 +15,6 @@ from megaprune.utils.errors import UsageError
 _KEYS = ("run", "models", "methods", "seeds", "rank_windows", *WHAT_TO_PRUNE)
 # what differs from run to run, or would leave a comparison without results
 _NOT_COMMON = ("method", "seed", "save", "dry_run", *WHAT_TO_PRUNE)
-_TAKES_MANY = {field.name for group in GROUPS for field in fields(group) if "list" in str(field.type)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Itera
                 flags = asked["run"] | flags_of_model | own | of_run
                 flags["save"] = str(save / "runs" / "-".join(filter(None, [model, label, str(size), f"seed{seed}"])))
                 try:
-                    config = parse_config(_argv(flags), "compare.py")
+                    config = Config.from_mapping(flags)
                 except UsageError as error:
                     raise UsageError(f"--config {path}, {label}: {error}") from None
                 yield PlannedRun(label, size, config, model)
@@ -134,15 +133,3 @@ def _listed(path: Path, asked: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise UsageError(f"--config {path}: {key} must be a list")
     return value
-
-
-def _argv(flags: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for key, value in flags.items():
-        name = "--" + str(key).replace("_", "-")
-        if value is None:
-            continue
-        items = [str(item) for item in (value if isinstance(value, list) else [value])]
-        many = str(key).replace("-", "_") in _TAKES_MANY
-        words += [name, *items] if many else [f"{name}={','.join(items)}"]
-    return words

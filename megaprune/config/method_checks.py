@@ -1,14 +1,10 @@
-"""The methods as `--help` shows them, and the checks of a run's flags against the traits of its method."""
+"""Checks of a run's flags against the traits of its method."""
 
-from typing import TYPE_CHECKING
-
+from megaprune.config.fields import flag_name
+from megaprune.config.schema import Config, PruneConfig
 from megaprune.selection import registry
-from megaprune.selection.plugins import load_modules
-from megaprune.selection.registry import BudgetKind, Method
+from megaprune.selection.registry import BudgetKind
 from megaprune.utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from megaprune.config.schema import Config, PruneConfig
 
 # The flags that say how much goes, by the kind of budget that they are.
 _BUDGETS: dict[str, BudgetKind] = {
@@ -21,34 +17,13 @@ _BUDGETS: dict[str, BudgetKind] = {
 _OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
 
 
-def method_names() -> str:
-    """The names that `--method` takes, as `--help` shows choices."""
-    return "{" + ",".join(registry.names()) + "}"
-
-
-def method_help() -> str:
-    """The methods, each with its line."""
-    lines = [f"{' or '.join([method.name, *method.aliases])}: {method.description}" for method in registry.methods()]
-    return ("how layers are chosen (docs/methods.md). " + "; ".join(lines)).replace("%", "%%")
-
-
-def find_method(prune: "PruneConfig") -> Method:
-    """The method that the flags name, from the modules that they name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    load_modules(prune.method_module)
-    return registry.find(prune.method)
-
-
-def check_budget(prune: "PruneConfig") -> None:
+def check_budget(prune: PruneConfig) -> None:
     """Check that the method understands how much is to go.
 
     Raises:
         UsageError: it doesn't.
     """
-    method = find_method(prune)
+    method = registry.find(prune.method)
     kind, flag = next((kind, flag) for flag, kind in _BUDGETS.items() if getattr(prune, flag) is not None)
     if kind in method.budgets:
         return
@@ -57,13 +32,13 @@ def check_budget(prune: "PruneConfig") -> None:
         raise UsageError(f"--prune-layers and --method {listing} go together")
     counts = "finds a segment of a fixed number of layers" if method.contiguous else "counts layers"
     if kind == "layers":
-        raise UsageError(f"--method {prune.method} counts parameters: give --target-params, not {_dashed(flag)}")
+        raise UsageError(f"--method {prune.method} counts parameters: give --target-params, not {flag_name(flag)}")
     raise UsageError(
-        f"--method {prune.method} {counts}: give --num-layers-to-prune or --prune-ratio, not {_dashed(flag)}"
+        f"--method {prune.method} {counts}: give --num-layers-to-prune or --prune-ratio, not {flag_name(flag)}"
     )
 
 
-def check_method_flags(config: "Config") -> None:
+def check_method_flags(config: Config) -> None:
     """Check that the method takes the flags of the search that were given, and that the iterations fit it.
 
     Raises:
@@ -74,7 +49,7 @@ def check_method_flags(config: "Config") -> None:
     for flag in _OWN_FLAGS:
         given = getattr(config.search, flag) not in (0, getattr(defaults, flag))
         if given and flag not in method.flags:
-            raise UsageError(f"{_dashed(flag)} is for {_takers(flag, name)}")
+            raise UsageError(f"{flag_name(flag)} is for {_takers(flag, name)}")
     search_iters = config.search.search_iters
     if method.searches:
         if train_iters == 0:
@@ -86,7 +61,7 @@ def check_method_flags(config: "Config") -> None:
     config.method_options()  # refuses a function that asks for what is no flag
 
 
-def check_cut(config: "Config") -> None:
+def check_cut(config: Config) -> None:
     """Check that what needs one contiguous cut gets one.
 
     Raises:
@@ -112,7 +87,3 @@ def _takers(flag: str, instead: str) -> str:
         return f"methods that search, and --method {instead} does not"
     takers = " or ".join(method.name for method in registry.methods() if flag in method.flags)
     return f"--method {takers}, not {instead}"
-
-
-def _dashed(name: str) -> str:
-    return "--" + name.replace("_", "-")

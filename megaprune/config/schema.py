@@ -1,28 +1,27 @@
 """The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from megaprune.cli.method_modules import load_given_modules
-from megaprune.cli.parser import flag, parse_groups
-from megaprune.config.method_checks import (
-    check_budget,
-    check_cut,
-    check_method_flags,
-    find_method,
-    method_help,
-    method_names,
-)
+from megaprune.config.fields import flag
+from megaprune.config.mapping import fill, overridden, read_recipe
+from megaprune.selection import registry
+from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method
 from megaprune.utils.errors import UsageError
 
-_DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
-_LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
+LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 # Of each of these one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
+
+
+def _methods() -> str:
+    """The methods, each with its line."""
+    lines = [f"{' or '.join([method.name, *method.aliases])}: {method.description}" for method in registry.methods()]
+    return "how layers are chosen (docs/methods.md). " + "; ".join(lines)
 
 
 @dataclass
@@ -54,8 +53,8 @@ class DataConfig:
     valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
-    seq_length: int = flag("tokens in a training window", 4096)
-    calibration_samples: int = flag("training windows on which layers are scored before the search", 40)
+    seq_length: int = flag("tokens in a training window", 4096, least=1)
+    calibration_samples: int = flag("training windows on which layers are scored before the search", 40, least=1)
     data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
 
 
@@ -64,14 +63,16 @@ class PruneConfig:
     """What to prune."""
 
     _argument_group_name = "what to prune"
-    method: str = flag(method_help, "e3", metavar=method_names)
+    method: str = flag(_methods, "e3", choices=registry.names)
     method_module: list[str] = flag(
-        "Python files or modules that register methods of your own with @megaprune.selection.register", []
+        "Python files or modules that register methods of your own with @megaprune.selection.register",
+        [],
+        loads=load_modules,
     )
-    num_layers_to_prune: int | None = flag("how many layers go")
-    prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers")
+    num_layers_to_prune: int | None = flag("how many layers go", least=1)
+    prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers", between=(0, 1))
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
-    target_params: int | None = flag("the most parameters that the pruned model may have (without MTP layers)")
+    target_params: int | None = flag("the most parameters that the pruned model may have (without MTP layers)", least=1)
 
 
 @dataclass
@@ -82,20 +83,25 @@ class SearchConfig:
     search_iters: int | None = flag(
         "iterations of search within --train-iters (default: a tenth); clp's, which trains no weights, come on top"
     )
-    mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02)
-    mask_init_scale: float = flag("spread (standard deviation) of the scores that the search starts from", 16.0)
-    mask_ramp: float = flag("share of the search over which the number of kept layers falls to its target", 0.05)
+    mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02, above=0)
+    mask_init_scale: float = flag(
+        "spread (standard deviation) of the scores that the search starts from", 16.0, above=0
+    )
+    mask_ramp: float = flag(
+        "share of the search over which the number of kept layers falls to its target", 0.05, above=0, most=1
+    )
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
     )
-    gumbel_temperature: float = flag("temperature at the start of the search", 1.0)
-    gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9)
+    gumbel_temperature: float = flag("temperature at the start of the search", 1.0, above=0)
+    gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9, least=0, below=1)
     criterion: Literal["perplexity", "taylor"] = flag(
         "with shortened: the loss without each layer, or its first-order estimate from one backward pass", "perplexity"
     )
     selection_budget: int | None = flag(
         "with auto: tokens of its forward passes (default: what a search of a tenth of --train-iters costs, whose "
-        "backward pass counts as two)"
+        "backward pass counts as two)",
+        least=1,
     )
     protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
 
@@ -105,11 +111,11 @@ class RecoveryConfig:
     """Training of what is left."""
 
     _argument_group_name = "recovery"
-    train_iters: int | None = flag("iterations of search and recovery together; 0 changes no weight")
-    lr: float = flag("peak learning rate", 1e-4)
-    min_lr: float = flag("learning rate at the end", 0.0)
+    train_iters: int | None = flag("iterations of search and recovery together; 0 changes no weight", least=0)
+    lr: float = flag("peak learning rate", 1e-4, least=0)
+    min_lr: float = flag("learning rate at the end", 0.0, least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag("decay", "cosine")
-    lr_warmup_iters: int = flag("iterations of linear warm-up", 0)
+    lr_warmup_iters: int = flag("iterations of linear warm-up", 0, least=0)
     stitch: Literal["none", "linear-patch"] = flag(
         "with a contiguous cut: linear-patch maps what enters the layer behind it to what the layers that are gone "
         "made of it, and fades over the first half of recovery, for no exported model can carry it",
@@ -119,11 +125,11 @@ class RecoveryConfig:
         "what recovery trains: all layers, or the two beside the cut of a contiguous segment (default: all; with clp, "
         "endpoints)"
     )
-    micro_batch_size: int = flag("windows in one forward pass of one replica", 1)
-    global_batch_size: int | None = flag("windows in one iteration (default: one micro-batch per replica)")
-    clip_grad: float = flag("largest gradient norm; 0 clips nothing", 1.0)
-    weight_decay: float = flag("weight decay", 0.01)
-    seed: int = flag("seed of data order, noise and random choices", 1234)
+    micro_batch_size: int = flag("windows in one forward pass of one replica", 1, least=1)
+    global_batch_size: int | None = flag("windows in one iteration (default: one micro-batch per replica)", least=1)
+    clip_grad: float = flag("largest gradient norm; 0 clips nothing", 1.0, least=0)
+    weight_decay: float = flag("weight decay", 0.01, least=0)
+    seed: int = flag("seed of data order, noise and random choices", 1234, least=0, most=LARGEST_SEED)
     bf16: bool = flag("train in bf16 with fp32 optimizer state (default: fp32)", False)
 
 
@@ -139,7 +145,7 @@ class DistillationConfig:
         "the tokens beyond the teacher's top k: left out, one bucket of all of them, or the student's full softmax",
         "rest",
     )
-    distill_top_k: int = flag("teacher logits per token", 10)
+    distill_top_k: int = flag("teacher logits per token", 10, least=1)
     teacher: Literal["online", "self", "cached"] = flag(
         "online: the original model beside the student; self: with LoRA, the student's own frozen weights; cached: "
         "what cache_teacher.py stored in --teacher-logits",
@@ -153,8 +159,8 @@ class LoRAConfig:
     """Training adapters instead of the weights."""
 
     _argument_group_name = "LoRA"
-    lora_rank: int | None = flag("rank of the adapters; turns LoRA on")
-    lora_alpha: float | None = flag("scale of the adapters times their rank (default: twice the rank)")
+    lora_rank: int | None = flag("rank of the adapters; turns LoRA on", least=1)
+    lora_alpha: float | None = flag("scale of the adapters times their rank (default: twice the rank)", above=0)
     lora_target_modules: list[str] = flag(
         "Megatron's names of the linear layers that get adapters, such as linear_qkv linear_proj (default: all)", []
     )
@@ -166,13 +172,14 @@ class ParallelConfig:
     """How the model is spread over processes."""
 
     _argument_group_name = "parallelism"
-    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1)
-    pipeline_model_parallel_size: int = flag("pipeline stages", 1)
-    expert_model_parallel_size: int = flag("ranks that share out the experts of each layer", 1)
+    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1, least=1)
+    pipeline_model_parallel_size: int = flag("pipeline stages", 1, least=1)
+    expert_model_parallel_size: int = flag("ranks that share out the experts of each layer", 1, least=1)
     expert_tensor_parallel_size: int | None = flag(
-        "ranks that cut each expert (default: the tensor-parallel size if there are processes enough, otherwise 1)"
+        "ranks that cut each expert (default: the tensor-parallel size if there are processes enough, otherwise 1)",
+        least=1,
     )
-    context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1)
+    context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1, least=1)
     sequence_parallel: bool = flag("split activations along the sequence among tensor-parallel ranks", False)
     pipeline_model_parallel_layout: str | None = flag(
         "layout of the original model's stages, as in Ettt|tttL (default: balanced); the pruned model is balanced anew"
@@ -195,9 +202,9 @@ class RunConfig:
 
     _argument_group_name = "run"
     save: str | None = flag("run folder: the pruned model, the report, plots and checkpoints")
-    save_interval: int | None = flag("iterations between checkpoints")
+    save_interval: int | None = flag("iterations between checkpoints", least=1)
     exit_on_signal: bool = flag("on SIGTERM, save a checkpoint and exit", True)
-    log_interval: int = flag("iterations between log lines", 10)
+    log_interval: int = flag("iterations between log lines", 10, least=1)
     tensorboard_dir: str | None = flag("TensorBoard folder (default: SAVE/tensorboard)")
     wandb_project: str | None = flag("Weights & Biases project to log to")
     max_shard_size: str = flag("largest safetensors file of the export", "5GB")
@@ -233,6 +240,36 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "") -> "Config":
+        """Return the run that these settings describe, checked.
+
+        Args:
+            values: settings by their flags' names, with dashes or underscores.
+            origin: what errors about single settings begin with, such as the file of a recipe.
+
+        Raises:
+            UsageError: names the setting that is unknown or wrong.
+        """
+        from megaprune.config.checks import check_run
+
+        config = cls(*fill(GROUPS, values, origin))
+        check_run(config)
+        return config
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "Config":
+        """Return the run of a YAML recipe.
+
+        Args:
+            overrides: settings that replace the recipe's; one way to name the model or the size replaces another.
+
+        Raises:
+            UsageError: the file is no recipe, or names a setting that is unknown or wrong.
+        """
+        recipe = read_recipe(Path(path))
+        return cls.from_mapping(overridden(recipe, overrides, ALTERNATIVES), f"--config {path}: ")
+
     def flat(self) -> dict[str, Any]:
         """Every setting under its flag's name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
@@ -240,7 +277,7 @@ class Config:
     @property
     def method(self) -> Method:
         """The method that chooses the layers."""
-        return find_method(self.prune)
+        return registry.find(self.prune.method)
 
     def method_options(self) -> dict[str, Any]:
         """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
@@ -294,18 +331,6 @@ class Config:
         return self.tenth_of_training if chosen is None else chosen
 
 
-def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
-    """The run that a command line asks for.
-
-    Raises:
-        UsageError: a flag or a recipe is wrong; names it.
-    """
-    load_given_modules(argv)  # --help lists their methods
-    config = Config(*parse_groups(argv, GROUPS, prog, _DESCRIPTION, ALTERNATIVES))
-    _check(config)
-    return config
-
-
 def pruned_layers_of(text: str) -> list[int]:
     """``3,7,9`` as layers.
 
@@ -323,131 +348,3 @@ def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
     if config.num_layers_to_prune is not None:
         return config.num_layers_to_prune
     return round(config.prune_ratio * num_layers)
-
-
-def _check(config: Config) -> None:
-    """Everything that can be known before the model and the data are looked at."""
-    _check_model(config.model)
-    if not config.run.save:
-        raise UsageError("--save is required")
-    _check_what_to_prune(config.prune)
-    if config.recovery.train_iters is None:
-        raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
-    _check_ranges(config)
-    _check_iterations(config)
-    _check_lora(config)
-    check_cut(config)
-    _check_teacher(config)
-    training = config.recovery.train_iters > 0
-    if not config.data.train_data and (training or config.method.calibrated):
-        raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
-
-
-def check_for_plan(config: Config) -> None:
-    """Like a run's checks, where data, a run folder, what to prune and for how long may be left open.
-
-    Raises:
-        UsageError: names the flag.
-    """
-    _check_model(config.model)
-    if config.method.names_layers or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
-        _check_what_to_prune(config.prune)
-    _check_ranges(config)
-    if config.recovery.train_iters is not None:
-        _check_iterations(config)
-    _check_lora(config)
-
-
-def check_for_caching(config: Config) -> None:
-    """The checks of what a teacher's targets follow from; the flags of pruning and training are left alone.
-
-    Raises:
-        UsageError: names the flag.
-    """
-    _check_model(config.model)
-    find_method(config.prune)
-    if not config.data.train_data:
-        raise UsageError("--train-data is required: the data that the runs will train on")
-    _check_ranges(config)
-
-
-def _check_model(model: ModelConfig) -> None:
-    if not (model.hf_model or model.load):
-        raise UsageError("--hf-model is required (or --load, with a checkpoint)")
-    if model.hf_model and model.load:
-        raise UsageError("--hf-model and --load both name the model: give one of them")
-
-
-def _check_what_to_prune(prune: PruneConfig) -> None:
-    given = ["--" + name.replace("_", "-") for name in WHAT_TO_PRUNE if getattr(prune, name) is not None]
-    if len(given) != 1:
-        every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
-        raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
-    check_budget(prune)
-    if prune.prune_layers is not None:
-        pruned_layers_of(prune.prune_layers)
-    if prune.prune_ratio is not None and not 0 < prune.prune_ratio < 1:
-        raise UsageError(f"--prune-ratio {prune.prune_ratio} is not between 0 and 1")
-    if prune.num_layers_to_prune is not None and prune.num_layers_to_prune < 1:
-        raise UsageError(f"--num-layers-to-prune {prune.num_layers_to_prune} is less than 1")
-
-
-def _check_ranges(config: Config) -> None:
-    at_least_1 = (
-        *("target_params", "selection_budget"),
-        *("seq_length", "calibration_samples", "micro_batch_size", "global_batch_size", "distill_top_k"),
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "expert_tensor_parallel_size", "lora_rank"),
-        *("save_interval", "log_interval"),
-    )
-    at_least_0 = ("train_iters", "lr", "min_lr", "lr_warmup_iters", "clip_grad", "weight_decay", "seed")
-    values = {name: value for name, value in config.flat().items() if value is not None}
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{flag} {value} is not a finite number")
-        least = 1 if name in at_least_1 else 0 if name in at_least_0 else None
-        if least is not None and value < least:
-            raise UsageError(f"{flag} {value} is less than {least}")
-    for name in ("mask_lr", "gumbel_temperature", "mask_init_scale", "mask_ramp"):
-        if values[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {values[name]} is not above 0")
-    if config.search.mask_ramp > 1:
-        raise UsageError(f"--mask-ramp {config.search.mask_ramp} is above 1")
-    if not 0 <= config.search.gumbel_anneal < 1:
-        raise UsageError(f"--gumbel-anneal {config.search.gumbel_anneal} is not between 0 and 1")
-    if config.recovery.seed > _LARGEST_SEED:
-        raise UsageError(f"--seed {config.recovery.seed} is above {_LARGEST_SEED}")
-    if config.recovery.min_lr > config.recovery.lr:
-        raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
-
-
-def _check_teacher(config: Config) -> None:
-    teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
-    if (teacher == "cached") != (logits is not None):
-        raise UsageError("--teacher cached and --teacher-logits go together")
-    if teacher == "cached" and not config.distils:
-        unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
-        raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")
-
-
-def _check_lora(config: Config) -> None:
-    if config.lora.lora_rank is None:
-        for name in ("lora_alpha", "lora_target_modules", "export_adapter"):
-            if getattr(config.lora, name):
-                raise UsageError(f"--{name.replace('_', '-')} needs --lora-rank")
-        if config.distillation.teacher == "self":
-            raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
-    if config.lora.export_adapter and config.recovery.train_iters == 0:
-        raise UsageError("--export-adapter needs --train-iters above 0: untrained, there is no adapter")
-    if config.lora.lora_alpha is not None and config.lora.lora_alpha <= 0:
-        raise UsageError(f"--lora-alpha {config.lora.lora_alpha} is not above 0")
-
-
-def _check_iterations(config: Config) -> None:
-    train_iters = config.recovery.train_iters
-    check_method_flags(config)
-    if train_iters and config.recovery.lr_warmup_iters >= train_iters:
-        raise UsageError(
-            f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"
-        )

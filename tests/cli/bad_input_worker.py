@@ -17,7 +17,7 @@ class Exited(BaseException):
 
 def run(argv: list[str], env: dict[str, str]) -> dict:
     """The exit status of ``megaprune prune`` and all that it, or a library, wrote to stderr."""
-    from megaprune.cli.main import main as cli
+    from megaprune.cli import main as cli
     from megaprune.mcore import parallel
 
     def leave(status: int) -> None:

@@ -1,6 +1,7 @@
 """The command line around the verbs: help, exit statuses, and one line on stderr."""
 
 import dataclasses
+import importlib
 import re
 import signal
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megaprune.cli import verbs
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
+from megaprune.cli import prune
 from megaprune.config.schema import GROUPS
 from megaprune.utils.errors import MegapruneError, UsageError
 from tests.helpers import tiny
@@ -47,7 +48,8 @@ def verb_that_raises(error):
 def test_verbs_have_a_function_and_a_tool():
     tools = {path.stem.replace("_", "-") for path in ROOT.glob("tools/*.py")}
     assert set(cli.VERBS) == tools
-    assert all(callable(getattr(verbs, verb.replace("-", "_"))) for verb in cli.VERBS)
+    modules = [importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}") for verb in cli.VERBS]
+    assert all(callable(module.run) for module in modules)
 
 
 def test_prune_help_lists_every_flag_in_its_group(main):
@@ -99,20 +101,20 @@ def test_sys_argv_is_the_default(main, monkeypatch):
 
 @pytest.mark.parametrize("error, status", [(MegapruneError("no such\n  thing"), 1), (UsageError("no such  thing"), 2)])
 def test_errors_are_one_line(main, monkeypatch, error, status):
-    monkeypatch.setattr(verbs, "prune", verb_that_raises(error))
+    monkeypatch.setattr(prune, "run", verb_that_raises(error))
     assert main("prune", []) == (status, "", "prune: error: no such thing\n")
 
 
 def test_verbs_get_their_words_and_the_command_line(main, monkeypatch):
     got = []
-    monkeypatch.setattr(verbs, "prune", lambda argv, command: got.extend([argv, command]))
+    monkeypatch.setattr(prune, "run", lambda argv, command: got.extend([argv, command]))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/megaprune", "prune", "--save", "a folder"])
     assert main(None, None) == (0, "", "")
     assert got == [["--save", "a folder"], "megaprune prune --save 'a folder'"]
 
 
 def test_other_exceptions_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(verbs, "prune", verb_that_raises(RuntimeError("a bug")))
+    monkeypatch.setattr(prune, "run", verb_that_raises(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main("prune", [])
 

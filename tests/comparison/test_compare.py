@@ -8,7 +8,7 @@ import shutil
 import pytest
 import yaml
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.comparison.grid import read_comparison
 from megaprune.comparison.ranking import Ranking
 from megaprune.comparison.table import rows_of, write_tables

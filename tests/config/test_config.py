@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megaprune.config.schema import Config, num_layers_to_prune, parse_config
+from megaprune.cli.prune import parse_config
+from megaprune.config.schema import Config, num_layers_to_prune
 from megaprune.utils.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

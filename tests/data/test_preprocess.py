@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.data import preprocess as encoding
 from tests.helpers import tiny
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
-from megaprune.cli.evaluate import EvaluateConfig, run
+from megaprune.cli.evaluate import EvaluateConfig
+from megaprune.cli.evaluate import evaluate as evaluate_by_flags
 from megaprune.evaluation.perplexity import evaluate_model
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -156,7 +157,9 @@ def on_cpu(monkeypatch):
 
 def test_command_prints_and_writes(student, teacher, data, tmp_path, capsys, on_cpu):
     output = tmp_path / "results" / "student.json"
-    result = run(EvaluateConfig(student, [data], teacher=teacher, output=str(output), seq_length=SEQ_LENGTH))
+    result = evaluate_by_flags(
+        EvaluateConfig(student, [data], teacher=teacher, output=str(output), seq_length=SEQ_LENGTH)
+    )
     assert json.loads(output.read_text()) == result
     printed = capsys.readouterr().out
     assert f"loss             {result['loss']:.4f} nats" in printed
@@ -174,4 +177,4 @@ def test_command_prints_and_writes(student, teacher, data, tmp_path, capsys, on_
 )
 def test_command_refuses_flags_that_do_not_go_together(flags, message):
     with pytest.raises(UsageError, match=message):
-        run(EvaluateConfig("model", **flags))
+        evaluate_by_flags(EvaluateConfig("model", **flags))

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from megaprune.cli.evaluate import EvaluateConfig, run
+from megaprune.cli.evaluate import EvaluateConfig, evaluate
 from megaprune.evaluation.harness import run_harness
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -69,6 +69,6 @@ def test_package_missing(monkeypatch):
 
 def test_tasks_stand_in_the_table_and_the_result(calls, monkeypatch, capsys):
     monkeypatch.setattr("megaprune.device.torch_device", lambda: torch.device("cpu"))
-    result = run(EvaluateConfig("model", tasks="arc_easy,"))
+    result = evaluate(EvaluateConfig("model", tasks="arc_easy,"))
     assert result == {"hf_model": "model", "tasks": RESULTS}
     assert capsys.readouterr().out == "model\n  arc_easy acc,none  0.5000\n"

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.models.shapes import hf_shapes
 from megaprune.weights.source import HFSource
 from tests.helpers import tiny

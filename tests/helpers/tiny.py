@@ -277,7 +277,7 @@ def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]
 
 def run_here(argv: Sequence[str]) -> None:
     """A run in this process, as the command line would do it; another may follow."""
-    from megaprune.config.schema import parse_config
+    from megaprune.cli.prune import parse_config
     from megaprune.mcore import parallel
     from megaprune.pruning.runner import run
 

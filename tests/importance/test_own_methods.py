@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megaprune.cli.main import attempt
-from megaprune.config.schema import parse_config
+from megaprune.cli.prune import parse_config
 from megaprune.selection import names, registry
 from megaprune.utils.errors import UsageError
 from tests.helpers import tiny

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from megaprune.config.schema import parse_config
+from megaprune.cli.prune import parse_config
 from megaprune.mcore import schedule
 from megaprune.mcore.adapters import attach_adapters, export_adapter
 from megaprune.mcore.builder import EngineOptions, build_model

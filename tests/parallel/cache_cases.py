@@ -1,6 +1,6 @@
 """Caching a teacher, and runs that learn from a cache, on any number of processes."""
 
-from megaprune.cli.cache_teacher import run
+from megaprune.cli.cache_teacher import cache_from_flags
 from megaprune.mcore import parallel
 from megaprune.pruning.cache_teacher import _Caching
 from megaprune.utils.errors import MegapruneError
@@ -44,7 +44,7 @@ def run_argv(model, data, save, cache, *extra):
 def cache(argv):
     """A cache, made to its end."""
     try:
-        run(argv)
+        cache_from_flags(argv)
     finally:
         parallel.finish()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from tests.helpers import tiny
 from tests.helpers.launch import launch
 from tests.parallel.layouts import (

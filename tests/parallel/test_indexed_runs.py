@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
 from tests.helpers.launch import launch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.distillation.cache_writer import ShardFile
 from megaprune.mcore import parallel
 from megaprune.pruning.models import Models

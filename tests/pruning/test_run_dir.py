@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megaprune.config.schema import parse_config
+from megaprune.cli.prune import parse_config
 from megaprune.pruning.run_dir import RunDir
 from megaprune.utils.errors import MegapruneError
 

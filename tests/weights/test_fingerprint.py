@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
 from megaprune.weights.source import HFSource
 from megaprune.weights.torch_dist.source import CheckpointSource

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megaprune.cli.main import main as cli
+from megaprune.cli import main as cli
 from megaprune.weights import safetensors_io
 from megaprune.weights.torch_dist import chunks, engine, export_hf, import_hf
 

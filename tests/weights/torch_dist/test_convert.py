@@ -23,7 +23,7 @@ from tests.helpers import pangu, tiny
 from tests.helpers.converting import KEY, assert_same_model, contents, convert, done, edited, raising
 from tests.weights.torch_dist import kill_worker
 
-CONVERT = Path(__file__).parents[2] / "tools" / "convert.py"
+CONVERT = Path(__file__).parents[3] / "tools" / "convert.py"
 EVERY = (*tiny.FAMILIES, *tiny.MOE_FAMILIES, "pangu_ultra_moe")
 
 

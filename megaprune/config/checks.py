@@ -1,0 +1,112 @@
+"""Checks across settings: which go together, which exclude each other, and which a method has no use for."""
+
+from megaprune.config.method_checks import check_budget, check_cut, check_method_flags
+from megaprune.config.schema import (
+    WHAT_TO_PRUNE,
+    Config,
+    ModelConfig,
+    PruneConfig,
+    RecoveryConfig,
+    pruned_layers_of,
+)
+from megaprune.utils.errors import UsageError
+
+
+def check_run(config: Config) -> None:
+    """Check all that can be known before the model and the data are looked at.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    _check_model(config.model)
+    if not config.run.save:
+        raise UsageError("--save is required")
+    _check_what_to_prune(config.prune)
+    if config.recovery.train_iters is None:
+        raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
+    _check_rates(config.recovery)
+    _check_iterations(config)
+    _check_lora(config)
+    check_cut(config)
+    _check_teacher(config)
+    training = config.recovery.train_iters > 0
+    if not config.data.train_data and (training or config.method.calibrated):
+        raise UsageError("--train-data is required" + (" when --train-iters is above 0" if training else ""))
+
+
+def check_for_plan(config: Config) -> None:
+    """Like a run's checks, where data, a run folder, what to prune and for how long may be left open.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    _check_model(config.model)
+    if config.method.names_layers or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
+        _check_what_to_prune(config.prune)
+    _check_rates(config.recovery)
+    if config.recovery.train_iters is not None:
+        _check_iterations(config)
+    _check_lora(config)
+
+
+def check_for_caching(config: Config) -> None:
+    """The checks of what a teacher's targets follow from; the flags of pruning and training are left alone.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    _check_model(config.model)
+    if not config.data.train_data:
+        raise UsageError("--train-data is required: the data that the runs will train on")
+    _check_rates(config.recovery)
+
+
+def _check_model(model: ModelConfig) -> None:
+    if not (model.hf_model or model.load):
+        raise UsageError("--hf-model is required (or --load, with a checkpoint)")
+    if model.hf_model and model.load:
+        raise UsageError("--hf-model and --load both name the model: give one of them")
+
+
+def _check_what_to_prune(prune: PruneConfig) -> None:
+    given = ["--" + name.replace("_", "-") for name in WHAT_TO_PRUNE if getattr(prune, name) is not None]
+    if len(given) != 1:
+        every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
+        raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
+    check_budget(prune)
+    if prune.prune_layers is not None:
+        pruned_layers_of(prune.prune_layers)
+
+
+def _check_rates(recovery: RecoveryConfig) -> None:
+    if recovery.min_lr > recovery.lr:
+        raise UsageError(f"--min-lr {recovery.min_lr} is above --lr {recovery.lr}")
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
+    if (teacher == "cached") != (logits is not None):
+        raise UsageError("--teacher cached and --teacher-logits go together")
+    if teacher == "cached" and not config.distils:
+        unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
+        raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")
+
+
+def _check_lora(config: Config) -> None:
+    if config.lora.lora_rank is None:
+        for name in ("lora_alpha", "lora_target_modules", "export_adapter"):
+            if getattr(config.lora, name):
+                raise UsageError(f"--{name.replace('_', '-')} needs --lora-rank")
+        if config.distillation.teacher == "self":
+            raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
+    if config.lora.export_adapter and config.recovery.train_iters == 0:
+        raise UsageError("--export-adapter needs --train-iters above 0: untrained, there is no adapter")
+
+
+def _check_iterations(config: Config) -> None:
+    train_iters = config.recovery.train_iters
+    check_method_flags(config)
+    if train_iters and config.recovery.lr_warmup_iters >= train_iters:
+        raise UsageError(
+            f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"
+        )
