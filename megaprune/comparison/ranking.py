@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megaprune.config.schema import Config
 from megaprune.data.tokenizer import load_tokenizer
-from megaprune.importance.evaluator import masks_of
 from megaprune.importance.measures import mask_losses
 from megaprune.mcore import parallel
 from megaprune.pruning.data import prepare_data
@@ -17,6 +16,7 @@ from megaprune.pruning.models import Models
 from megaprune.pruning.options import SelectionOptions
 from megaprune.pruning.resolve import open_run
 from megaprune.pruning.runner import cache_dir
+from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
 

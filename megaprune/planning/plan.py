@@ -168,7 +168,7 @@ class _Planner:
         every, selection = list(range(self._arch.num_layers)), self._options.selection
         if selection is None:
             return [self._phase("training", every, None)]
-        searching = selection.searches
+        searching = selection.method.searches
         first = self._phase("search", every, None) if searching else self._phase("original", every, None, False)
         kept, assumed = self._kept_layers(selection)
         return [first, self._phase("recovery", kept, assumed)]

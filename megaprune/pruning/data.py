@@ -19,9 +19,9 @@ from megaprune.data.blend import Blend, calibration_windows, find_blend, open_bl
 from megaprune.data.indexed_files import IndexedFile
 from megaprune.distillation.cache_key import cache_key
 from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.importance.auto import HELD_OUT_WINDOWS
 from megaprune.mcore import parallel
 from megaprune.pruning.options import DataOptions, DistillationOptions, RunOptions, TrainingOptions
+from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.utils.errors import UsageError
 from megaprune.weights.source import HFSource
 
@@ -144,10 +144,10 @@ def stored_data(
 
 def _check_calibration(options: RunOptions, calibration: Windows) -> None:
     calibration_ids(len(calibration), options.selection.calibration_samples, options.training.seed)
-    if options.selection.method == "auto" and len(calibration) < 1 + HELD_OUT_WINDOWS:
+    if options.selection.method.needs_held_out and len(calibration) < 1 + HELD_OUT_WINDOWS:
         raise UsageError(
-            f"--method auto judges on other windows than it chooses by, and needs {1 + HELD_OUT_WINDOWS}: "
-            f"--train-data has {len(calibration)}; give more data, or lower --seq-length"
+            f"--method {options.selection.name} judges on other windows than it chooses by, and needs "
+            f"{1 + HELD_OUT_WINDOWS}: --train-data has {len(calibration)}; give more data, or lower --seq-length"
         )
 
 
@@ -174,8 +174,7 @@ def _blended(
 
 
 def _calibrates(options: RunOptions) -> bool:
-    selection = options.selection
-    return selection.method == "e3" or selection.calibrated or options.training.stitches
+    return options.selection.method.needs_data or options.training.stitches
 
 
 def check_cacheable(train_data: Sequence[str]) -> None:

@@ -73,7 +73,7 @@ def _export_adapter(run: RunContext, student: Trainer | None) -> None:
 def _report(run: RunContext) -> Report:
     options, hf_config, kept = run.options, run.source.config, run.kept_layers
     return build_report(
-        method=options.selection.method,
+        method=options.selection.name,
         num_source_layers=options.model.arch.num_layers,
         kept_layers=kept,
         scores=run.progress.scores,

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megaprune.distillation.losses import LossKind, Tail
-from megaprune.importance.methods import SearchOptions
 from megaprune.mcore.builder import EngineOptions
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
@@ -15,6 +14,7 @@ from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
+from megaprune.selection.registry import Method
 from megaprune.weights.writer import aside_folder
 
 
@@ -92,27 +92,24 @@ class SelectionOptions:
     """How the layers that stay are chosen.
 
     Args:
+        name: the method as the user named it.
+        method: its function and traits; method_options: the flags that the function takes.
         manual: the user's own choice of kept layers.
-        searches: whether the method learns while the model trains.
-        calibrated: whether it looks at calibration data, and trains nothing.
-        gradient_steps: steps of a search that trains no weights.
-        auto_tokens: tokens that `auto` may spend.
-        auto_tokens_given: whether the user set them, so that too few are refused.
+        init_scale: spread of the scores that a search starts from.
+        token_budget: tokens that a method which counts them may spend.
+        token_budget_given: whether the user set them, so that too few are refused.
     """
 
-    method: str
+    name: str
+    method: Method
+    method_options: Mapping[str, Any]
     budget: Budget
     protected: frozenset[int]
     manual: list[int] | None
-    searches: bool
-    calibrated: bool
-    seed: int
     calibration_samples: int
-    search: SearchOptions
-    gradient_steps: int
-    criterion: str
-    auto_tokens: int
-    auto_tokens_given: bool
+    init_scale: float
+    token_budget: int
+    token_budget_given: bool
 
     def fewest_layers(self) -> list[int]:
         """Return the layers of the shortest model that may come out."""
@@ -125,7 +122,6 @@ class TrainingOptions:
 
     Args:
         trains_weights_in_search: whether the model's weights train beside the scores.
-        own_masks: whether each replica draws a mask of its own.
         endpoints_only: whether recovery trains only the layers beside the cut.
         stitches: whether LinearPatch bridges the cut while the model recovers.
     """
@@ -135,7 +131,6 @@ class TrainingOptions:
     global_batch_size: int
     seed: int
     trains_weights_in_search: bool
-    own_masks: bool
     endpoints_only: bool
     stitches: bool
 

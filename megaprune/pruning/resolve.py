@@ -8,17 +8,13 @@ from pathlib import Path
 
 from megaprune import device
 from megaprune.config.schema import (
-    CALIBRATED,
-    SEARCHES,
     WHAT_TO_PRUNE,
     Config,
     EngineConfig,
     ParallelConfig,
     RunConfig,
     num_layers_to_prune,
-    pruned_layers_of,
 )
-from megaprune.importance.methods import SearchOptions, check_method
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
@@ -43,7 +39,6 @@ from megaprune.pruning.options import (
 )
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
-from megaprune.selection.one_shot import manual_layers
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
@@ -58,7 +53,7 @@ _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits"),
+    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
 } - {"use_distributed_optimizer"}
 
 
@@ -105,13 +100,8 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
     """
     impl = _transformer_impl(config)
     job = _job(config, hf_config, world_size, device.use_transformer_engine(impl))
-    arch, sizes = job.model.arch, job.sizes
-    if config.own_masks and arch.num_experts and sizes.expert * sizes.expert_tensor > sizes.tensor:
-        raise UsageError(
-            "--mask-noise replica: replicas that share out experts must run the same layers; lower "
-            "--expert-model-parallel-size, or leave it at shared"
-        )
-    batch = global_batch_size(config, sizes, world_size)
+    arch = job.model.arch
+    batch = global_batch_size(config, job.sizes, world_size)
     selection = _selection(config, hf_config, batch * config.data.seq_length)
     _check_selection(config, selection, arch)
     options = RunOptions(
@@ -232,32 +222,20 @@ def _transformer_impl(config: Config) -> str:
 
 
 def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -> SelectionOptions:
-    search, method, given = config.search, config.prune.method, config.search.selection_budget
+    given = config.search.selection_budget
     manual, protected, budget = _layers_in_question(config, hf_config)
     return SelectionOptions(
-        method=method,
+        name=config.prune.method,
+        method=config.method,
+        method_options=config.method_options(),
         budget=budget,
         protected=protected,
         manual=manual,
-        searches=method in SEARCHES,
-        calibrated=method in CALIBRATED,
-        seed=config.recovery.seed,
         calibration_samples=config.data.calibration_samples,
-        search=SearchOptions(
-            iterations=config.search_iters,
-            lr=search.mask_lr,
-            temperature=search.gumbel_temperature,
-            anneal=search.gumbel_anneal,
-            ramp=search.mask_ramp,
-            init_scale=search.mask_init_scale,
-            seed=config.recovery.seed,
-            own_masks=config.own_masks,
-        ),
-        gradient_steps=config.gradient_steps,
-        criterion=search.criterion,
+        init_scale=config.search.mask_init_scale,
         # A search's iteration is a forward and a backward pass, which costs two.
-        auto_tokens=given or 3 * config.tenth_of_training * tokens_per_iteration,
-        auto_tokens_given=given is not None,
+        token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
+        token_budget_given=given is not None,
     )
 
 
@@ -265,8 +243,9 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
     """Return the user's own choice of kept layers if there is one, the protected layers, and what those that stay may
     cost."""
     num_layers = len(layer_sizes(hf_config))
-    if config.prune.prune_layers is not None:
-        manual = manual_layers(num_layers, pruned_layers_of(config.prune.prune_layers))
+    if config.method.names_layers:
+        whole = Budget.of_layers(num_layers, num_layers)
+        manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
     if config.prune.target_params is not None:
         budget = _parameter_budget(config.prune.target_params, hf_config)
@@ -288,7 +267,8 @@ def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
-    check_method(selection.method, selection.budget, selection.protected)
+    if selection.method.check is not None:
+        selection.method.check(selection.budget, selection.protected)
     if selection.manual is not None and config.needs_one_cut:
         behind = cut_position(selection.manual, arch.num_layers)
         if config.stitches and behind == len(selection.manual):
@@ -365,7 +345,6 @@ def _training_options(config: Config, batch: int) -> TrainingOptions:
         global_batch_size=batch,
         seed=config.recovery.seed,
         trains_weights_in_search=config.search.search_weights == "trained",
-        own_masks=config.own_masks,
         endpoints_only=config.tunes_endpoints,
         stitches=config.stitches,
     )

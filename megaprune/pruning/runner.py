@@ -78,7 +78,7 @@ def describe(options: RunOptions) -> str:
     searching = f"{training.search_iters} of them search"
     lines = [
         f"model      {model.name}: {num_layers} layers, {total:,} parameters",
-        f"pruning    {selection.method}: {num_layers} layers -> {goal}",
+        f"pruning    {selection.name}: {num_layers} layers -> {goal}",
         f"processes  TP {sizes.tensor} x PP {sizes.pipeline} x DP {parallel.data_parallel_size()}",
         f"stages     {list(pipeline.original)} layers, after pruning {pipeline.stages_of_layers(shortest)}",
         f"training   {training.train_iters} iterations ({searching}) of {options.tokens_per_iteration:,} tokens",

@@ -37,12 +37,12 @@ def score(options: RunOptions, source: HFSource, chooses: bool) -> LayerScores:
     kept, scores, candidates = found
     if not chooses and scores is None:
         raise UsageError(
-            f"score_layers: method {options.selection.method} chooses layers together and scores no single ones: say "
+            f"score_layers: method {options.selection.name} chooses layers together and scores no single ones: say "
             "how many go, such as num_layers_to_prune=2"
         )
     num_layers = options.model.arch.num_layers
     return LayerScores(
-        method=options.selection.method,
+        method=options.selection.name,
         num_layers=num_layers,
         scores=scores,
         kept_layers=kept if chooses else None,

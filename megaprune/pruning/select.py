@@ -6,9 +6,7 @@ import torch
 
 from megaprune.data.batches import Batch
 from megaprune.distillation.teachers import Teacher
-from megaprune.importance.auto import HELD_OUT_WINDOWS, choose_automatically, num_windows
-from megaprune.importance.evaluator import Judge
-from megaprune.importance.methods import Choice, choose_layers
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext
@@ -17,7 +15,7 @@ from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions, SelectionOptions
 from megaprune.pruning.train import search
 from megaprune.selection.initial_scores import scores_from_kl
-from megaprune.selection.one_shot import random_layers
+from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 
 
 class Calibration:
@@ -26,7 +24,7 @@ class Calibration:
     def __init__(self, options: RunOptions, data: Data, models: Models, model: torch.nn.Module) -> None:
         self._options, self._data, self._models, self._model = options, data, models, model
 
-    def judge(self, num_windows: int | None = None, skip: int = 0) -> Judge:
+    def evaluator(self, num_windows: int | None = None, skip: int = 0) -> LayerEvaluator:
         """Return an evaluator on so many windows behind the first `skip`; by default, on all calibration samples."""
         selection = self._options.selection
         count = selection.calibration_samples if num_windows is None else num_windows
@@ -34,46 +32,42 @@ class Calibration:
         def windows(count: int, behind: int) -> Sequence[Batch]:
             return self._data.calibration_batches(count, skip + behind)
 
-        return Judge(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
+        return LayerEvaluator(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
 
     def initial_scores(self) -> tuple[list[float], int]:
         """Return the scores that a search starts from, and the tokens that they cost."""
-        selection, judge = self._options.selection, self.judge()
-        kl = judge.without_each(selection.protected)
-        scores = scores_from_kl(kl, selection.protected, selection.search.init_scale, selection.budget.costs)
-        return scores.tolist(), judge.tokens
+        selection, evaluator = self._options.selection, self.evaluator()
+        kl = evaluator.without_each(selection.protected)
+        scores = scores_from_kl(kl, selection.protected, selection.init_scale, selection.budget.costs)
+        return scores.tolist(), evaluator.tokens
 
-    def choose(self) -> Choice:
-        """Return the choice of a method that looks at calibration data."""
-        selection = self._options.selection
-        if selection.method == "auto":
-            return self._choose_automatically()
-        return choose_layers(
-            selection.method,
-            self.judge(),
-            selection.budget,
-            selection.protected,
-            selection.search.init_scale,
-            selection.seed,
-            selection.gradient_steps,
-            selection.criterion,
-        )
+    def choose(self) -> tuple[Choice, int]:
+        """Return the choice of a method that looks at calibration data, and the tokens that it cost.
 
-    def _choose_automatically(self) -> Choice:
-        selection = self._options.selection
-        count = num_windows(
-            selection.budget,
-            selection.protected,
-            selection.auto_tokens,
-            self._options.data.seq_length,
-            asked=selection.auto_tokens_given,
+        Raises:
+            UsageError: the method's budget of tokens is too small.
+        """
+        selection, held_out = self._options.selection, None
+        method, options, count = selection.method, dict(selection.method_options), selection.calibration_samples
+        if method.windows is not None:
+            options["selection_budget"], count = selection.token_budget, self._affordable_windows()
+        evaluator = self.evaluator(count)
+        if method.needs_held_out:
+            held_out = self.evaluator(HELD_OUT_WINDOWS * count, skip=count)
+        choice = method.choose(selection.budget, selection.protected, options, evaluator, held_out)
+        return choice, evaluator.tokens + (held_out.tokens if held_out else 0)
+
+    def _affordable_windows(self) -> int:
+        """How many calibration windows a pass of the method sees, so that it stays within its budget of tokens."""
+        selection, seq_length = self._options.selection, self._options.data.seq_length
+        assert selection.method.windows is not None
+        count = selection.method.windows(
+            selection.budget, selection.protected, selection.token_budget, seq_length, selection.token_budget_given
         )
-        most = min(selection.calibration_samples, self._data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
-        count = max(1, min(count, most))
-        held_out, judge = self.judge(HELD_OUT_WINDOWS * count, skip=count), self.judge(count)
-        return choose_automatically(
-            judge, held_out, selection.budget, selection.protected, selection.auto_tokens, selection.seed
-        )
+        windows = self._data.num_calibration_windows
+        if selection.method.needs_held_out:
+            windows //= 1 + HELD_OUT_WINDOWS
+        return max(1, min(count, selection.calibration_samples, windows))
 
 
 def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
@@ -82,7 +76,7 @@ def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
     Returns:
         What recovery can go on with: the searched student if it keeps its pruned layers, and the teacher.
     """
-    searching, models = run.options.selection.searches, run.models
+    searching, models = run.options.selection.method.searches, run.models
     if not searching and not _needs_original(run):
         run.progress.kept_layers = _named_layers(run.options.selection)
         return None, None
@@ -103,7 +97,7 @@ def _needs_original(run: RunContext) -> bool:
     """Whether a method without a search has a use for the original model."""
     options = run.options
     taught = options.distillation.teaches and options.distillation.teacher != "cached"
-    return taught or bool(run.valid) or options.training.stitches or options.selection.calibrated
+    return taught or bool(run.valid) or options.training.stitches or options.selection.method.calibrated
 
 
 def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
@@ -112,27 +106,27 @@ def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
     model = in_half_precision(original, options.engine)
     run.validate("teacher", model)
     calibration = Calibration(options, run.data, run.models, model)
-    if selection.method == "e3":
+    if selection.method.needs_scores:
         with progress.timed("importance"):
             progress.scores, tokens = calibration.initial_scores()
         progress.spend("importance", 0.0, tokens)
-    elif selection.calibrated:
+    elif selection.method.calibrated:
         with progress.timed("importance"):
-            choice = calibration.choose()
-        progress.spend("importance", 0.0, choice.tokens)
+            choice, tokens = calibration.choose()
+        progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
-    elif not selection.searches:
+    elif not selection.method.searches:
         progress.kept_layers = _named_layers(selection)
     if options.training.stitches:
-        judge, hidden_size = calibration.judge(), options.model.arch.transformer["hidden_size"]
+        evaluator, hidden_size = calibration.evaluator(), options.model.arch.transformer["hidden_size"]
         with progress.timed("importance"):
-            progress.stitch = judge.jump_across(run.kept_layers, hidden_size).tolist()
-        progress.spend("importance", 0.0, judge.tokens)
+            progress.stitch = evaluator.jump_across(run.kept_layers, hidden_size).tolist()
+        progress.spend("importance", 0.0, evaluator.tokens)
 
 
 def _named_layers(selection: SelectionOptions) -> list[int]:
-    """The user's own choice, or the control's."""
+    """The choice of a method that looks at no data."""
     if selection.manual is not None:
         return selection.manual
-    return random_layers(selection.budget, selection.protected, selection.seed)
+    return selection.method.choose(selection.budget, selection.protected, selection.method_options).kept_layers

@@ -5,7 +5,6 @@ import time
 import torch
 
 from megaprune.distillation.teachers import Teacher
-from megaprune.importance.methods import make_selector
 from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext
@@ -17,7 +16,12 @@ from megaprune.utils.progress import say
 def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the whole model and the layers' scores, and choose the layers that stay."""
     training, selection, progress = run.options.training, run.options.selection, run.progress
-    selector = make_selector(selection.method, selection.search, selection.budget, selection.protected, progress.scores)
+    method, scores = selection.method, None
+    if method.needs_scores:
+        scores = torch.tensor(progress.scores)
+    selector = method.selector(
+        selection.budget, selection.protected, training.search_iters, selection.method_options, scores
+    )
     if run.resume_from is not None:
         selector.load_state_dict(progress.selector)
     objective = _objective(run, teacher)
@@ -31,7 +35,6 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
             selector,
             run.models.gate,
             train_weights=training.trains_weights_in_search,
-            own_masks=training.own_masks,
         )
         progress.selector = selector.state_dict()
         progress.scores = selector.scores.tolist()
