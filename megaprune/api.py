@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaprune.config.checks import check_for_scoring, check_run
+from megaprune.config.evaluation import EvaluateConfig
 from megaprune.config.mapping import fill, overridden
 from megaprune.config.schema import ALTERNATIVES, GROUPS, WHAT_TO_PRUNE, Config
 from megaprune.utils.errors import UsageError
@@ -146,12 +147,12 @@ def evaluate(
         MegapruneError: a model, the data or a task can't be used.
         UsageError: an argument is wrong.
     """
-    from megaprune.evaluation.run import EvaluateConfig, evaluate_all
-
     words = tasks if tasks is None or isinstance(tasks, str) else ",".join(tasks)
     given = {"hf_model": hf_model, "data": list(data), "teacher": teacher, "tasks": words}
     [config] = fill([EvaluateConfig], given | flags)
-    return evaluate_all(config)
+    from megaprune.evaluation.run import evaluate_all
+
+    return evaluate_all(**vars(config))
 
 
 def import_hf(

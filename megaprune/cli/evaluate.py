@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaprune import api
 from megaprune.cli.parser import parse_flags
+from megaprune.config.evaluation import EvaluateConfig
 from megaprune.config.fields import flag
-from megaprune.evaluation.run import EvaluateConfig, evaluate_all
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
 
@@ -25,7 +26,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
     config, settings = parse_flags(argv, [EvaluateConfig, OutputConfig], "evaluate.py", description, recipes=False)
     if settings.output and Path(settings.output).is_dir():
         raise UsageError(f"--output {settings.output} is a folder: give the name of a JSON file")
-    result = evaluate_all(config).to_dict()
+    result = api.evaluate(**vars(config)).to_dict()
     print(_table(result))
     if settings.output:
         write_json(settings.output, result)
