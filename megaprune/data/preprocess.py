@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megaprune.data.sources import Document, Row, RowKeys, document_of, first_line
+from megaprune.data.sources import Document, Row, RowKeys, document_of
 from megaprune.data.token_cache import Encoder
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.text import first_line
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 1 << 20

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.text import first_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -294,9 +295,3 @@ def _checked_messages(messages: Any, where: str, keys: RowKeys) -> list[dict[str
         if not isinstance(message.get("role"), str) or not speaks:
             fail(f"has a message without role or content (its keys: {', '.join(map(str, message)) or 'none'})")
     return messages
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error message, or its class where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".: ") if text else type(error).__name__

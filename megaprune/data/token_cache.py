@@ -27,11 +27,11 @@ from megaprune.data.sources import (
     Document,
     RowKeys,
     find_sources,
-    first_line,
     read_documents,
     source_identity,
 )
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.text import first_line
 
 _FORMAT = 1  # raise it when the same sources would give other tokens or other files
 _BATCH_DOCUMENTS = 1024

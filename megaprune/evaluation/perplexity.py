@@ -16,10 +16,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megaprune.data.batches import Batch, eval_batches, prepare_dataset
-from megaprune.data.sources import first_line
 from megaprune.report.model_card import read_seq_length
 from megaprune.report.run_report import perplexity
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.text import first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_DEFAULT_WINDOW = 2048

@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune import device
-from megaprune.distillation.losses import VocabShard
 from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
 from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProductAttention
 from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
@@ -220,15 +219,6 @@ def build_model(
 def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: torch.Tensor) -> None:
     if torch.is_grad_enabled():
         hidden_states.requires_grad_()
-
-
-def vocab_shard(arch: Architecture) -> VocabShard:
-    """Which columns of the vocabulary this rank's logits are."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    size = padded_vocab_size(arch.vocab_size, group.size()) // group.size()
-    start = group.rank() * size
-    valid = min(max(arch.vocab_size - start, 0), size)
-    return VocabShard(start, size, valid, group if group.size() > 1 else None)
 
 
 def train_only(model: GPTModel, layers: Collection[int]) -> None:

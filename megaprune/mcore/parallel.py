@@ -98,6 +98,11 @@ def tensor_parallel() -> TensorParallel:
     )
 
 
+def tensor_parallel_group() -> torch.distributed.ProcessGroup:
+    """Return the group of ranks that share each layer's dense weights."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def expert_tensor_parallel() -> TensorParallel:
     """This rank's place among those that share the weights of its experts."""
     return TensorParallel(

@@ -17,8 +17,9 @@ from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for, prep
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes, in_half_precision, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
