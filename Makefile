@@ -53,7 +53,7 @@ $(DOCS_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 docs: $(DOCS_STAMP)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Keeps .venv and every run but the demo's.
 clean:
