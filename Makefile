@@ -1,7 +1,7 @@
 # make demo   prune the demo model end to end, on CPU, in minutes
 # make test   run the whole test suite
 # make docs   build the documentation site in site/
-# All call `make setup`, which builds .venv from pyproject.toml at the versions in constraints.txt.
+# All create .venv and install what they need at the versions in constraints.txt; `make setup` does only that.
 
 PYTHON ?= python3
 BIN := .venv/bin
