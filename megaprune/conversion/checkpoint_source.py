@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaprune.conversion.importing import HF_FOLDER
+from megaprune.conversion.importing import HF_FOLDER, LAYOUT_FILE
 from megaprune.conversion.layout import UNREAD, Piece, mtp_rules, pieces
 from megaprune.conversion.metadata import read_metadata
 from megaprune.conversion.tensor_files import Buffer, Range
@@ -16,12 +17,14 @@ from megaprune.errors import MegapruneError
 from megaprune.models.shapes import hf_shapes
 from megaprune.weights.dtypes import ITEM_BYTES
 from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import StoredLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
-_PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+OUTPUT_KEY = "output_layer.weight"
+_PADDED_KEYS = ("embedding.word_embeddings.weight", OUTPUT_KEY)
 _MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
 
 
@@ -46,6 +49,10 @@ class CheckpointSource(HFSource):
                 "tokenizer there can be read, as convert.py import writes them"
             )
         self._begin(checkpoint / HF_FOLDER)
+        if OUTPUT_KEY in self._stored:
+            self._untie()
+        if (self.folder / LAYOUT_FILE).is_file():
+            self.layout = StoredLayout.from_record(json.loads((self.folder / LAYOUT_FILE).read_text()))
         self._arch = self.family.architecture(self.config)
         self._reader = ChunkReader(checkpoint)
         self._shapes = self._hf_shapes()

@@ -83,11 +83,11 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
             shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
-                    f"{source.folder}: {hf_name} has the wrong shape: its part for {name} is {tuple(shard.shape)}, "
+                    f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is {tuple(shard.shape)}, "
                     f"config.json makes it {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
-                culprit = next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all())
+                culprit = source.shown(next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all()))
                 raise MegapruneError(f"{source.folder}: {culprit} holds values that are not finite (NaN or infinity)")
             parameter.copy_(shard)
     except MegapruneError as met:
@@ -120,7 +120,11 @@ def export_weights(
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error, shards = None, []
-    writer = ShardWriter(folder, max_shard_bytes, dist.get_rank())
+    writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
+
+    def add(hf_name: str, tensor: torch.Tensor) -> None:
+        writer.add(layout.written_name(source.renamed(hf_name, kept_layers)), tensor)
+
     try:
         for name, parameter in global_weights(model):
             rule = rules[source_name(name, model_layers)]
@@ -131,12 +135,12 @@ def export_weights(
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
                 tensor = tensor.to(source.dtype(hf_name))
-                writer.add(source.renamed(hf_name, kept_layers), tensor)
+                add(hf_name, tensor)
                 for copy in source.mtp_copies(hf_name) if keep_mtp else ():
-                    writer.add(source.renamed(copy, kept_layers), tensor.clone())
+                    add(copy, tensor.clone())
         if dist.get_rank() == 0 and keep_mtp:
             for hf_name in source.mtp_own():
-                writer.add(source.renamed(hf_name, kept_layers), source.read(hf_name))
+                add(hf_name, source.read(hf_name))
         shards = writer.close()
     except OSError as met:
         error = MegapruneError(f"{folder} can't be written: {met}")
@@ -144,7 +148,7 @@ def export_weights(
     gathered: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, shards)
     if dist.get_rank() == 0:
-        finish_shards(folder, [shard for by_rank in gathered for shard in by_rank])
+        finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
     dist.barrier()
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
+from megaprune.weights.stacking import stack_experts
+from megaprune.weights.stored_layout import PLAIN, StoredLayout
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +93,20 @@ def _apply_umask(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def finish_shards(folder: Path, shards: list[WrittenShard]) -> None:
+def finish_shards(
+    folder: Path, shards: list[WrittenShard], layout: StoredLayout = PLAIN, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Names the files as transformers does, and writes the index where there are several.
+
+    Args:
+        layout: its stacks are put together.
+        max_shard_bytes: of the files that this takes.
 
     Raises:
         MegapruneError: two files hold the same tensor.
     """
+    if layout.stacks:
+        shards = stack_experts(folder, shards, layout, max_shard_bytes)
     if len(shards) == 1:
         os.replace(folder / shards[0].file, folder / "model.safetensors")
         return
