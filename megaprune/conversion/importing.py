@@ -78,16 +78,15 @@ class _Import:
             by_key.setdefault(piece.key, []).append(piece)
         for key, found in by_key.items():
             names = [name for piece in found for name in piece.hf]
+            together = f"{self._source.folder}: {self._source.shown(names[0])} and others make"
             dtypes = {self._final_dtype_of(name, key) for name in names}
             if len(dtypes) > 1:
                 shown = " and ".join(sorted(TORCH_NAMES[dtype] for dtype in dtypes))
-                raise MegapruneError(
-                    f"{self._source.folder}: {self._source.shown(names[0])} and others make one {key}, but are {shown}: give --dtype"
-                )
+                raise MegapruneError(f"{together} one {key}, but are {shown}: give --dtype")
             filled = sum(math.prod(piece.shape) for piece in found)
             if len({piece.size for piece in found}) > 1 or filled != math.prod(found[0].size):
                 raise MegapruneError(
-                    f"{self._source.folder}: {self._source.shown(names[0])} and others make {key}, but have shapes that don't fit each "
+                    f"{together} {key}, but have shapes that don't fit each "
                     "other, or one is missing: the checkpoint is damaged"
                 )
 

@@ -83,8 +83,8 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
             shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
-                    f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is {tuple(shard.shape)}, "
-                    f"config.json makes it {tuple(parameter.shape)}"
+                    f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
+                    f"{tuple(shard.shape)}, config.json makes it {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
                 culprit = source.shown(next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all()))

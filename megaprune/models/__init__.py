@@ -22,11 +22,21 @@ def family_of(config: HFConfig) -> Family:
     """The family that an HF config names.
 
     Raises:
-        MegapruneError: the family is not known; names it and lists the known ones.
+        MegapruneError: the family is not known; names it and lists the known ones. Or the config is a text model's
+            within another's, or does not say whether embeddings are tied.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise MegapruneError(
             f"model_type {model_type!r} is not a family that megaprune knows; known: {', '.join(sorted(FAMILIES))}"
+        )
+    if config.get("text_config") is not None:
+        raise MegapruneError(
+            f"{model_type}: config.json holds a text_config, as models of several parts do: only text models are read"
+        )
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise MegapruneError(
+            f"{model_type}: 'tie_word_embeddings' in config.json is {tied!r}, where true or false belongs"
         )
     return FAMILIES[model_type]

@@ -29,7 +29,9 @@ _NAMES = {
 }
 # Vocabularies of tokenizers, and chat templates.
 _SUFFIXES = (".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".jinja")
-_LICENSES = re.compile(r"(.*[ _-])?(licen[cs]e|notice|copying|use_policy)([ ._-][^.]*)?(\.(txt|md|pdf))?", re.IGNORECASE)
+_LICENSES = re.compile(
+    r"(.*[ _-])?(licen[cs]e|notice|copying|use_policy)([ ._-][^.]*)?(\.(txt|md|pdf))?", re.IGNORECASE
+)
 _TEMPLATES = "additional_chat_templates"
 # Code by transformers' names; more may be imported from it.
 _CODE = re.compile(r"(configuration|modeling|tokenization)_\w+\.py")

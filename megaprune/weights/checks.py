@@ -24,7 +24,7 @@ def check_source(source: HFSource) -> None:
     Raises:
         MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantized.
     """
-    declared = declared_quantization(source.folder, source.stored_config)
+    declared = declared_quantization(source.folder, source.config)
     if declared:
         raise MegapruneError(f"{source.folder} is quantized: {declared}; give the model before its quantization")
     _check_stacks(source)

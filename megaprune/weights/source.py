@@ -55,9 +55,9 @@ class HFSource:
         self.stored_files = dict(self._files)
         self._arrange()
         outputs = [name for name in (EMBEDDING, OUTPUT) if name in self._files]
-        if self.config.get("tie_word_embeddings") and len(outputs) == 2:
-            if not same_tensor(*((self.file(name), self.place(name).stored) for name in outputs)):
-                self._untie()
+        places = [(self.file(name), self.place(name).stored) for name in outputs]
+        if self.config.get("tie_word_embeddings") and len(places) == 2 and not same_tensor(*places):
+            self._untie()
 
     def _begin(self, folder: Path) -> None:
         self.folder = folder
@@ -124,7 +124,9 @@ class HFSource:
             return "BF16"
         stored = self.stored_dtype_name(name)
         if stored not in TORCH_NAMES:
-            raise MegapruneError(f"{self.file(name)}: {self.shown(name)} is stored as {stored}, which megaprune does not read")
+            raise MegapruneError(
+                f"{self.file(name)}: {self.shown(name)} is stored as {stored}, which megaprune does not read"
+            )
         return stored
 
     def stored_dtype_name(self, name: str) -> str:
@@ -255,6 +257,14 @@ def read_hf_config(folder: Path) -> HFConfig:
     if not isinstance(config, dict):
         raise MegapruneError(f"{path} is not a JSON object")
     return config
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds the files of its weights, and not config.json alone."""
+    try:
+        return all(path.is_file() for path in _tensor_files(folder).values())
+    except MegapruneError:
+        return False
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

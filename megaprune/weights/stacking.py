@@ -58,9 +58,7 @@ def stack_experts(
     return made
 
 
-def _runs(
-    groups: dict[str, list[str]], tensors: dict[str, _Written], max_bytes: int
-) -> Iterator[dict[str, list[str]]]:
+def _runs(groups: dict[str, list[str]], tensors: dict[str, _Written], max_bytes: int) -> Iterator[dict[str, list[str]]]:
     run: dict[str, list[str]] = {}
     total = 0
     for stored, parts in groups.items():

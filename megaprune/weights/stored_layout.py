@@ -16,9 +16,7 @@ from megaprune.weights.fp8 import SCALE_SUFFIX
 _BASE = "model."
 _OF_BASE = re.compile(r"^(layers\.\d+\.|embed_tokens\.|norm\.)")
 _STACK = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)({SCALE_SUFFIX})?$")
-_EXPERT = re.compile(
-    rf"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$"
-)
+_EXPERT = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$")
 _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
