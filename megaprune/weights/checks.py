@@ -38,8 +38,8 @@ def check_source(source: HFSource) -> None:
 def _check_names(source: HFSource, expected: set[str]) -> None:
     """Every name is there that the family's tables ask for, and no other."""
     held = set(source.all_names)
-    missing = _shown(source, expected - held)
-    unknown = _shown(source, _unknown(source, expected))
+    missing = sorted({source.layout.name_of_missing(name) for name in expected - held})
+    unknown = sorted({source.shown(name) for name in _unknown(source, expected)})
     quantized = quantized_tensor(unknown)
     if quantized:
         raise MegapruneError(
@@ -104,6 +104,8 @@ def _check_stacks(source: HFSource) -> None:
         members = [f"{stack.rpartition('.')[0]}.0.{half}_proj.weight" for half in _halves(stack)]
         if not arch.num_experts:
             raise MegapruneError(f"{source.folder} holds {stack}, but config.json has no experts")
+        if source.place(members[0]).parts is None:  # a checkpoint's, which will be stacked on export
+            continue
         shapes = list(hf_shapes(members, arch).values())
         expected = (arch.num_experts, sum(shape[0] for shape in shapes), shapes[0][1])
         found = source.stored_shape(members[0])
@@ -144,11 +146,6 @@ def _check_scales(source: HFSource) -> None:
                 f"{source.folder}: {source.shown(scale)} is stored as {list(source.shape(scale))}, where the weight's "
                 f"blocks are {list(expected)}"
             )
-
-
-def _shown(source: HFSource, names: Iterable[str]) -> list[str]:
-    """The names as the folder has them, or would have them, each once."""
-    return sorted({source.shown(name) for name in names})
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -84,9 +84,16 @@ class StoredLayout:
         stacks = frozenset(new for new in map(rename, self.stacks) if new is not None)
         return StoredLayout(self.bare, stacks, self.embedding_as_output)
 
+    def name_of_missing(self, name: str) -> str:
+        """The name that a tensor would have if it were stored as its like are."""
+        match = _EXPERT.match(name)
+        if not (match and self.stacks):
+            return self.stored_name(name)
+        return self._outer(f"{match[1]}.{'down_proj' if match[3] == 'down' else 'gate_up_proj'}{match[4] or ''}")
+
     def stack_of(self, name: str) -> str | None:
         """The stack that a tensor of the tables is a part of, by its name with ``model.``."""
-        match = _EXPERT.match(name)
+        match = _EXPERT.match(name) if self.stacks else None
         if not match:
             return None
         stack = f"{match[1]}.{'down_proj' if match[3] == 'down' else 'gate_up_proj'}"
@@ -94,7 +101,9 @@ class StoredLayout:
 
     def stored_name(self, name: str) -> str:
         """The stored tensor that a tensor of the tables is, or is a part of."""
-        name = self.stack_of(name) or name
+        return self._outer(self.stack_of(name) or name)
+
+    def _outer(self, name: str) -> str:
         if self.embedding_as_output and name == EMBEDDING:
             return OUTPUT
         return name.removeprefix(_BASE) if self.bare else name
