@@ -114,7 +114,7 @@ def export_weights(
         kept_layers: source layers that are exported.
         whole: the model still holds the other layers, too.
         keep_mtp: carry the source's MTP layers along, which no training here touches, behind the kept layers; their
-            copies of embedding and output layer are written anew.
+            copies of embedding and output layer are written anew, as that of a tied embedding is.
     """
     model_layers = None if whole else kept_layers
     arch = source.family.architecture(source.config)
@@ -136,7 +136,7 @@ def export_weights(
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
                 tensor = tensor.to(source.dtype(hf_name))
                 add(hf_name, tensor)
-                for copy in source.mtp_copies(hf_name) if keep_mtp else ():
+                for copy in source.copies(hf_name, keep_mtp):
                     add(copy, tensor.clone())
         if dist.get_rank() == 0 and keep_mtp:
             for hf_name in source.mtp_own():

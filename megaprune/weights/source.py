@@ -166,6 +166,15 @@ class HFSource:
         copies = [f"model.layers.{layer}.{suffix}" for layer in self.mtp_layers]
         return [copy for copy in copies if copy in self._files]
 
+    def copies(self, name: str, keep_mtp: bool = True) -> list[str]:
+        """Other tensors that are stored copies of the embedding or the output layer: the MTP layers', and of a tied
+        embedding the output layer."""
+        ties = name == EMBEDDING and self.config.get("tie_word_embeddings")
+        found = [OUTPUT] if ties and OUTPUT in self._files else []
+        for original in ((name, OUTPUT) if ties else (name,)) if keep_mtp else ():
+            found += self.mtp_copies(original)
+        return found
+
     def mtp_own(self) -> list[str]:
         """The MTP layers' tensors that are no copies."""
         copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
