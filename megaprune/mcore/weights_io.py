@@ -147,9 +147,14 @@ def export_weights(
     raise_together(error)
     gathered: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, shards)
-    if dist.get_rank() == 0:
-        finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
-    dist.barrier()
+    try:
+        if dist.get_rank() == 0:
+            finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
+    except OSError as met:
+        error = MegapruneError(f"{folder} can't be written: {met}")
+    except MegapruneError as met:
+        error = met
+    raise_together(error)
 
 
 @torch.no_grad()
