@@ -44,8 +44,8 @@ def read_shard(rule: WeightRule, source: HFSource, arch: Architecture, tp: Tenso
         return _read_vocab(source, rule.hf[0], arch, tp)
     if rule.shard is Shard.QKV and arch.query_groups % tp.size:
         raise MegapruneError(
-            f"{source.shown(rule.hf[1])} has {arch.query_groups} heads, which {tp.size} tensor-parallel ranks can't share: "
-            "choose a --tensor-model-parallel-size that divides them"
+            f"{source.shown(rule.hf[1])} has {arch.query_groups} heads, which {tp.size} tensor-parallel ranks can't "
+            "share: choose a --tensor-model-parallel-size that divides them"
         )
     parts = [_read_cut(source, name, 0, tp) for name in rule.hf]
     if rule.shard is Shard.GATED:

@@ -2,22 +2,25 @@
 by surgery, and given back as they were stored."""
 
 import json
+import tracemalloc
 
 import pytest
 import stored
 import tiny
 import torch
 from converting import assert_same_model, convert, done
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megaprune.cli import attempt
 from megaprune.conversion.checkpoint_source import CheckpointSource
+from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
 from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import StoredLayout
+from megaprune.weights.writer import ShardWriter, finish_shards
 
-PRUNED = {"deepseek_v3": "1,3", "qwen3_moe": "1,2"}
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 @pytest.fixture(params=stored.MODELS)
@@ -169,7 +172,7 @@ def test_damaged_stacks(stored_model, change, tmp_path):
 
     model = stored.edited(stored_model("qwen3_moe_stacked"), tmp_path / "bad", edit)
     if change == "both":
-        with pytest.raises(Exception, match=r"holds both .*experts"):
+        with pytest.raises(MegapruneError, match=r"holds both .*experts"):
             HFSource(model)
         return
     line = refused(model, f"lacks {key}: " if change == "missing" else f"{key} is stored as [", tmp_path)
@@ -200,13 +203,58 @@ def test_names_of_another_scheme_are_shown(tiny_model, tmp_path):
 def test_a_stack_is_read_by_slices(stored_model, monkeypatch):
     """One expert is asked for, and no more is read."""
     source = HFSource(stored_model("qwen3_moe_stacked"))
-    name = "model.layers.2.mlp.experts.3.up_proj.weight"
-    monkeypatch.setattr(source, "_handle", lambda name: pytest.fail("no handle"))
-    place, path = source.place(name), source.file(name)
-    with safe_open(path, "pt") as file:
-        whole = file.get_tensor(place.stored)
-    assert torch.equal(whole.flatten()[slice(*_run(place.span(whole.nbytes)))].view(40, 64), whole[3, 40:])
+    whole = tiny.read_tensors(source.folder)["model.layers.2.mlp.experts.gate_up_proj"]
+    handle, read = source._handle, []
+
+    class Spy:
+        def __init__(self, name):
+            self.get_shape = handle(name).get_slice(source.place(name).stored).get_shape
+            self._stored = handle(name).get_slice(source.place(name).stored)
+
+        def get_slice(self, stored):
+            return self
+
+        def __getitem__(self, cut):
+            read.append(self._stored[cut])
+            return read[-1]
+
+    monkeypatch.setattr(source, "_handle", Spy)
+    found = source.read("model.layers.2.mlp.experts.3.up_proj.weight", 0, 10, 30)
+    assert torch.equal(found, whole[3, 50:70]) and [part.shape for part in read] == [(1, 20, 64)]
+    found = source.read("model.layers.2.mlp.experts.1.gate_proj.weight", 1, 5, 9)
+    assert torch.equal(found, whole[1, :40, 5:9]) and read[1].shape == (1, 40, 4)
 
 
-def _run(span):
-    return span[0] // 4, (span[0] + span[1]) // 4
+def test_memory_of_surgery_does_not_grow_with_a_stack(tmp_path):
+    """Experts are written one by one, and stacks put together by blocks of bytes."""
+    experts, layout = {}, StoredLayout(stacks=frozenset({STACK}))
+    for expert in range(4):
+        for half in ("gate", "up"):
+            experts[f"model.layers.0.mlp.experts.{expert}.{half}_proj.weight"] = torch.randn(512, 256)
+    writer = ShardWriter(tmp_path, 600_000)
+    for name, tensor in experts.items():
+        writer.add(name, tensor)
+    shards = writer.close()
+    assert len(shards) == 8
+    expected = torch.stack(list(experts.values())).view(4, 1024, 256)
+    tracemalloc.start()
+    finish_shards(tmp_path, shards, layout, 10**9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[STACK], expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert peak < expected.nbytes / 2
+
+
+@pytest.mark.parametrize("change, said", [("missing", "not all there"), ("dtype", "several"), ("twice", "twice")])
+def test_stacks_that_can_not_be_put_together(tmp_path, change, said):
+    writer = ShardWriter(tmp_path, 1)
+    for expert in range(2):
+        for half in ("gate", "up"):
+            if change == "missing" and (expert, half) == (1, "up"):
+                continue
+            dtype = torch.bfloat16 if change == "dtype" and expert else torch.float32
+            writer.add(f"model.layers.0.mlp.experts.{expert}.{half}_proj.weight", torch.ones(3, 4, dtype=dtype))
+    shards = writer.close()
+    with pytest.raises(MegapruneError, match=said):
+        finish_shards(tmp_path, shards * (2 if change == "twice" else 1), StoredLayout(stacks=frozenset({STACK})))
