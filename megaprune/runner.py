@@ -58,7 +58,7 @@ def run(config: Config, command: str) -> None:
         say(describe(setup))
     else:
         with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-            parallel.on_first_rank(lambda: setup.run_dir.begin(config))
+            parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
             with closing(pruning_run.metrics):
                 pruning_run.execute()

@@ -103,6 +103,7 @@ def _prepare(config: Config, output: Path) -> _Setup:
     source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
+    config = config.with_window(arch.max_position_embeddings)
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
     fused = device.use_transformer_engine(config.engine.transformer_impl)
