@@ -11,6 +11,7 @@ import torch
 from megaprune.config import CALIBRATED, SEARCHES, Config
 from megaprune.distillation.teachers import Teacher
 from megaprune.errors import UsageError
+from megaprune.locks import locked
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapter_io import export_adapter
 from megaprune.mcore.builder import in_half_precision
@@ -57,7 +58,8 @@ def run(config: Config, command: str) -> None:
     if config.run.dry_run:
         say(describe(setup))
     else:
-        with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
+        undoing = setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
+        with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing:
             parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
             with closing(pruning_run.metrics):

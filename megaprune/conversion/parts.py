@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.launcher import raise_together, rank, world_size
+from megaprune.locks import lock_beside, locked
 from megaprune.weights.writer import aside_folder
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def convert(
         MegapruneError: the input can't be read or the output not be written; on every process.
         UsageError: the output exists, or holds earlier work that was not asked for.
     """
-    with _processes():
+    with _processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_folder(final))
         _together(lambda: _prepare(work, final, flag, plan, labour.resume) if is_first() else None)
         if final.exists():  # earlier work was cut short behind its last step

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,15 +84,23 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     the numbers of documents and tokens."""
     from tqdm import tqdm
 
+    from megaprune.locks import lock_beside, locked
     from megaprune.mcore.indexed_data import new_builder
     from megaprune.report.files import whole_file
 
     documents = tokens = 0
     masked = False
     bin_path, idx_path = _outputs(config)
+    prefix = Path(config.output_prefix)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", delay=_BAR_DELAY)
     try:
-        with _folder(bin_path.parent), whole_file(idx_path) as idx_aside, whole_file(bin_path) as bin_aside, bar:
+        with (
+            locked(lock_beside(prefix), f"--output-prefix {prefix}"),
+            whole_file(idx_path) as idx_aside,
+            whole_file(bin_path) as bin_aside,
+            bar,
+        ):
+            _check_free(config)  # again, now that no other process can come between
             builder = new_builder(bin_aside, dtype)
             for batch in batches:
                 start = 0
@@ -119,20 +127,6 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     return documents, tokens
 
 
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing; what was made goes again when the block fails."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # no longer empty
-            for parent in made:
-                parent.rmdir()
-        raise
-
-
 def _outputs(config: PreprocessConfig) -> tuple[Path, Path]:
     return Path(f"{config.output_prefix}.bin"), Path(f"{config.output_prefix}.idx")
 
@@ -149,6 +143,10 @@ def _check(config: PreprocessConfig) -> None:
         )
     if config.chat_template and not Path(config.chat_template).is_file():
         raise UsageError(f"--chat-template {config.chat_template} is no file")
+    _check_free(config)
+
+
+def _check_free(config: PreprocessConfig) -> None:
     for path in _outputs(config):
         if path.exists():
             raise MegapruneError(f"--output-prefix {config.output_prefix}: {path} is there already; remove it first")
