@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megaprune.disk import disk_error, explain
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.launcher import rank
 
@@ -49,6 +50,11 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    except Exception as error:
+        met = disk_error(error)  # of what was written last: a report, a table
+        if met is None:
+            raise
+        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"
     return 0, None
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from megaprune.config import CALIBRATED, SEARCHES, Config
+from megaprune.disk import one_line
 from megaprune.distillation.teachers import Teacher
-from megaprune.errors import UsageError
+from megaprune.errors import MegapruneError, UsageError
 from megaprune.locks import locked
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapter_io import export_adapter
@@ -39,6 +40,8 @@ from megaprune.training.step import Objective, StepResult, search_step, train_st
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.writer import aside_folder, parse_size
 
+GO_ON = "give the same command to go on from the last checkpoint"
+
 
 def run(config: Config, command: str) -> None:
     """Runs what the config asks for, or goes on with it. Collective.
@@ -59,7 +62,7 @@ def run(config: Config, command: str) -> None:
         say(describe(setup))
     else:
         undoing = setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
-        with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing:
+        with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing, one_line(setup.run_dir.path, GO_ON):
             parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
             with closing(pruning_run.metrics):
@@ -351,12 +354,21 @@ class PruningRun:
 
     def _export(self, student: Trainer | None) -> None:
         """Report, plots and the HF folder, which gets its name last."""
+        aside = aside_folder(self.setup.run_dir.hf)
+        try:
+            _emptied(aside)
+            with self.progress.timed("export"):
+                self._export_weights(student, aside)
+            parallel.on_first_rank(lambda: self._finish_export(aside))
+        except MegapruneError:
+            if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside_folder(self.setup.run_dir.adapter), ignore_errors=True)
+            raise
+
+    def _finish_export(self, aside: Path) -> None:
         setup, kept = self.setup, self.progress.kept_layers
-        final, first = setup.run_dir.hf, parallel.rank() == 0
-        aside = _emptied(aside_folder(final))
-        with self.progress.timed("export"):
-            self._export_weights(student, aside)
-        if first:
+        with one_line(aside, GO_ON):
             write_pruned_config(setup.source, kept, aside, self.config.model.mtp == "keep")
             report = self._report()
             write_report(setup.run_dir.report, report)
@@ -370,10 +382,9 @@ class PruningRun:
                 adapter=self.config.lora.export_adapter,
             )
             (aside / CARD_NAME).write_text(card)
-            aside.rename(final)
             self.metrics.close()
-            print(result_table(report, setup.run_dir.path), flush=True)
-        parallel.barrier()
+            aside.rename(setup.run_dir.hf)
+        print(result_table(report, setup.run_dir.path), flush=True)
 
     def _export_weights(self, student: Trainer | None, folder: Path) -> None:
         """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
@@ -384,14 +395,16 @@ class PruningRun:
             adapter = setup.run_dir.adapter
             aside = _emptied(aside_folder(adapter))
             export_adapter(student.model, setup.source, kept, aside, setup.lora, str(setup.run_dir.hf), whole)
-            if parallel.rank() == 0:
-                shutil.rmtree(adapter, ignore_errors=True)
-                aside.rename(adapter)
+            parallel.on_first_rank(lambda: _replace(adapter, aside))
         elif trained:
             export_weights(student.model, setup.source, kept, folder, size, whole, keep_mtp)
-        if parallel.rank() == 0 and (self.config.lora.export_adapter or not trained):
-            # no weight has changed: the stored bits are the export
-            write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+        if self.config.lora.export_adapter or not trained:
+
+            def write() -> None:
+                with one_line(folder, GO_ON):
+                    write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+
+            parallel.on_first_rank(write)  # no weight has changed: the stored bits are the export
 
     def _report(self) -> Report:
         setup, kept = self.setup, self.progress.kept_layers
@@ -413,8 +426,17 @@ class PruningRun:
 
 def _emptied(folder: Path) -> Path:
     """The folder, made anew by rank 0. Collective."""
-    if parallel.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    parallel.barrier()
+
+    def make() -> None:
+        with one_line(folder, GO_ON):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    parallel.on_first_rank(make)
     return folder
+
+
+def _replace(folder: Path, by: Path) -> None:
+    with one_line(folder, GO_ON):
+        shutil.rmtree(folder, ignore_errors=True)
+        by.rename(folder)

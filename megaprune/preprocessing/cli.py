@@ -84,6 +84,7 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     the numbers of documents and tokens."""
     from tqdm import tqdm
 
+    from megaprune.disk import disk_error, explain
     from megaprune.locks import lock_beside, locked
     from megaprune.mcore.indexed_data import new_builder
     from megaprune.report.files import whole_file
@@ -117,7 +118,9 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                 raise MegapruneError(f"--input {' '.join(config.input)} holds no documents: every row is empty")
             builder.finalize(str(idx_aside))
     except OSError as error:
-        raise MegapruneError(f"--output-prefix {config.output_prefix} can't be written ({error.strerror})") from error
+        error = disk_error(error) or error
+        error.filename = None  # an unfinished file's, which the user has not named
+        raise MegapruneError(f"--output-prefix {explain(error, prefix)}") from error
     if masked:
         print(
             "note: the chat template marks the assistant's tokens, and an indexed dataset has no place for that: every "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megaprune import device
 from megaprune.config import Config
-from megaprune.conversion.parts import check_room
+from megaprune.disk import check_room
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
