@@ -22,9 +22,9 @@ _AGAIN = "give the same command again"
 def disk_error(error: BaseException) -> OSError | None:
     """The error of a disk that an exception is, wraps or tells of; None for any other."""
     for met in _chain(error):
-        number = met.errno if isinstance(met, OSError) else _told_number(met)
-        if number in (*_OF_DISKS, *_OF_PATHS):
-            return met if isinstance(met, OSError) else OSError(number, os.strerror(number))
+        found = met if isinstance(met, OSError) else _told(met)
+        if found is not None and found.errno in (*_OF_DISKS, *_OF_PATHS):
+            return found
     return None
 
 
@@ -57,9 +57,10 @@ def explain(error: OSError, path: Path | None = None, remedy: str = _AGAIN, num_
     reason = error.strerror or str(error)
     if error.errno not in _NO_ROOM:
         return f"{where} can't be written ({reason}): mend that, and {remedy}"
+    left = room_left(where)
     needs = f" and {size_text(num_bytes)} are needed" if num_bytes else ""
-    left = f", where {size_text(room_left(where))} are left{needs}"
-    return f"{where} can't be written ({reason}{left}): make room, and {remedy}"
+    limits = "make room" if left < (num_bytes or 0) else "make room, quotas and limits on files included"
+    return f"{where} can't be written ({reason}, where {size_text(left)} are left{needs}): {limits}, and {remedy}"
 
 
 def check_room(folder: Path, num_bytes: int, remedy: str = "or choose another disk") -> None:
@@ -111,9 +112,11 @@ def _exceptions_in(values: Iterable[Any]) -> list[BaseException]:
     return [value for value in flat if isinstance(value, BaseException)]
 
 
-def _told_number(error: BaseException) -> int | None:
+def _told(error: BaseException) -> OSError | None:
     text = str(error)
     if isinstance(error, RuntimeError) and _TORCH_WRITER.search(text):
-        return errno.ENOSPC  # it says no more than that its file took no more
-    found = _NUMBER.search(text)
-    return int(next(filter(None, found.groups()))) if found else None
+        return OSError(errno.ENOSPC, "the file takes no more")  # torch.save loses the number
+    if (found := _NUMBER.search(text)) is None:
+        return None
+    number = int(next(filter(None, found.groups())))
+    return OSError(number, os.strerror(number))
