@@ -89,7 +89,7 @@ class _Lock:
         _held.discard(self)
         with suppress(OSError):
             if self._is_named(self._file):
-                self._path.unlink()
+                os.unlink(self._path)
         os.close(self._file)
         self._file = None
         self._remove_folders()
@@ -112,7 +112,7 @@ class _Lock:
             if mine is False or (mine is None and holder is not None):
                 # It died with a host whose flock is still there, or there are no flocks: begin with a file of our own.
                 if self._is_named(file):
-                    self._path.unlink()
+                    os.unlink(self._path)
                 return
             _write(file)
             if mine is None:
