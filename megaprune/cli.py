@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -87,3 +88,10 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    threading.excepthook = _on_thread_error
+
+
+def _on_thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer raises a disk's error in its own thread, and again where it is next written to."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)

@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -65,9 +65,21 @@ def run(config: Config, command: str) -> None:
         with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing, one_line(setup.run_dir.path, GO_ON):
             parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
-            with closing(pruning_run.metrics):
+            with _closing(pruning_run.metrics):
                 pruning_run.execute()
     parallel.finish()
+
+
+@contextmanager
+def _closing(metrics: MetricsLogger) -> Iterator[None]:
+    """A block behind which the metrics are closed; where it fails, what closing them meets is not what went wrong."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            metrics.close()
+        raise
+    metrics.close()
 
 
 def say(text: str) -> None:

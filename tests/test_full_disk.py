@@ -160,8 +160,9 @@ def test_room_is_looked_for_before_a_checkpoint(argv, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_both_ranks_end(argv, tmp_path):
-    """The second one's worker is what fails."""
+@pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 300)])
+def test_both_ranks_end(argv, tmp_path, rank, largest_file):
+    """Whether a worker of the second one fails, or the first in what it alone writes."""
     script = (
         "import os, resource, sys, warnings\n"
         "warnings.filterwarnings('ignore')\n"
@@ -170,8 +171,8 @@ def test_both_ranks_end(argv, tmp_path):
         "from megaprune.runner import PruningRun\n"
         "due = PruningRun._save_if_due\n"
         "def full(self, *rest, **more):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        f"    if os.environ['RANK'] == '{rank}':\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, resource.RLIM_INFINITY))\n"
         "    due(self, *rest, **more)\n"
         "PruningRun._save_if_due = full\n"
         "cli.main('prune', sys.argv[1:])\n"
@@ -190,6 +191,7 @@ def test_both_ranks_end(argv, tmp_path):
     assert done.returncode == 1, done.stderr
     by_rank = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}
     assert "iter_0000001.tmp can't be written (the file takes no more" in by_rank["0"], by_rank
+    assert by_rank["0"].count("\n") == 1 and not (tmp_path / "run").exists(), by_rank
     assert "Traceback" not in by_rank["0"] + by_rank["1"] and by_rank["1"] == "", by_rank
 
 

@@ -6,7 +6,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import megatron.core.dist_checkpointing.strategies.filesystem_async as filesyste
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from megaprune import disk
@@ -30,6 +32,28 @@ from megaprune.mcore.trainer import Trainer
 # 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.
 filesystem_async._results_queue = queue.Queue()
 make_loadable()
+# Where rank 0 alone writes, its failure would leave the others in the collectives that follow: it waits until these are
+# over.
+_failures: list[Exception] = []
+
+
+def _postponing(write: Callable[..., None]) -> Callable[..., None]:
+    """The writer, whose disk errors are raised by `_write` in the end."""
+
+    def postponing(*args: Any, **options: Any) -> None:
+        try:
+            write(*args, **options)
+        except Exception as error:
+            if disk.disk_error(error) is None:
+                raise
+            _failures.append(error)
+
+    return postponing
+
+
+TorchCommonSaveStrategy.save_common = _postponing(TorchCommonSaveStrategy.save_common)
+filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
+serialization.save_config = _postponing(serialization.save_config)
 # It logs what its workers met, and then raises it.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
@@ -90,15 +114,21 @@ def _begin(aside: Path, num_bytes: int) -> None:
 
 
 def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
-    """Collective. Where a writer fails, rank 0 hears of it from the core, and the others that there was something."""
+    """Collective. Where a worker fails, rank 0 hears of it from the core, and the others that there was something."""
+    error = None
+    _failures.clear()
     try:
         with disk.one_line(aside, _GO_ON, num_bytes):
             dist_checkpointing.save(state, str(aside))
-    except CheckpointException as error:
-        if error.failures or dist.get_rank() == 0:
+            if _failures:
+                raise _failures[0]
+    except MegapruneError as met:
+        error = met
+    except CheckpointException as met:
+        if met.failures or dist.get_rank() == 0:
             raise
-        raise MegapruneError(f"{aside} can't be written: see what rank 0 says of it") from None
-    dist.barrier()
+        error = MegapruneError(f"{aside} can't be written: see what rank 0 says of it")
+    parallel.raise_together(error)
 
 
 def _finish(aside: Path, final: Path) -> None:
