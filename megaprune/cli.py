@@ -6,11 +6,13 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megaprune.disk import disk_error, explain
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.launcher import rank
 
@@ -49,6 +51,11 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    except Exception as error:
+        met = disk_error(error)  # of what was written last: a report, a table
+        if met is None:
+            raise
+        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"
     return 0, None
 
 
@@ -81,3 +88,10 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    threading.excepthook = _on_thread_error
+
+
+def _on_thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer raises a disk's error in its own thread, and again where it is next written to."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from megaprune.errors import UsageError
@@ -12,6 +12,7 @@ SEARCHES = ("e3", "sheared")
 # Methods that look at calibration data, and do not train.
 CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
+_LONGEST_DEFAULT_WINDOW = 4096
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 # Of each of these one is given.
@@ -47,7 +48,7 @@ class DataConfig:
     valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
-    seq_length: int = flag("tokens in a training window", 4096)
+    seq_length: int | None = flag("tokens in a training window (default: 4096, or the model's positions if fewer)")
     calibration_samples: int = flag("training windows on which layers are scored before the search", 40)
     data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
 
@@ -246,6 +247,27 @@ class Config:
         """Every setting under its flag's name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
+    def with_window(self, max_positions: int) -> "Config":
+        """This run with a window's length: the user's, or the default for a model of so many positions."""
+        if self.data.seq_length is not None:
+            return self
+        return replace(self, data=replace(self.data, seq_length=min(_LONGEST_DEFAULT_WINDOW, max_positions)))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are judged on windows of the training data."""
+        return self.prune.method in ("e3", *CALIBRATED) or self.stitches
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether any window of the training data is looked at."""
+        return bool(self.recovery.train_iters) or self.calibrates
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the model sees any window at all; surgery has no use for one."""
+        return self.reads_training_data or bool(self.data.valid_data)
+
     @property
     def distils(self) -> bool:
         """Whether the student learns from a teacher."""
@@ -414,8 +436,6 @@ def _check_ranges(config: Config) -> None:
         raise UsageError(f"--gumbel-anneal {config.search.gumbel_anneal} is not between 0 and 1")
     if config.recovery.seed > _LARGEST_SEED:
         raise UsageError(f"--seed {config.recovery.seed} is above {_LARGEST_SEED}")
-    if config.recovery.min_lr > config.recovery.lr:
-        raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
 
 
 def _check_cut(config: Config) -> None:
@@ -480,6 +500,8 @@ def _check_iterations(config: Config) -> None:
         raise UsageError(f"--search-iters {config.search.search_iters} is less than 1")
     elif config.search.search_iters and config.prune.method != "clp":
         raise UsageError(f"--search-iters is for methods that search, and --method {config.prune.method} does not")
+    if train_iters and config.recovery.min_lr > config.recovery.lr:
+        raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:
         raise UsageError(
             f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"

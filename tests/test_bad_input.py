@@ -254,6 +254,35 @@ CASES = {
     # so that each of the above is refused for its own reason
     "good run": lambda w: good(save=w.folder / "good/parent/run"),
     "good surgery": lambda w: good(save=w.folder / "good/surgery", **SURGERY),
+    # what a run has no use for refuses nothing
+    "surgery of a model of few positions": lambda w: good(save=w.folder / "good/surgery1", seq_length=None, **SURGERY),
+    "surgery with flags of training": lambda w: good(
+        save=w.folder / "good/surgery2",
+        seq_length=512,
+        distill_top_k=332,
+        global_batch_size=3,
+        micro_batch_size=2,
+        min_lr=1,
+        **SURGERY,
+    ),
+    "surgery with too little data": lambda w: good(
+        save=w.folder / "good/surgery3", **SURGERY | dict(train_data=w.file("few.jsonl", '{"text": "a b"}\n'))
+    ),
+    "surgery without a tokenizer": lambda w: good(
+        save=w.folder / "good/surgery4", hf_model=w.model_without("t2", "tokenizer.json"), **SURGERY
+    ),
+    "cross-entropy with a top k": lambda w: good(
+        save=w.folder / "good/ce",
+        distill_loss="ce",
+        distill_top_k=332,
+        **MANUAL | dict(prune_layers="3", train_iters=1),
+    ),
+    "surgery with data that is not there": lambda w: bad(
+        "--train-data", "none.jsonl", status=2, **SURGERY | dict(train_data=w.folder / "none.jsonl")
+    ),
+    "validated surgery with long windows": lambda w: bad(
+        "--seq-length 512", "256", status=2, seq_length=512, valid_data=w.data / "valid.jsonl", **SURGERY
+    ),
 }
 
 
@@ -325,10 +354,16 @@ def test_nothing_is_left_behind(outcomes):
     assert {path: body for path, body in after.items() if path.split("/")[0] != "good"} == before
 
 
-def test_good_runs_made_their_folders(outcomes):
-    _, _, _, after = outcomes
-    for run in ("good/parent/run", "good/surgery"):
+def test_good_runs_made_their_folders(outcomes, workshop):
+    cases, _, _, after = outcomes
+    for case in (case for case in cases.values() if case.status == 0):
+        run = case.flags["save"].relative_to(workshop.folder)
         assert {f"{run}/hf/config.json", f"{run}/hf/model.safetensors", f"{run}/report.json"} <= after.keys()
+
+
+def test_window_of_a_model_of_few_positions(outcomes):
+    _, _, _, after = outcomes
+    assert json.loads(after["good/surgery1/report.json"])["seq_length"] == 256
 
 
 def test_one_line_from_all_ranks(workshop, tmp_path):

@@ -11,6 +11,7 @@ from megaprune.comparison.plan import Comparison, PlannedRun
 from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
 from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.errors import MegapruneError
+from megaprune.locks import LOCK_NAME, locked
 from megaprune.mcore import parallel
 from megaprune.report.files import write_json
 from megaprune.report.plots import plot_comparison, plot_recovery
@@ -28,8 +29,15 @@ def compare(comparison: Comparison, save: Path) -> None:
     Raises:
         MegapruneError: a run was refused; those before it are kept.
     """
-    runs = comparison.runs
     _check(comparison)
+    parallel.join()
+    with locked(save / LOCK_NAME, f"--save {save}"):
+        _compare(comparison, save)
+    parallel.leave()
+
+
+def _compare(comparison: Comparison, save: Path) -> None:
+    runs = comparison.runs
     for number, planned in enumerate(runs, start=1):
         if parallel.rank() == 0:
             print(f"\n[{number}/{len(runs)}] {planned.folder.name}", flush=True)
@@ -48,7 +56,6 @@ def compare(comparison: Comparison, save: Path) -> None:
             plot_recovery(records, save / f"recovery{ending}")
         print((save / "table.md").read_text(), flush=True)
         print(f"written to {save}", flush=True)
-    parallel.leave()
 
 
 @contextmanager

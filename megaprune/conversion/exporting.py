@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaprune.conversion.checkpoint_source import CheckpointSource
-from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
+from megaprune.conversion.parts import Advance, Labour, Part, convert, cut, one_torch_thread
 from megaprune.conversion.tensor_files import Buffer, Range, write_safetensors
 from megaprune.conversion.torch_dist import ChunkReader
+from megaprune.disk import check_room
 from megaprune.errors import MegapruneError
 from megaprune.weights.dtypes import ITEM_BYTES
 from megaprune.weights.source import INDEX, HFSource

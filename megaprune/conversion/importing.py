@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megaprune.conversion.layout import Piece, pieces
 from megaprune.conversion.metadata import read_metadata, write_metadata
-from megaprune.conversion.parts import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
+from megaprune.conversion.parts import Advance, Labour, Part, convert, cut, one_torch_thread
 from megaprune.conversion.tensor_files import Buffer, Range, TensorFiles
 from megaprune.conversion.torch_dist import Chunk, Place, append_ranges, append_tensor, stored_tensors
+from megaprune.disk import check_room
 from megaprune.errors import MegapruneError
 from megaprune.models import Architecture
 from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float

@@ -121,7 +121,7 @@ def convert_benchmark(argv: Sequence[str]) -> Result:
         raise UsageError(f"--output {config.output} is a folder: give the name of a JSON file")
     import tempfile
 
-    from megaprune.conversion.parts import check_room
+    from megaprune.disk import check_room
     from megaprune.evaluation.conversion_speed import measure, measure_fp8
 
     num_bytes = int(config.size_gb * 1e9)

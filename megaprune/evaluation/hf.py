@@ -188,7 +188,8 @@ def _window(config: Any, hf_model: str, seq_length: int | None) -> int:
     context = getattr(config, "max_position_embeddings", None)
     if seq_length is None:
         default = min(context or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
-        return read_seq_length(hf_model) or default
+        trained_with = read_seq_length(hf_model)
+        return min(trained_with, context or trained_with) if trained_with else default
     if context and seq_length > context:
         raise UsageError(f"--seq-length {seq_length} is beyond the {context} positions of {hf_model}: lower it")
     return seq_length

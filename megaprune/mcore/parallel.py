@@ -37,7 +37,13 @@ class ParallelSizes:
 
 
 def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
-    """Joins the process group (alone where there is no launcher) and sets up Megatron's groups."""
+    """Joins the process group and sets up Megatron's groups."""
+    join(timeout_minutes)
+    set_up_groups(sizes)
+
+
+def join(timeout_minutes: int = 60) -> None:
+    """Joins the process group, unless this process is in it; alone where there is no launcher."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     device.bind_local_device(int(os.environ["LOCAL_RANK"]))
@@ -51,7 +57,6 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    set_up_groups(sizes)
 
 
 def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:

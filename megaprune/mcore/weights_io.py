@@ -11,10 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from megaprune.disk import explain, one_line
 from megaprune.errors import MegapruneError
 from megaprune.mcore.builder import uses_transformer_engine
 from megaprune.mcore.lora import is_adapter
-from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
+from megaprune.mcore.parallel import expert_tensor_parallel, on_first_rank, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
 from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
 from megaprune.weights.source import HFSource
@@ -143,18 +144,16 @@ def export_weights(
                 add(hf_name, source.read(hf_name))
         shards = writer.close()
     except OSError as met:
-        error = MegapruneError(f"{folder} can't be written: {met}")
+        error = MegapruneError(explain(met, folder))
     raise_together(error)
     gathered: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, shards)
-    try:
-        if dist.get_rank() == 0:
+
+    def finish() -> None:
+        with one_line(folder):
             finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
-    except OSError as met:
-        error = MegapruneError(f"{folder} can't be written: {met}")
-    except MegapruneError as met:
-        error = met
-    raise_together(error)
+
+    on_first_rank(finish)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,15 +84,24 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     the numbers of documents and tokens."""
     from tqdm import tqdm
 
+    from megaprune.disk import disk_error, explain
+    from megaprune.locks import lock_beside, locked
     from megaprune.mcore.indexed_data import new_builder
     from megaprune.report.files import whole_file
 
     documents = tokens = 0
     masked = False
     bin_path, idx_path = _outputs(config)
+    prefix = Path(config.output_prefix)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", delay=_BAR_DELAY)
     try:
-        with _folder(bin_path.parent), whole_file(idx_path) as idx_aside, whole_file(bin_path) as bin_aside, bar:
+        with (
+            locked(lock_beside(prefix), f"--output-prefix {prefix}"),
+            whole_file(idx_path) as idx_aside,
+            whole_file(bin_path) as bin_aside,
+            bar,
+        ):
+            _check_free(config)  # again, now that no other process can come between
             builder = new_builder(bin_aside, dtype)
             for batch in batches:
                 start = 0
@@ -109,7 +118,9 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                 raise MegapruneError(f"--input {' '.join(config.input)} holds no documents: every row is empty")
             builder.finalize(str(idx_aside))
     except OSError as error:
-        raise MegapruneError(f"--output-prefix {config.output_prefix} can't be written ({error.strerror})") from error
+        error = disk_error(error) or error
+        error.filename = None  # an unfinished file's, which the user has not named
+        raise MegapruneError(f"--output-prefix {explain(error, prefix)}") from error
     if masked:
         print(
             "note: the chat template marks the assistant's tokens, and an indexed dataset has no place for that: every "
@@ -117,20 +128,6 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
             flush=True,
         )
     return documents, tokens
-
-
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing; what was made goes again when the block fails."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # no longer empty
-            for parent in made:
-                parent.rmdir()
-        raise
 
 
 def _outputs(config: PreprocessConfig) -> tuple[Path, Path]:
@@ -149,6 +146,10 @@ def _check(config: PreprocessConfig) -> None:
         )
     if config.chat_template and not Path(config.chat_template).is_file():
         raise UsageError(f"--chat-template {config.chat_template} is no file")
+    _check_free(config)
+
+
+def _check_free(config: PreprocessConfig) -> None:
     for path in _outputs(config):
         if path.exists():
             raise MegapruneError(f"--output-prefix {config.output_prefix}: {path} is there already; remove it first")

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from megaprune import device
 from megaprune.config import Config
-from megaprune.conversion.parts import check_room
+from megaprune.disk import check_room
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
 from megaprune.errors import MegapruneError
+from megaprune.locks import lock_beside, locked
 from megaprune.mcore import parallel, passes
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes, in_half_precision, vocab_shard
 from megaprune.mcore.parallel import ParallelSizes
@@ -65,18 +66,26 @@ def cache_teacher(config: Config, output: Path) -> None:
     """
     setup = _prepare(config, output)
     parallel.initialize(setup.sizes)
+    with locked(lock_beside(output), f"{_FLAG} {output}"):
+        _cache(setup)
+    parallel.finish()
+
+
+def _cache(setup: _Setup) -> None:
+    config = setup.config
     # What is refused before the first window is computed leaves the disk as it was.
     with setup.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(setup)
         if setup.output.exists():
             parallel.on_first_rank(lambda: _check_finished(setup.output, plan))
             _say(f"{setup.output} holds the finished cache already")
-            return _leave(setup)
+            _clear_data(setup)
+            return
         parallel.on_first_rank(lambda: cache_writer.check_plan(setup.work.path, plan))
         parallel.on_first_rank(lambda: check_room(setup.output, plan.num_bytes - _bytes_in(setup.work.path)))
         _say(_size_of(plan))
         if config.run.dry_run:
-            return _leave(setup)
+            return _clear_data(setup)
         model = build_model(setup.arch, setup.stages, setup.engine)
         import_weights(model, setup.source)
         teacher = in_half_precision(model, setup.engine).requires_grad_(False)
@@ -84,15 +93,13 @@ def cache_teacher(config: Config, output: Path) -> None:
     _Caching(setup, plan, dataset, teacher).run()
     parallel.on_first_rank(lambda: _finish(setup, plan))
     _say(f"written to {setup.output}: {plan.num_bytes / 1e6:,.1f} MB")
-    parallel.finish()
 
 
-def _leave(setup: _Setup) -> None:
-    """Ends where there is nothing to do. Collective."""
+def _clear_data(setup: _Setup) -> None:
+    """Leaves nothing where nothing is to be done. Collective."""
     parallel.barrier()
     if parallel.rank() == 0 and not cache_writer.is_begun(setup.work.path):
         shutil.rmtree(setup.work.path, ignore_errors=True)  # nothing but the data that were tokenised to know this
-    parallel.finish()
 
 
 def _prepare(config: Config, output: Path) -> _Setup:
@@ -103,6 +110,7 @@ def _prepare(config: Config, output: Path) -> _Setup:
     source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
+    config = config.with_window(arch.max_position_embeddings)
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
     fused = device.use_transformer_engine(config.engine.transformer_impl)

@@ -84,7 +84,10 @@ def open_or_build(paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir
         try:
             _build(encoded, folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
-            raise MegapruneError(f"the token cache cannot be written under {cache_dir} ({error})") from error
+            raise MegapruneError(
+                f"the token cache cannot be written under {cache_dir} ({error}): make room there, or name another "
+                "folder with --data-cache-path"
+            ) from error
         stream = _open(folder)
         if stream is None:
             raise MegapruneError(f"the token cache {folder} does not read back as written: check that disk")

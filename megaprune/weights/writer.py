@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaprune.disk import disk_error
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
 from megaprune.weights.stacking import stack_experts
@@ -76,10 +77,14 @@ class ShardWriter:
     def close(self) -> list[WrittenShard]:
         """Writes what is pending, and returns every file so far."""
         if self._pending:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
-            save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            try:
+                save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise disk_error(error) or error from error
             _apply_umask(self.folder / file)
             self.written.append(WrittenShard(file, sorted(self._pending), self._pending_bytes))
             self._pending, self._pending_bytes = {}, 0
