@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megaprune.errors import MegapruneError, UsageError
+from megaprune.weights.hub import check_link
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -94,6 +95,8 @@ def find_sources(paths: Sequence[str], flag: str) -> list[Source]:
 
 def _expand(given: str, flag: str) -> list[Source]:
     path = Path(given)
+    if _looks_like_path(given):
+        check_link(path, f"{flag} {given}")
     if path.is_dir():
         files = sorted(found for found in path.rglob("*") if _is_data_file(found.relative_to(path), found))
         if not files:
@@ -108,6 +111,7 @@ def _expand(given: str, flag: str) -> list[Source]:
         dataset_id, _, split = given.partition(":")
         return [HubSource(dataset_id, split or "train")]
     for file in files:
+        check_link(file, f"{flag} {file}")
         if file.stat().st_size == 0:
             raise UsageError(f"{flag} {file} is empty (0 bytes): remove it or write it again")
     return [FileSource(file, str(file.relative_to(path)) if path.is_dir() else file.name) for file in files]
@@ -115,7 +119,8 @@ def _expand(given: str, flag: str) -> list[Source]:
 
 def _is_data_file(relative: Path, path: Path) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
-    return not hidden and relative.name.endswith(SUFFIXES) and path.is_file()
+    # A link to nothing is data that is missing, not nothing.
+    return not hidden and relative.name.endswith(SUFFIXES) and (path.is_file() or not path.exists())
 
 
 def _looks_like_path(given: str) -> bool:

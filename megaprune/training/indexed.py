@@ -76,7 +76,8 @@ def find_blend(words: Sequence[str], flag: str) -> Blend | None:
 
 def _kind(word: str, flag: str) -> str:
     path, stem = Path(word), _stem(word)
-    if any(Path(f"{stem}.{ending}").is_file() for ending in ("bin", "idx")):
+    pair = [Path(f"{stem}.{ending}") for ending in ("bin", "idx")]
+    if any(file.is_file() or file.is_symlink() for file in pair):
         if stem == word and path.exists():
             either = f"give {word}/ or {word}.idx" if path.is_dir() else f"give {word}.idx, or rename the file"
             raise UsageError(f"{flag} {word} is there and, as {word}.idx, a preprocessed dataset too: {either}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megaprune.errors import MegapruneError
+from megaprune.weights.hub import check_link
 
 # Header, version, code of the dtype, number of sequences, number of documents and one; then, end to end, the
 # sequences' lengths (int32), where each begins in the .bin (int64, bytes), and the documents' first sequences (int64).
@@ -51,6 +52,8 @@ def open_indexed(prefix: str, flag: str) -> IndexedFile:
         MegapruneError: a file is missing, cut off, no index, or not of the other's size; names it.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for path in (bin_path, idx_path):
+        check_link(path, f"{flag} {prefix}: {path}")
     for path, other in ((bin_path, idx_path), (idx_path, bin_path)):
         if not path.is_file():
             raise MegapruneError(f"{flag} {prefix}: {path} is missing beside {other.name}; write both again")

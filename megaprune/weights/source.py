@@ -17,6 +17,7 @@ from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from megaprune.weights.hub import check_links
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ class HFSource:
 
     def _begin(self, folder: Path) -> None:
         self.folder = folder
+        check_links(folder)
         self.config = read_hf_config(folder)
         self.family: Family = family_of(self.config)
 
