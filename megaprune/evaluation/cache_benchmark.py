@@ -47,7 +47,7 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     from megaprune.mcore import parallel
     from megaprune.mcore.builder import EngineOptions
     from megaprune.training.data import prepare_dataset
-    from megaprune.training.setup import tokenizer_in
+    from megaprune.training.tokenizer import tokenizer_in
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
 
@@ -59,7 +59,12 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_in(source.folder, False)
         dataset = prepare_dataset(
-            config.data, tokenizer, seq_length=config.seq_length, cache_dir=Path(folder), flag="--data"
+            config.data,
+            tokenizer,
+            seq_length=config.seq_length,
+            cache_dir=Path(folder),
+            flag="--data",
+            vocab_size=source.family.architecture(source.config).vocab_size,
         )
         fused = device.use_transformer_engine("auto")
         engine = EngineOptions(sizes, fused, config.bf16, seq_length=config.seq_length)

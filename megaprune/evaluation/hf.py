@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.report.model_card import read_seq_length
 from megaprune.report.run_report import perplexity
 from megaprune.training.data import Batch, eval_batches, prepare_dataset
 from megaprune.training.data_sources import first_line
+from megaprune.training.tokenizer import tokenizer_in
 from megaprune.weights.hub import check_links, resolve_hf_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +72,7 @@ def evaluate_model(
     if teacher:
         _check_vocabulary(config, hf_model, teacher, trust_remote_code)
     seq_length = _window(config, hf_model, seq_length)
-    tokenizer = _load("--hf-model", hf_model, AutoTokenizer, trust_remote_code)
+    tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     with tempfile.TemporaryDirectory(prefix="megaprune-evaluate-") as cache:
         dataset = prepare_dataset(
             data,

@@ -106,16 +106,24 @@ def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str) -> None:
     chunks = -(-len(tokens) // _CHUNK_TOKENS)
     step = max(1, -(-tokens.nbytes // _SCANNED_BYTES))
     for chunk in range(0, chunks, step):
-        check_tokens(
-            tokens[chunk * _CHUNK_TOKENS : (chunk + 1) * _CHUNK_TOKENS], vocab_size, f"{flag} {indexed.prefix}"
+        start = chunk * _CHUNK_TOKENS
+        part = tokens[start : start + _CHUNK_TOKENS]
+        if _are_tokens(part, vocab_size):
+            continue
+        place = start + int(np.argmax((part < 0) | (part >= vocab_size)))
+        document = int(np.searchsorted(indexed.starts, place * indexed.dtype.itemsize, side="right"))
+        check_tokens(part, vocab_size, f"{flag} {indexed.prefix}", f"; the first is in document {document:,}")
+
+
+def _are_tokens(tokens: np.ndarray, vocab_size: int) -> bool:
+    return int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, name: str, place: str = "") -> None:
+    """Raises MegapruneError for the first token that is not in [0, vocab_size)."""
+    if not _are_tokens(tokens, vocab_size):
+        token = int(tokens[np.argmax((tokens < 0) | (tokens >= vocab_size))])
+        raise MegapruneError(
+            f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with "
+            f"the model's own tokenizer, or give the model embeddings for the tokens that were added{place}"
         )
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, name: str) -> None:
-    """Raises MegapruneError for tokens that are not in [0, vocab_size)."""
-    for token in (int(tokens.max()), int(tokens.min())):
-        if not 0 <= token < vocab_size:
-            raise MegapruneError(
-                f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with "
-                "the model's own tokenizer"
-            )
