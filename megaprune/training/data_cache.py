@@ -108,8 +108,9 @@ def end_of_text(tokenizer: Any, vocab_size: int | None, flag: str) -> int:
     """
     token = tokenizer.eos_token_id
     if token is None:
+        name = tokenizer.name_or_path or "the model"
         raise MegapruneError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-text token to part the documents of {flag}: set eos_token in its "
+            f"the tokenizer of {name} has no end-of-text token to part the documents of {flag}: set eos_token in its "
             "tokenizer_config.json"
         )
     if vocab_size is not None and token >= vocab_size:

@@ -108,22 +108,24 @@ def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str) -> None:
     for chunk in range(0, chunks, step):
         start = chunk * _CHUNK_TOKENS
         part = tokens[start : start + _CHUNK_TOKENS]
-        if _are_tokens(part, vocab_size):
-            continue
-        place = start + int(np.argmax((part < 0) | (part >= vocab_size)))
-        document = int(np.searchsorted(indexed.starts, place * indexed.dtype.itemsize, side="right"))
-        check_tokens(part, vocab_size, f"{flag} {indexed.prefix}", f"; the first is in document {document:,}")
+        token = _beyond(part, vocab_size)
+        if token is not None:
+            place = (start + int(np.argmax(part == token))) * indexed.dtype.itemsize
+            document = int(np.searchsorted(indexed.starts, place, side="right"))
+            check_tokens(part, vocab_size, f"{flag} {indexed.prefix}", f"; see document {document:,}")
 
 
-def _are_tokens(tokens: np.ndarray, vocab_size: int) -> bool:
-    return int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size
+def _beyond(tokens: np.ndarray, vocab_size: int) -> int | None:
+    """The token that is farthest outside the vocabulary, if there is one."""
+    outside = [token for token in (int(tokens.max()), int(tokens.min())) if not 0 <= token < vocab_size]
+    return outside[0] if outside else None
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, name: str, place: str = "") -> None:
-    """Raises MegapruneError for the first token that is not in [0, vocab_size)."""
-    if not _are_tokens(tokens, vocab_size):
-        token = int(tokens[np.argmax((tokens < 0) | (tokens >= vocab_size))])
+    """Raises MegapruneError for tokens that are not in [0, vocab_size); `place` ends the message."""
+    token = _beyond(tokens, vocab_size)
+    if token is not None:
         raise MegapruneError(
-            f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with "
-            f"the model's own tokenizer, or give the model embeddings for the tokens that were added{place}"
+            f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with the "
+            f"model's own tokenizer, or give the model embeddings for the tokens that were added{place}"
         )

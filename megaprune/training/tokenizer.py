@@ -49,13 +49,13 @@ def model_vocabulary(name: str | Path) -> int | None:
 
 
 def _why(folder: Path, where: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"the tokenizer in {where} brings code of its own: read it, then pass --trust-remote-code"
     package = _missing_package(folder, error)
     if package:
         return (
             f"the tokenizer in {where} needs the package {package}: {_INSTALL.get(package, f'pip install {package}')}"
         )
-    if "trust_remote_code" in str(error):
-        return f"the tokenizer in {where} brings code of its own: read it, then pass --trust-remote-code"
     return f"{where} holds no tokenizer that can be loaded: {_reason(folder, error)}"
 
 
