@@ -29,6 +29,8 @@ _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "images", "audio", "input_audio", "video", "video_url", "file")
 # Messages that hold a result of a tool, which may be any JSON.
 _RESULT_ROLES = ("tool", "ipython", "function")
+# What of a message templates write as JSON.
+_WRITTEN_AS_JSON = ("content", "tool_calls", "function_call")
 
 
 def checked_messages(messages: Any, where: str, key: str) -> list[dict[str, Any]]:
@@ -134,12 +136,30 @@ def _parsed(value: Any, name: str, where: str) -> Any:
         raise MegapruneError(f"{where}: {name!r} is a string that is not valid JSON ({error})") from None
 
 
-def without_missing(value: Any) -> Any:
-    """A value as it was before Arrow gave all structs of a column the same fields: those that are null are left out."""
+def as_written(row: Mapping[str, Any], messages: str) -> dict[str, Any]:
+    """A row as it was before Arrow gave all structs of a column the same fields: null ones are left out of what
+    templates write as JSON, the tools, their calls and results, and of the other arguments.
+
+    Args:
+        messages: the column that holds the chat.
+    """
+    row = {name: value if name == messages else _without_nulls(value) for name, value in row.items()}
+    if isinstance(row.get(messages), list):
+        row[messages] = [_message_as_written(message) for message in row[messages]]
+    return row
+
+
+def _message_as_written(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    return {name: _without_nulls(value) if name in _WRITTEN_AS_JSON else value for name, value in message.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: without_missing(each) for name, each in value.items() if each is not None}
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):
-        return [without_missing(each) for each in value]
+        return [_without_nulls(each) for each in value]
     return value
 
 

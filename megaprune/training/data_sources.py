@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megaprune.errors import MegapruneError, UsageError
-from megaprune.training.chat import ARGUMENTS, checked_messages, template_arguments, without_missing
+from megaprune.training.chat import ARGUMENTS, as_written, checked_messages, template_arguments
 from megaprune.weights.hub import check_link
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
@@ -176,7 +176,7 @@ def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Pa
     done = 0
     for source in sources:
         if isinstance(source, HubSource):
-            for where, row in _hub_rows(source, flag, hub_cache):
+            for where, row in _hub_rows(source, keys, flag, hub_cache):
                 yield Row(where, row, done)
             continue
         place = f"{flag} {source.path}"
@@ -242,15 +242,10 @@ def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 position = size * number // file.metadata.num_rows
-                yield Row(f"{place}, row {number}", _as_written(row), position, tuple(names))
+                yield Row(f"{place}, row {number}", as_written(row, keys.messages), position, tuple(names))
 
 
-def _as_written(row: Any) -> dict[str, Any]:
-    """A row of Arrow's without the fields that it had to give to structs."""
-    return {name: without_missing(value) for name, value in row.items()}
-
-
-def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
     # Imported here: both take seconds to load, and local data needs neither.
     import datasets
     import huggingface_hub
@@ -267,7 +262,7 @@ def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[
         kept = {"cache_dir": str(hub_cache)} if hub_cache else {}
         rows = datasets.load_dataset(source.dataset_id, split=source.split, streaming=True, **kept)
         for number, row in enumerate(rows, start=1):
-            yield f"{place}, row {number} of split {source.split}", _as_written(row)
+            yield f"{place}, row {number} of split {source.split}", as_written(row, keys.messages)
     except Exception as error:  # as above
         raise MegapruneError(
             f"{place}: split {source.split!r} cannot be read from the hub ({first_line(error)}); "
