@@ -137,7 +137,7 @@ def prepare_dataset(
     blend = indexed.find_blend(paths, flag)
     if blend is not None:
         pad_id = end_of_text(tokenizer, vocab_size, flag)
-        files = indexed.open_blend(blend, flag, seq_length, vocab_size)
+        files = indexed.open_blend(blend, flag, seq_length, vocab_size, whole=True)
         return indexed.stored_windows(blend, files, seq_length, pad_id, pad_last, flag)
     stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag, vocab_size)
     dataset = PackedDataset(stream, seq_length, tokenizer.eos_token_id, pad_last)

@@ -93,8 +93,13 @@ def _stem(word: str) -> str:
     return word[:-4] if word.endswith((".bin", ".idx")) else word
 
 
-def open_blend(blend: Blend, flag: str, seq_length: int, vocab_size: int | None) -> list[IndexedFile]:
+def open_blend(
+    blend: Blend, flag: str, seq_length: int, vocab_size: int | None, whole: bool = False
+) -> list[IndexedFile]:
     """The checked files of a blend.
+
+    Args:
+        whole: looks through all tokens of large files too, as is needed where windows are not looked at when read.
 
     Raises:
         MegapruneError: one can't be used, is shorter than a window, or holds tokens that the model hasn't.
@@ -107,7 +112,7 @@ def open_blend(blend: Blend, flag: str, seq_length: int, vocab_size: int | None)
                 "more data or a smaller --seq-length"
             )
         if vocab_size is not None:
-            check_vocabulary(file, vocab_size, flag)
+            check_vocabulary(file, vocab_size, flag, whole)
     return files
 
 

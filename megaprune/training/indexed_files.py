@@ -96,15 +96,15 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
     return IndexedFile(prefix, dtype, num_tokens, starts)
 
 
-def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str) -> None:
-    """Looks through the tokens, or from 4 GiB on through a sample of them.
+def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bool = False) -> None:
+    """Looks through the tokens, or from 4 GiB on, unless `whole`, through a sample of them.
 
     Raises:
         MegapruneError: one is none of the model's.
     """
     tokens = indexed.tokens()
     chunks = -(-len(tokens) // _CHUNK_TOKENS)
-    step = max(1, -(-tokens.nbytes // _SCANNED_BYTES))
+    step = 1 if whole else max(1, -(-tokens.nbytes // _SCANNED_BYTES))
     for chunk in range(0, chunks, step):
         start = chunk * _CHUNK_TOKENS
         part = tokens[start : start + _CHUNK_TOKENS]
