@@ -69,8 +69,9 @@ def preprocess(config: PreprocessConfig) -> None:
     keys = RowKeys(config.text_key, config.messages_key, argument_columns(tokenizer))
     dtype = token_dtype(vocab_size)
     # Of the model no more is known than lies beside its tokenizer; what is trained later looks at the tokens again.
+    folder = tokenizer.name_or_path  # of a hub id what was fetched, for all workers
     encoding = Encoding(
-        config.tokenizer, template, config.trust_remote_code, keys, dtype.name, model_vocabulary(tokenizer.name_or_path)
+        folder, template, config.trust_remote_code, keys, dtype.name, vocab_size=model_vocabulary(folder)
     )
     end_of_text(tokenizer, encoding.vocab_size, "--input")
     rows = read_rows(sources, keys, "--input", hub_cache=None)

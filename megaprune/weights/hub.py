@@ -36,7 +36,7 @@ def resolve_hf_model(
         if not looks_like_hub_id(name):
             raise MegapruneError(f"{flag} {name} {_state(folder)}: give an HF model folder or a hub id (owner/name)")
         folder = _download(name, config_only, tokenizer_only, flag)
-    check_links(folder, config_only)
+    check_links(folder, config_only, tokenizer_only)
     return folder
 
 
@@ -62,15 +62,15 @@ def _state(path: Path) -> str:
     return "is not a folder" if path.exists() else "does not exist"
 
 
-def check_links(folder: Path, config_only: bool = False) -> None:
+def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = False) -> None:
     """Refuses a folder in which a file that would be read is a link to nothing, as in a hub cache without its blobs.
 
     Raises:
         MegapruneError: there is one; names it.
     """
+    unread = [*_UNREAD, ".*", *(_WEIGHTS if tokenizer_only else ())]
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        wanted = path.name == "config.json" if config_only else not any(fnmatch(path.name, each) for each in _UNREAD)
-        if wanted and not path.name.startswith("."):
+        if path.name == "config.json" or not (config_only or any(fnmatch(path.name, each) for each in unread)):
             check_link(path)
 
 
