@@ -33,7 +33,8 @@ def resolve_hf_model(
     """
     folder = Path(name)
     if not folder.is_dir():
-        if not looks_like_hub_id(name):
+        # Models without an owner are of no family that is pruned, but their tokenizers are used.
+        if not looks_like_hub_id(name if "/" in name or not tokenizer_only else f"owner/{name}"):
             raise MegapruneError(f"{flag} {name} {_state(folder)}: give an HF model folder or a hub id (owner/name)")
         folder = _download(name, config_only, tokenizer_only, flag)
     check_links(folder, config_only, tokenizer_only)

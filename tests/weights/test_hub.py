@@ -55,6 +55,13 @@ def test_an_id_is_an_id_unless_the_folder_is_there(hub, prepare):
     assert [name for name, _ in asked] == ["Qwen/Qwen3-8B"]
 
 
+def test_tokenizers_may_have_no_owner(hub):
+    with pytest.raises(MegapruneError, match="--tokenizer gpt2 is no folder here, and the hub does not give it: 404"):
+        resolve_hf_model("gpt2", flag="--tokenizer", tokenizer_only=True)
+    [(name, wanted)] = hub[2]
+    assert name == "gpt2" and "*.safetensors" in wanted["ignore_patterns"]
+
+
 def test_the_folder_itself_goes_first(hub):
     here, _, asked = hub
     (here / "Qwen" / "Qwen3-8B").mkdir(parents=True)
