@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megaprune.disk import disk_error, explain
 from megaprune.errors import MegapruneError, UsageError
-from megaprune.launcher import rank
+from megaprune.launcher import forget_stale_variables, rank
 
 VERBS = {
     "prune": "prune and heal a model",
@@ -26,6 +26,9 @@ VERBS = {
     "preprocess-data": "text or chat to Megatron's indexed datasets",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
+
+# Those whose processes may have been started by something other than torchrun.
+_JOBS = ("prune", "cache-teacher", "compare")
 
 # How long other ranks wait for the launcher to end them, once rank 0 has printed the error that all of them met.
 _WAIT_FOR_LAUNCHER_SECONDS = 60
@@ -47,6 +50,7 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
+        forget_stale_variables(verb in _JOBS)
         run = getattr(importlib.import_module("megaprune.verbs"), verb.replace("-", "_"))
         run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:

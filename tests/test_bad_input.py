@@ -89,7 +89,8 @@ def with_value(value):
     return edit
 
 
-TWO, SIX = {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "6"}
+# As torchrun's processes have it.
+TWO, SIX = ({"TORCHELASTIC_RUN_ID": "a-run", "RANK": "0", "WORLD_SIZE": size} for size in ("2", "6"))
 MANUAL = dict(method="manual", num_layers_to_prune=None, search_iters=None)
 SURGERY = MANUAL | dict(prune_layers="3,4", train_iters=0, train_data=None)
 KEY = "model.layers.3.self_attn.k_proj.weight"
@@ -193,7 +194,7 @@ CASES = {
     "TensorBoard in a file": lambda w: bad("--tensorboard-dir", "board.txt", tensorboard_dir=w.file("board.txt") / "x"),
     # processes
     "TP does not divide the heads": lambda w: bad(
-        "--tensor-model-parallel-size 3", "heads", status=2, env={"WORLD_SIZE": "3"}, tensor_model_parallel_size=3
+        "--tensor-model-parallel-size 3", "heads", status=2, env=TWO | {"WORLD_SIZE": "3"}, tensor_model_parallel_size=3
     ),
     "processes do not fit": lambda w: bad(
         "6 processes",

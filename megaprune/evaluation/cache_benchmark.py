@@ -49,7 +49,7 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     from megaprune.mcore import parallel
     from megaprune.mcore.builder import EngineOptions
     from megaprune.training.data import prepare_dataset
-    from megaprune.training.setup import tokenizer_in
+    from megaprune.training.tokenizer import tokenizer_in
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
 
@@ -64,7 +64,14 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     parallel.initialize(sizes)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_in(source.folder, False)
-        dataset = prepare_dataset(config.data, tokenizer, seq_length=seq_length, cache_dir=Path(folder), flag="--data")
+        dataset = prepare_dataset(
+            config.data,
+            tokenizer,
+            seq_length=seq_length,
+            cache_dir=Path(folder),
+            flag="--data",
+            vocab_size=source.family.architecture(source.config).vocab_size,
+        )
         fused = device.use_transformer_engine("auto")
         engine = EngineOptions(sizes, fused, config.bf16, seq_length=seq_length)
         windows = min(config.windows, len(dataset))

@@ -51,6 +51,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     # Imported here, so that --help doesn't wait for transformers.
     from megaprune.evaluation.harness import find_tasks, run_harness
     from megaprune.evaluation.hf import evaluate_model, resolve_device, resolve_dtype
+    from megaprune.training.tokenizer import tokenizer_in
 
     tasks = [task.strip() for task in (config.tasks or "").split(",") if task.strip()]
     _check(config, tasks)
@@ -58,6 +59,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, device)
     if tasks:
         find_tasks(tasks)  # a missing package or a wrong name shows now, not after the loss took its hour
+        if Path(config.hf_model).is_dir():
+            tokenizer_in(config.hf_model, config.trust_remote_code, "--hf-model")
     common = {
         "micro_batch_size": config.micro_batch_size,
         "device": device,

@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from megaprune import device
 from megaprune.errors import MegapruneError
-from megaprune.launcher import raise_together, rank, world_size
+from megaprune.launcher import forget_stale_variables, raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
 
 def join(timeout_minutes: int = 60) -> None:
     """Joins the process group, unless this process is in it; alone where there is no launcher."""
+    forget_stale_variables()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     device.bind_local_device(int(os.environ["LOCAL_RANK"]))

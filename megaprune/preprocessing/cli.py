@@ -52,7 +52,10 @@ def preprocess(config: PreprocessConfig) -> None:
     """As `run`, of checked flags."""
     from megaprune.mcore.indexed_data import token_dtype
     from megaprune.preprocessing.encode import Encoding, encode_rows, load_tokenizer
+    from megaprune.training.chat import argument_columns
+    from megaprune.training.data_cache import end_of_text
     from megaprune.training.data_sources import RowKeys, find_sources, read_rows
+    from megaprune.training.tokenizer import model_vocabulary
 
     try:
         sources = find_sources(config.input, "--input")
@@ -63,9 +66,14 @@ def preprocess(config: PreprocessConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer, template, config.trust_remote_code)
     # Ids may have gaps.
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    keys = RowKeys(config.text_key, config.messages_key)
+    keys = RowKeys(config.text_key, config.messages_key, argument_columns(tokenizer))
     dtype = token_dtype(vocab_size)
-    encoding = Encoding(config.tokenizer, template, config.trust_remote_code, keys, dtype.name)
+    # Of the model no more is known than lies beside its tokenizer; what is trained later looks at the tokens again.
+    folder = tokenizer.name_or_path  # of a hub id what was fetched, for all workers
+    encoding = Encoding(
+        folder, template, config.trust_remote_code, keys, dtype.name, vocab_size=model_vocabulary(folder)
+    )
+    end_of_text(tokenizer, encoding.vocab_size, "--input")
     rows = read_rows(sources, keys, "--input", hub_cache=None)
     batches = encode_rows(rows, encoding, tokenizer, config.workers or len(os.sched_getaffinity(0)))
     begin = time.perf_counter()
@@ -91,6 +99,7 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
 
     documents = tokens = 0
     masked = False
+    noted: set[str] = set()
     bin_path, idx_path = _outputs(config)
     prefix = Path(config.output_prefix)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", delay=_BAR_DELAY)
@@ -111,6 +120,10 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                     start += length
                 documents, tokens = documents + len(batch.lengths), tokens + start
                 masked |= batch.masked
+                for about, note in batch.notes.items():
+                    if about not in noted:
+                        bar.write(note)
+                noted |= batch.notes.keys()
                 bar.update(batch.bytes_read - bar.n)
                 elapsed = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)

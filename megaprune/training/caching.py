@@ -28,8 +28,9 @@ from megaprune.models import Architecture
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.training.data import PADDING_ID, Batch, Windows, batches_for, prepare_dataset
 from megaprune.training.run_dir import RunDir
-from megaprune.training.setup import check_sequence, check_top_k, open_source, parallel_sizes, tokenizer_in
+from megaprune.training.setup import check_sequence, check_top_k, open_source, parallel_sizes
 from megaprune.training.teacher_cache import cache_key, check_cacheable
+from megaprune.training.tokenizer import tokenizer_in
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import aside_folder
 

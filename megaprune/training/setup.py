@@ -9,7 +9,7 @@ from megaprune import device
 from megaprune.config import Config, num_layers_to_prune, pruned_layers_of
 from megaprune.conversion.checkpoint_source import CheckpointSource
 from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.errors import UsageError
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.lora import TARGETS, LoRAOptions
@@ -32,12 +32,14 @@ from megaprune.training.data import (
     prepare_dataset,
     train_ids,
 )
+from megaprune.training.data_cache import end_of_text
 from megaprune.training.data_sources import find_sources
 from megaprune.training.indexed import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.training.indexed_files import IndexedFile
 from megaprune.training.run_dir import RunDir
 from megaprune.training.selecting import check_method
 from megaprune.training.teacher_cache import check_cacheable, open_cache
+from megaprune.training.tokenizer import tokenizer_in
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import parse_size
@@ -237,6 +239,7 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         )
         train, valid, files = None, None, []
         if blend:
+            end_of_text(tokenizer, vocab_size, "--train-data")
             files = open_blend(blend, "--train-data", config.data.seq_length, vocab_size)
         elif config.data.train_data and config.reads_training_data:
             train = prepare_dataset(config.data.train_data, tokenizer, flag="--train-data", **common)
@@ -291,17 +294,6 @@ def load_tokenizer(setup: Setup) -> Any:
     if not setup.config.reads_windows:
         return None
     return tokenizer_in(setup.source.folder, setup.config.model.trust_remote_code)
-
-
-def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of an HF folder. Raises as `load_tokenizer`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds; all mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
 
 
 def _uses_transformer_engine(config: Config) -> bool:

@@ -16,6 +16,7 @@ from megaprune.models import Family, HFConfig, family_of
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.weights.dtypes import FP8, TORCH_NAMES
 from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
+from megaprune.weights.hub import check_links
 from megaprune.weights.stored_layout import PLAIN, Place, StoredLayout
 from megaprune.weights.tied import same_tensor
 
@@ -61,6 +62,7 @@ class HFSource:
 
     def _begin(self, folder: Path) -> None:
         self.folder = folder
+        check_links(folder)
         self.config = self.stored_config = read_hf_config(folder)
         self.family: Family = family_of(self.config)
 
