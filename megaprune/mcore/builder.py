@@ -201,6 +201,8 @@ def build_model(
         scatter_embedding_sequence_parallel=options.sizes.sequence_parallel,
     )
     scale_rope(model, arch)
+    if arch.latent_norm_epsilon is not None:
+        _set_latent_epsilon(model, arch.latent_norm_epsilon)
     expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
     if len(model.decoder.layers) != expected:
         raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
@@ -216,6 +218,16 @@ def build_model(
             # is not TP.
             parameter.allreduce = False
     return model.to(device.torch_device())
+
+
+def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
+    """The core gives the norms within latent attention the epsilon of all others."""
+    for layer in model.decoder.layers:
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            # Transformer Engine's norms are part of the projections behind them
+            part = getattr(layer.self_attention, name, None)
+            if hasattr(part, "eps"):
+                part.eps = epsilon
 
 
 def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: torch.Tensor) -> None:

@@ -29,6 +29,8 @@ from megaprune.models.tables import (
 
 # Megatron-Core scores a group by the sum of its best (topk // topk_group) experts, DeepSeek by that of its best two.
 _SCORED_PER_GROUP = 2
+# transformers' class and the makers' own code leave these norms at it, whatever rms_norm_eps is
+_LATENT_NORM_EPSILON = 1e-6
 
 
 def _architecture(config: HFConfig) -> Architecture:
@@ -44,7 +46,7 @@ def _architecture(config: HFConfig) -> Architecture:
             "dimensions, as rope_interleave true does"
         )
     rope_dim = fields["qk_pos_emb_head_dim"]
-    if whole_or_none(config, "head_dim") not in (None, rope_dim):
+    if whole_or_none(config, "head_dim", None) not in (None, rope_dim):
         raise MegapruneError(f"{name}: head_dim {config['head_dim']} is not qk_rope_head_dim {rope_dim}")
     positions = whole(config, "max_position_embeddings", 4096)
     theta, scaling = read_rope(config, positions, also_read=("rope_interleave",))
@@ -56,6 +58,7 @@ def _architecture(config: HFConfig) -> Architecture:
         rope_scaling=scaling,
         tied=flag(config, "tie_word_embeddings", False),
         mla=True,
+        latent_norm_epsilon=_LATENT_NORM_EPSILON,
     )
 
 

@@ -129,7 +129,7 @@ def sigmoid_router_fields(config: HFConfig, num_layers: int) -> dict[str, Any]:
         moe_router_topk_scaling_factor=number(config, "routed_scaling_factor"),
         moe_layer_freq=[0] * dense + [1] * (num_layers - dense),
     )
-    if shared := whole_or_none(config, "n_shared_experts", least=0):
+    if shared := whole_or_none(config, "n_shared_experts", None, least=0):
         fields["moe_shared_expert_intermediate_size"] = expert_size * shared
     return fields
 

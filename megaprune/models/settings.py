@@ -7,10 +7,10 @@ from typing import Any
 from megaprune.errors import MegapruneError
 
 HFConfig = dict[str, Any]
-_REQUIRED: Any = object()
+REQUIRED: Any = object()
 
 
-def whole(config: HFConfig, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
+def whole(config: HFConfig, key: str, default: Any = REQUIRED, least: int = 1) -> int:
     """An integer of at least ``least``; ``default`` if the key is absent.
 
     Raises:
@@ -24,16 +24,16 @@ def whole(config: HFConfig, key: str, default: Any = _REQUIRED, least: int = 1) 
     return value
 
 
-def whole_or_none(config: HFConfig, key: str, default: Any = None, least: int = 1) -> int | None:
+def whole_or_none(config: HFConfig, key: str, default: Any = REQUIRED, least: int = 1) -> int | None:
     """An integer of at least ``least``, or None where the key holds null; ``default`` if the key is absent.
 
     Raises:
-        MegapruneError: the key holds something else.
+        MegapruneError: the key is absent and has no default, or holds something else.
     """
     return None if key in config and config[key] is None else whole(config, key, default, least)
 
 
-def number(config: HFConfig, key: str, default: Any = _REQUIRED) -> float:
+def number(config: HFConfig, key: str, default: Any = REQUIRED) -> float:
     """A finite number above 0; ``default`` if the key is absent.
 
     Raises:
@@ -113,6 +113,6 @@ def wrong(config: HFConfig, key: str, value: Any, expected: str) -> MegapruneErr
 def _lookup(config: HFConfig, key: str, default: Any) -> Any:
     if key in config:
         return config[key]
-    if default is _REQUIRED:
+    if default is REQUIRED:
         raise MegapruneError(f"{config.get('model_type')}: config.json lacks the key {key!r}")
     return default

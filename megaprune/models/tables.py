@@ -66,6 +66,7 @@ class Architecture:
         tied: the output layer shares the embedding's weight.
         mla: multi-head latent attention (``transformer`` then holds keyword arguments of ``MLATransformerConfig``).
         sandwich_norm: attention and MLP have a norm behind them too.
+        latent_norm_epsilon: of the norms within latent attention, where it is not the other norms'.
     """
 
     transformer: dict[str, Any]
@@ -76,6 +77,7 @@ class Architecture:
     tied: bool = False
     mla: bool = False
     sandwich_norm: bool = False
+    latent_norm_epsilon: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -268,7 +270,10 @@ def gqa_architecture(
         raise MegapruneError(f"{name}: sliding-window attention is not supported; set use_sliding_window to false")
     heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     query_groups = whole_or_none(config, "num_key_value_heads", groups) or heads
-    channels = whole_or_none(config, "head_dim", head_dim) or hidden // heads
+    if head_dim is not None:
+        channels = whole(config, "head_dim", head_dim)
+    else:
+        channels = whole_or_none(config, "head_dim", None) or hidden // heads
     if heads % query_groups:
         raise MegapruneError(f"{name}: {heads} attention heads can't share {query_groups} key-value heads evenly")
     if channels % 2 or not channels:

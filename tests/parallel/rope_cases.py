@@ -37,7 +37,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "yarn_new": ("llama2", {"rope_parameters": _YARN | {"rope_theta": 1e4, "attention_factor": 1.4}}, _PP2),
     "yarn_mscales": ("qwen2", {"rope_scaling": _YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}, _TP2_SP),
     "yarn_experts": ("qwen3_moe", {"rope_scaling": _YARN | {"factor": None, "truncate": False}}, _EP2),
-    "latent_default": ("deepseek_v3", {"rope_theta": 2e4, "rope_interleave": True}, _EP2),
+    # an epsilon that shows: the norms of the latents keep theirs
+    "latent_default": ("deepseek_v3", {"rope_theta": 2e4, "rope_interleave": True, "rms_norm_eps": 1e-2}, _EP2),
     "latent_linear": ("deepseek_v3", {"rope_scaling": _LINEAR}, _PP2),
     "latent_llama3": ("deepseek_v3", {"rope_scaling": _LLAMA3}, _TP2_SP),
     "latent_yarn": ("deepseek_v3", {"rope_scaling": _YARN | {"mscale": 2.0, "mscale_all_dim": 1.0}}, _TP2_SP),
