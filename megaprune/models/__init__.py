@@ -2,7 +2,9 @@
 
 from megaprune.errors import MegapruneError
 from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
-from megaprune.models.tables import Architecture, Family, HFConfig, RopeScaling, Shard, WeightRule
+from megaprune.models.rope import RopeScaling
+from megaprune.models.settings import HFConfig
+from megaprune.models.tables import Architecture, Family, Shard, WeightRule
 
 _ALL = (
     llama.FAMILY,
@@ -26,7 +28,7 @@ def family_of(config: HFConfig) -> Family:
             within another's, or does not say whether embeddings are tied.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MegapruneError(
             f"model_type {model_type!r} is not a family that megaprune knows; known: {', '.join(sorted(FAMILIES))}"
         )
