@@ -187,8 +187,8 @@ def test_not_finite_experts_are_named_as_they_are_stored(stored_model, tiny_data
 
     model = stored.edited(stored_model("qwen3_moe_stacked"), tmp_path / "bad", edit)
     words = tiny.select_argv(model, tiny_data, tmp_path / "run", "shortgpt")
-    status, line = attempt("prune", words)
-    assert status == 1 and f"{key} holds values that are not finite" in line
+    with pytest.raises(MegapruneError, match=f"{key} holds values that are not finite"):
+        tiny.run_here(words)
 
 
 def test_names_of_another_scheme_are_shown(tiny_model, tmp_path):
