@@ -165,8 +165,8 @@ def _without_nulls(value: Any) -> Any:
 
 @lru_cache
 def template_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The variables that a template takes, and every name in it: of a variable, of an attribute, or in quotes. Both
-    are empty where it is no template; rendering says why."""
+    """The variables that a template takes and never sets, and every name in it: of a variable, of an attribute, or in
+    quotes. Both are empty where it is no template; rendering says why."""
     extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
     environment = jinja2.Environment(extensions=extensions)
     try:
@@ -174,6 +174,8 @@ def template_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
     except jinja2.TemplateError:
         return frozenset(), frozenset()
     variables = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
+    # What a template sets in a branch is its own: a column that has the name by chance must not show in another.
+    variables -= {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
     names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
     names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     names |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}

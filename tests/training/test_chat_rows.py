@@ -232,6 +232,8 @@ def test_names_in_a_template():
         "{% for m in messages %}{% if 'x' in m %}{% break %}{% endif %}{% endfor %}"
     )
     assert {"tools", "messages"} <= variables and {"tool_calls", "name", "x", "tools"} <= names
+    own = "{% if a %}{% set date = 'today' %}{% endif %}{{ date }}"
+    assert template_names(own)[0] == {"a"}
     assert template_names("{% if %}") == (frozenset(), frozenset())
 
 
