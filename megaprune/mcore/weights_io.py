@@ -107,6 +107,8 @@ def export_weights(
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
+    A weight stored in fp32 that a bf16 run did not train keeps its bits.
+
     Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
     them), into a folder that all can see.
 
@@ -130,7 +132,7 @@ def export_weights(
             if not (rule.export and is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
-                tensor = tensor.to(source.dtype(hf_name))
+                tensor = _as_stored(tensor, source, hf_name)
                 writer.add(source.renamed(hf_name, kept_layers), tensor)
                 for copy in source.mtp_copies(hf_name) if keep_mtp else ():
                     writer.add(source.renamed(copy, kept_layers), tensor.clone())
@@ -146,6 +148,16 @@ def export_weights(
     if dist.get_rank() == 0:
         finish_shards(folder, [shard for by_rank in gathered for shard in by_rank])
     dist.barrier()
+
+
+def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:
+    """The weight in the source's dtype; the source's own bits where nothing but the run's coarser dtype changed it."""
+    dtype = source.dtype(hf_name)
+    if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
+        stored = source.read(hf_name)
+        if torch.equal(stored.to(tensor.dtype), tensor.cpu()):
+            return stored
+    return tensor.to(dtype)
 
 
 @torch.no_grad()
