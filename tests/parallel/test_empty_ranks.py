@@ -24,7 +24,7 @@ MOVED = {
 
 
 def argv(model, data, save, flags):
-    argv = tiny.select_argv(model, data, save, "manual", *flags, "--train-iters", "4")
+    argv = [*tiny.select_argv(model, data, save, "manual", *flags), "--train-iters", "4"]
     at = argv.index("--num-layers-to-prune")
     return argv[:at] + argv[at + 2 :]
 
