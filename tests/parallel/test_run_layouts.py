@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from layouts import ENDPOINT_LAYOUTS, MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING
+from layouts import ENDPOINT_LAYOUTS, MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING, SHEARED_LAYOUTS
 
 from megaprune.models.sizes import layer_sizes
 from megaprune.training.metrics import read_metrics
