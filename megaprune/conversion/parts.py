@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from megaprune import failure
 from megaprune.disk import disk_error, explain
 from megaprune.errors import MegapruneError, UsageError
 from megaprune.launcher import raise_together, rank, world_size
@@ -200,10 +201,12 @@ def _processes() -> Any:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(days=1))
+    failure.watch()
     try:
         yield
     finally:
         dist.destroy_process_group()
+    failure.stop()  # not where this rank fails, which the others have yet to be told
 
 
 def _together(work: Callable[[], None]) -> None:

@@ -263,8 +263,22 @@ def train_only(model: GPTModel, layers: Collection[int]) -> None:
 
 
 def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:
-    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself."""
-    return Float16Module(model.config, model) if options.bf16 else model
+    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself.
+
+    Only parameters become bf16. The wrapper would round buffers too, among them the routers' biases, which the core
+    and transformers keep in fp32: the core widens them again, but what rounding took is gone by then.
+    """
+    if not options.bf16:
+        return model
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    wrapped = Float16Module(model.config, model)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
+    return wrapped
 
 
 # by whether layers are gated, and sandwiched between norms

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megaprune import disk
 from megaprune.errors import MegapruneError
-from megaprune.mcore import parallel
+from megaprune.mcore import optimizer_state, parallel
 from megaprune.mcore.distributed_adam import make_loadable
 from megaprune.mcore.lora import is_adapter
 from megaprune.mcore.trainer import Trainer
@@ -174,7 +174,7 @@ def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None =
     wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     trainer.model.load_state_dict(loaded["model"], strict=not trainer.adapters_only)
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.optimizer.load_state_dict(optimizer_state.completed(trainer.optimizer, loaded["optimizer"]))
 
 
 def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -185,6 +185,7 @@ def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequenc
         for entry in nested_values(model):
             if isinstance(entry, ShardedBase):
                 entry.key = _LAYER_KEY.sub(lambda m: f"{m[1]}{kept_layers[int(m[2])]}{m[3]}", entry.key)
+    steps = optimizer_state.align_steps(trainer.optimizer)
     # The optimizer names its states after the model's keys, and so follows the renaming.
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
-    return {"model": model, "optimizer": optimizer}
+    return {"model": model, "optimizer": optimizer_state.shared_state(trainer.optimizer, optimizer, steps)}

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
-from megaprune import device
+from megaprune import device, failure
 from megaprune.errors import MegapruneError
 from megaprune.launcher import forget_stale_variables, raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
@@ -58,6 +58,7 @@ def join(timeout_minutes: int = 60) -> None:
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
         )
+    failure.watch()
 
 
 def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
@@ -92,6 +93,7 @@ def finish() -> None:
 
 def leave() -> None:
     """Leaves the process group and Megatron's groups, if this process is in any."""
+    failure.stop()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

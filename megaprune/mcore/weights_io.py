@@ -108,6 +108,8 @@ def export_weights(
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
+    A weight stored in fp32 that a bf16 run did not train keeps its bits.
+
     Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
     them), into a folder that all can see.
 
@@ -135,7 +137,7 @@ def export_weights(
             if not (rule.export and is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
-                tensor = tensor.to(source.dtype(hf_name))
+                tensor = _as_stored(tensor, source, hf_name)
                 add(hf_name, tensor)
                 for copy in source.copies(hf_name, keep_mtp):
                     add(copy, tensor.clone())
@@ -154,6 +156,16 @@ def export_weights(
             finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
 
     on_first_rank(finish)
+
+
+def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:
+    """The weight in the source's dtype; the source's own bits where nothing but the run's coarser dtype changed it."""
+    dtype = source.dtype(hf_name)
+    if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
+        stored = source.read(hf_name)
+        if torch.equal(stored.to(tensor.dtype), tensor.cpu()):
+            return stored
+    return tensor.to(dtype)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from layouts import (
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
+    SHEARED_LAYOUTS,
     STEP_LAYOUTS,
     STORED_LAYOUTS,
     model_layouts,
@@ -142,6 +143,13 @@ def _cases(num_processes, results, tiny_model, stored_model, source, tiny_data):
                 argv=tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
             )
             for name, flags in ENDPOINT_LAYOUTS.items()
+        ]
+        cases += [
+            dict(
+                kind="prune",
+                argv=tiny.sheared_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
+            )
+            for name, flags in SHEARED_LAYOUTS.items()
         ]
         cases += [
             dict(

@@ -63,6 +63,7 @@ SELECTING = ("auto", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning behind CLP's search; at PP 2 a stage may hold nothing that trains
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
+SHEARED_LAYOUTS = {"sheared_tp2_sp": (*_TP2, _SP)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),
