@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_mscale
-from real_configs import DEEPSEEK_R1, LLAMA_3_1_8B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 from transformers import AutoConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, yarn_apply_mscale
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -14,9 +13,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from megaprune.errors import MegapruneError
 from megaprune.mcore.rotary import inverse_frequencies
 from megaprune.models import family_of
+from megaprune.utils.errors import MegapruneError
+from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_3_1_8B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
 MODULES = {
     "llama": LlamaRotaryEmbedding,
