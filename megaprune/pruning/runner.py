@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -34,9 +34,13 @@ from megaprune.report.run_report import Report, build_report, result_table, writ
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers
 from megaprune.selection.segments import cut_position
-from megaprune.utils.errors import UsageError
+from megaprune.utils.disk import one_line
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.locks import locked
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.writer import aside_folder, parse_size
+
+GO_ON = "give the same command to go on from the last checkpoint"
 
 
 def run(config: Config, command: str) -> None:
@@ -57,12 +61,25 @@ def run(config: Config, command: str) -> None:
     if config.run.dry_run:
         say(describe(setup))
     else:
-        with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-            parallel.on_first_rank(lambda: setup.run_dir.begin(config))
+        undoing = setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
+        with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing, one_line(setup.run_dir.path, GO_ON):
+            parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
-            with closing(pruning_run.metrics):
+            with _closing(pruning_run.metrics):
                 pruning_run.execute()
     parallel.finish()
+
+
+@contextmanager
+def _closing(metrics: MetricsLogger) -> Iterator[None]:
+    """A block behind which the metrics are closed; where it fails, what closing them meets is not what went wrong."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            metrics.close()
+        raise
+    metrics.close()
 
 
 def say(text: str) -> None:
@@ -349,12 +366,21 @@ class PruningRun:
 
     def _export(self, student: Trainer | None) -> None:
         """Report, plots and the HF folder, which gets its name last."""
+        aside = aside_folder(self.setup.run_dir.hf)
+        try:
+            _emptied(aside)
+            with self.progress.timed("export"):
+                self._export_weights(student, aside)
+            parallel.on_first_rank(lambda: self._finish_export(aside))
+        except MegapruneError:
+            if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside_folder(self.setup.run_dir.adapter), ignore_errors=True)
+            raise
+
+    def _finish_export(self, aside: Path) -> None:
         setup, kept = self.setup, self.progress.kept_layers
-        final, first = setup.run_dir.hf, parallel.rank() == 0
-        aside = _emptied(aside_folder(final))
-        with self.progress.timed("export"):
-            self._export_weights(student, aside)
-        if first:
+        with one_line(aside, GO_ON):
             write_pruned_config(setup.source, kept, aside, self.config.model.mtp == "keep")
             report = self._report()
             write_report(setup.run_dir.report, report)
@@ -368,10 +394,9 @@ class PruningRun:
                 adapter=self.config.lora.export_adapter,
             )
             (aside / CARD_NAME).write_text(card)
-            aside.rename(final)
             self.metrics.close()
-            print(result_table(report, setup.run_dir.path), flush=True)
-        parallel.barrier()
+            aside.rename(setup.run_dir.hf)
+        print(result_table(report, setup.run_dir.path), flush=True)
 
     def _export_weights(self, student: Trainer | None, folder: Path) -> None:
         """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
@@ -382,14 +407,16 @@ class PruningRun:
             adapter = setup.run_dir.adapter
             aside = _emptied(aside_folder(adapter))
             export_adapter(student.model, setup.source, kept, aside, setup.lora, str(setup.run_dir.hf), whole)
-            if parallel.rank() == 0:
-                shutil.rmtree(adapter, ignore_errors=True)
-                aside.rename(adapter)
+            parallel.on_first_rank(lambda: _replace(adapter, aside))
         elif trained:
             export_weights(student.model, setup.source, kept, folder, size, whole, keep_mtp)
-        if parallel.rank() == 0 and (self.config.lora.export_adapter or not trained):
-            # no weight has changed: the stored bits are the export
-            write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+        if self.config.lora.export_adapter or not trained:
+
+            def write() -> None:
+                with one_line(folder, GO_ON):
+                    write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+
+            parallel.on_first_rank(write)  # no weight has changed: the stored bits are the export
 
     def _report(self) -> Report:
         setup, kept = self.setup, self.progress.kept_layers
@@ -411,8 +438,17 @@ class PruningRun:
 
 def _emptied(folder: Path) -> Path:
     """The folder, made anew by rank 0. Collective."""
-    if parallel.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    parallel.barrier()
+
+    def make() -> None:
+        with one_line(folder, GO_ON):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    parallel.on_first_rank(make)
     return folder
+
+
+def _replace(folder: Path, by: Path) -> None:
+    with one_line(folder, GO_ON):
+        shutil.rmtree(folder, ignore_errors=True)
+        by.rename(folder)
