@@ -1,20 +1,22 @@
 # make demo   prune the demo model end to end, on CPU, in minutes
 # make test   run the whole test suite
-# Both call `make setup`, which builds .venv from pyproject.toml at the versions in constraints.txt.
+# make docs   build the documentation site in site/
+# All create .venv and install what they need at the versions in constraints.txt; `make setup` does only that.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs-installed
 
-# With glibc's defaults, small training steps on CPU spend half their time giving memory back and
+# With glibc's defaults, small training steps on a CPU spend half of their time on returning memory to the kernel and
 # faulting it in again.
 test demo: export MALLOC_MMAP_THRESHOLD_ := 1073741824
 test demo: export MALLOC_TRIM_THRESHOLD_ := 2000000000
 test demo: export MALLOC_TOP_PAD_ := 268435456
-# One thread a process: the demo and the parallel tests start several processes.
+# One thread per process, because the demo and the parallel tests start several processes.
 test demo: export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint format docs clean
 
 setup: $(STAMP)
 
@@ -23,7 +25,7 @@ $(BIN)/python:
 		{ echo "megaprune needs Python >= 3.11, and '$(PYTHON)' is not one: try 'make setup PYTHON=python3.11'" >&2; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# torch first, so that nothing else gets to choose its build.
+# torch first, so that no other package selects its build.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
@@ -44,7 +46,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Keeps .venv and every run but the demo's.
+# mkdocstrings reads the sources without importing them, so the site needs none of the run's own packages.
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Keeps .venv and all runs except the demo's.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache runs/demo
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage* htmlcov runs/demo
 	find megaprune tools tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,8 +19,9 @@ from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, distillation_loss, teacher_targets
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import schedule
-from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.weights.source import HFSource
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megaprune import device
 from megaprune.benchmarks.timing import SavedActivations, interleaved, median_ratio
@@ -19,10 +18,10 @@ from megaprune.distillation.cache_format import CacheKey, CachePlan
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.cache_writer import ShardFile, begin, finish
 from megaprune.distillation.losses import TeacherTargets
-from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher
+from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher, vocab_shard
 from megaprune.mcore import parallel
 from megaprune.mcore.adapters import attach_adapters
-from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
@@ -174,7 +173,7 @@ class _Setup:
             self._trainers[case.kind] = _TimedTrainer(model, self._engine, _optimizer_options(self._rounds))
         return self._trainers[case.kind]
 
-    def _model(self, arch: Architecture, gate: LayerGate | None) -> GPTModel:
+    def _model(self, arch: Architecture, gate: LayerGate | None) -> torch.nn.Module:
         model = build_model(arch, [arch.num_layers], self._engine, gate)
         _initialize(model)
         return model

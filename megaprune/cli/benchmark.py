@@ -14,6 +14,7 @@ from megaprune.models import Architecture
 from megaprune.report.run_report import versions
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
+from megaprune.utils.text import aligned
 
 Result = dict[str, Any]
 
@@ -123,7 +124,7 @@ def convert_benchmark(argv: Sequence[str]) -> Result:
     import tempfile
 
     from megaprune.benchmarks.convert import measure, measure_fp8
-    from megaprune.weights.torch_dist.engine import check_room
+    from megaprune.utils.disk import check_room
 
     num_bytes = int(config.size_gb * 1e9)
     check_room(Path(config.folder or tempfile.gettempdir()), 3 * num_bytes)
@@ -163,7 +164,7 @@ def convert_table(result: Result) -> str:
         f"{cases[0]['bytes'] / 1e9:.2f} GB, largest tensor {cases[0]['largest_tensor_bytes'] / 2**20:,.0f} MiB; "
         f"medians of {result['settings']['repeats']} rounds; ratios are to cp"
     )
-    return "\n".join([head, *_aligned(rows), "", *_aligned(fp8)])
+    return "\n".join([head, *aligned(rows), "", *aligned(fp8)])
 
 
 def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
@@ -185,7 +186,7 @@ def teacher_cache_benchmark(argv: Sequence[str]) -> Result:
         "environment": _environment(device.NAME, 1),
         **measure(config),
     }
-    print(teacher_cache_table(result, _aligned), flush=True)
+    print(teacher_cache_table(result, aligned), flush=True)
     _write(config.output, result)
     return result
 
@@ -209,7 +210,7 @@ def inference_benchmark(argv: Sequence[str]) -> Result:
         "environment": _environment(device.NAME, 1),
         "cases": measure_inference(config),
     }
-    print(inference_table(result, _aligned), flush=True)
+    print(inference_table(result, aligned), flush=True)
     _write(config.output, result)
     return result
 
@@ -261,7 +262,7 @@ def train_step_table(result: Result) -> str:
     if result["cases"][0]["peak_bytes"] is not None:
         peaks = ["peak MiB", *(f"{record['peak_bytes'] / 2**20:,.1f}" for record in result["cases"])]
         rows = [(*row, peak) for row, peak in zip(rows, peaks, strict=True)]
-    lines = _aligned(rows)
+    lines = aligned(rows)
     environment = result["environment"]
     where = f"{environment['device']}, {environment['processes']} processes x {environment['threads']} threads"
     head = (
@@ -269,14 +270,6 @@ def train_step_table(result: Result) -> str:
         "the same step with cross-entropy"
     )
     return "\n".join([head, *lines])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
 
 
 def _parse(config: type, argv: Sequence[str], name: str, description: str) -> Any:

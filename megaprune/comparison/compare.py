@@ -18,6 +18,7 @@ from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
+from megaprune.utils.locks import LOCK_NAME, locked
 from megaprune.utils.progress import say
 
 _EVALUATION = "evaluation.json"
@@ -34,8 +35,14 @@ def compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None =
         MegapruneError: a run was refused; those before it are kept.
         RunStopped: `should_stop` said so.
     """
-    runs = comparison.runs
     _check(comparison)
+    parallel.join()
+    with locked(save / LOCK_NAME, f"--save {save}"):
+        _compare(comparison, save, should_stop)
+
+
+def _compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None) -> None:
+    runs = comparison.runs
     for number, planned in enumerate(runs, start=1):
         say(f"\n[{number}/{len(runs)}] {planned.folder.name}")
         with _naming(planned):

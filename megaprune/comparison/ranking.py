@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.config.schema import Config
-from megaprune.data.tokenizer import load_tokenizer
 from megaprune.importance.measures import mask_losses
 from megaprune.mcore import parallel
-from megaprune.pruning.data import prepare_data
+from megaprune.pruning.data import prepare_data, run_tokenizer
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import SelectionOptions
 from megaprune.pruning.resolve import open_run
@@ -62,7 +61,7 @@ def rank_all_masks(config: Config, num_windows: int, path: Path) -> Ranking:
         options, source = open_run(config, parallel.world_size())
         with parallel.session(options.sizes):
             masks, models = all_masks(options.selection), Models(options, source)
-            tokenizer = load_tokenizer(source.folder, options.model.trust_remote_code)
+            tokenizer = run_tokenizer(options, source)
             data = prepare_data(options, source, tokenizer, cache_dir(options))
             batches = data.valid_batches(num_windows)
             model, kl = models.original(), list[float]()

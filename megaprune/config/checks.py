@@ -6,7 +6,6 @@ from megaprune.config.schema import (
     Config,
     ModelConfig,
     PruneConfig,
-    RecoveryConfig,
     pruned_layers_of,
 )
 from megaprune.selection import registry
@@ -25,7 +24,6 @@ def check_run(config: Config) -> None:
     _check_what_to_prune(config.prune)
     if config.recovery.train_iters is None:
         raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
-    _check_rates(config.recovery)
     _check_iterations(config)
     _check_lora(config)
     check_cut(config)
@@ -44,7 +42,6 @@ def check_for_plan(config: Config) -> None:
     _check_model(config.model)
     if config.method.names_layers or any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE):
         _check_what_to_prune(config.prune)
-    _check_rates(config.recovery)
     if config.recovery.train_iters is not None:
         _check_iterations(config)
     _check_lora(config)
@@ -78,7 +75,6 @@ def check_for_caching(config: Config) -> None:
     _check_model(config.model)
     if not config.data.train_data:
         raise UsageError("--train-data is required: the data that the runs will train on")
-    _check_rates(config.recovery)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -96,11 +92,6 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
     check_budget(prune)
     if prune.prune_layers is not None:
         pruned_layers_of(prune.prune_layers)
-
-
-def _check_rates(recovery: RecoveryConfig) -> None:
-    if recovery.min_lr > recovery.lr:
-        raise UsageError(f"--min-lr {recovery.min_lr} is above --lr {recovery.lr}")
 
 
 def _check_teacher(config: Config) -> None:
@@ -126,6 +117,8 @@ def _check_lora(config: Config) -> None:
 def _check_iterations(config: Config) -> None:
     train_iters = config.recovery.train_iters
     check_method_flags(config)
+    if train_iters and config.recovery.min_lr > config.recovery.lr:
+        raise UsageError(f"--min-lr {config.recovery.min_lr} is above --lr {config.recovery.lr}")
     if train_iters and config.recovery.lr_warmup_iters >= train_iters:
         raise UsageError(
             f"--lr-warmup-iters {config.recovery.lr_warmup_iters} is not less than --train-iters {train_iters}"

@@ -1,7 +1,7 @@
 """The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method
 from megaprune.utils.errors import UsageError
 
+_LONGEST_DEFAULT_WINDOW = 4096
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 # Of each of these one is given.
@@ -53,7 +54,9 @@ class DataConfig:
     valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
-    seq_length: int = flag("tokens in a training window", 4096, least=1)
+    seq_length: int | None = flag(
+        "tokens in a training window (default: 4096, or the model's positions if fewer)", least=1
+    )
     calibration_samples: int = flag("training windows on which layers are scored before the search", 40, least=1)
     data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
 
@@ -273,6 +276,27 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """Every setting under its flag's name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    def with_window(self, max_positions: int) -> "Config":
+        """This run with a window's length: the user's, or the default for a model of so many positions."""
+        if self.data.seq_length is not None:
+            return self
+        return replace(self, data=replace(self.data, seq_length=min(_LONGEST_DEFAULT_WINDOW, max_positions)))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are judged on windows of the training data."""
+        return self.method.needs_data or self.stitches
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether any window of the training data is looked at."""
+        return bool(self.recovery.train_iters) or self.calibrates
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the model sees any window at all; surgery has no use for one."""
+        return self.reads_training_data or bool(self.data.valid_data)
 
     @property
     def method(self) -> Method:

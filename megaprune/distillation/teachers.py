@@ -13,7 +13,18 @@ from megaprune.mcore import parallel
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import adapters_off
 from megaprune.mcore.schedule import MicroBatch, forward
+from megaprune.models import Architecture
 from megaprune.utils.errors import MegapruneError
+from megaprune.weights.shards import padded_vocab_size
+
+
+def vocab_shard(arch: Architecture) -> VocabShard:
+    """Return the columns of the vocabulary that this rank's logits hold."""
+    place, group = parallel.tensor_parallel(), parallel.tensor_parallel_group()
+    size = padded_vocab_size(arch.vocab_size, place.size) // place.size
+    start = place.rank * size
+    valid = min(max(arch.vocab_size - start, 0), size)
+    return VocabShard(start, size, valid, group if place.size > 1 else None)
 
 
 class Teacher(Protocol):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megaprune.data.sources import first_line
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.text import first_line
 
 
 def run_harness(

@@ -1,7 +1,9 @@
 """An evaluation: loss and agreement on held-out text, and tasks of lm-evaluation-harness."""
 
+from pathlib import Path
 from typing import Any
 
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.evaluation.harness import find_tasks, run_harness
 from megaprune.evaluation.perplexity import evaluate_model, resolve_device, resolve_dtype
 from megaprune.evaluation.result import Evaluation
@@ -36,6 +38,8 @@ def evaluate_all(
     torch_dtype = resolve_dtype(dtype, device)
     if names:
         find_tasks(names)  # a missing package or a wrong name shows now, not after the loss took its hour
+        if Path(hf_model).is_dir():
+            tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     common: dict[str, Any] = {
         "micro_batch_size": micro_batch_size,
         "device": device,

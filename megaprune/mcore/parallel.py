@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megaprune import device
+from megaprune.utils import failure
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.ranks import raise_together, rank, world_size
+from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
@@ -40,7 +41,14 @@ class ParallelSizes:
 
 
 def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
-    """Joins the process group (alone where there is no launcher) and sets up Megatron's groups."""
+    """Joins the process group and sets up Megatron's groups."""
+    join(timeout_minutes)
+    set_up_groups(sizes)
+
+
+def join(timeout_minutes: int = 60) -> None:
+    """Joins the process group, unless this process is in it; alone where there is no launcher."""
+    forget_stale_variables()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     device.bind_local_device(int(os.environ["LOCAL_RANK"]))
@@ -54,7 +62,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    set_up_groups(sizes)
+    failure.watch()
 
 
 def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
@@ -114,6 +122,7 @@ def finish() -> None:
 
 def leave() -> None:
     """Leaves the process group and Megatron's groups, if this process is in any."""
+    failure.stop()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -125,6 +134,11 @@ def tensor_parallel() -> TensorParallel:
     return TensorParallel(
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     )
+
+
+def tensor_parallel_group() -> torch.distributed.ProcessGroup:
+    """Return the group of ranks that share each layer's dense weights."""
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def expert_tensor_parallel() -> TensorParallel:

@@ -12,20 +12,22 @@ from tqdm import tqdm
 
 from megaprune import device
 from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for
-from megaprune.data.tokenizer import load_tokenizer
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
 from megaprune.distillation.cache_key import cache_key
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.builder import build_model, in_half_precision, vocab_shard
+from megaprune.mcore.builder import build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.pruning.data import stored_data
 from megaprune.pruning.options import CachingOptions
+from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown, say
 from megaprune.weights.source import HFSource
-from megaprune.weights.torch_dist.engine import check_room
 
 _FLAG = "--output"
 
@@ -39,27 +41,31 @@ def cache_teacher(options: CachingOptions, source: HFSource) -> CachePlan:
     Raises:
         MegapruneError: what was asked can't be done; what was written so far can be gone on with.
     """
-    with parallel.session(options.sizes):
-        # What is refused before the first window is computed leaves the disk as it was.
-        with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-            plan, dataset = _plan(options, source)
-            if options.output.exists():
-                parallel.on_rank0(lambda: _check_finished(options.output, plan))
-                say(f"{options.output} holds the finished cache already")
-                return _left_alone(options, plan)
-            parallel.on_rank0(lambda: cache_writer.check_plan(options.work.path, plan))
-            parallel.on_rank0(lambda: check_room(options.output, plan.num_bytes - _bytes_in(options.work.path)))
-            say(_size_of(plan))
-            if options.dry_run:
-                return _left_alone(options, plan)
-            model = build_model(options.model.arch, options.pipeline.original, options.engine)
-            import_weights(model, source)
-            teacher = in_half_precision(model, options.engine).requires_grad_(False)
-            parallel.on_rank0(lambda: _begin(options.work.path, plan))
-        _Caching(options, plan, dataset, teacher).run()
-        parallel.on_rank0(lambda: _finish(options, plan))
-        say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
-        return plan
+    with parallel.session(options.sizes), locked(lock_beside(options.output), f"{_FLAG} {options.output}"):
+        return _cache(options, source)
+
+
+def _cache(options: CachingOptions, source: HFSource) -> CachePlan:
+    # What is refused before the first window is computed leaves the disk as it was.
+    with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
+        plan, dataset = _plan(options, source)
+        if options.output.exists():
+            parallel.on_rank0(lambda: _check_finished(options.output, plan))
+            say(f"{options.output} holds the finished cache already")
+            return _left_alone(options, plan)
+        parallel.on_rank0(lambda: cache_writer.check_plan(options.work.path, plan))
+        parallel.on_rank0(lambda: check_room(options.output, plan.num_bytes - _bytes_in(options.work.path)))
+        say(_size_of(plan))
+        if options.dry_run:
+            return _left_alone(options, plan)
+        model = build_model(options.model.arch, options.pipeline.original, options.engine)
+        import_weights(model, source)
+        teacher = in_half_precision(model, options.engine).requires_grad_(False)
+        parallel.on_rank0(lambda: _begin(options.work.path, plan))
+    _Caching(options, plan, dataset, teacher).run()
+    parallel.on_rank0(lambda: _finish(options, plan))
+    say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
+    return plan
 
 
 def check_output(output: Path) -> None:
@@ -79,7 +85,7 @@ def _left_alone(options: CachingOptions, plan: CachePlan) -> CachePlan:
 def _plan(options: CachingOptions, source: HFSource) -> tuple[CachePlan, Windows]:
     """The cache that is to be made, and the data. Collective."""
     cache_dir = options.data.cache_dir or options.work.data_cache
-    tokenizer = load_tokenizer(source.folder, options.model.trust_remote_code)
+    tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)
     vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
 
     def load() -> Windows:

@@ -17,6 +17,9 @@ from megaprune.data.batches import (
 )
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.data.indexed_files import IndexedFile
+from megaprune.data.sources import find_sources
+from megaprune.data.token_cache import end_of_text
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation.cache_key import cache_key
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.mcore import parallel
@@ -93,6 +96,10 @@ def prepare_data(options: RunOptions, source: HFSource, tokenizer: Any, cache_di
     # A cached teacher knows windows as they lie in the files, which are then shuffled as those of text are.
     cached = distillation.teacher == "cached"
     blend = None if cached else find_blend(data.train, "--train-data")
+    if data.train and not data.reads_training:
+        if not blend:
+            find_sources(data.train, "--train-data")  # nothing is read, but a wrong path is wrong
+        blend = None
     if cached:
         check_cacheable(data.train)
 
@@ -102,8 +109,9 @@ def prepare_data(options: RunOptions, source: HFSource, tokenizer: Any, cache_di
     def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
         train, valid, files = None, None, []
         if blend:
+            end_of_text(tokenizer, vocab_size, "--train-data")
             files = open_blend(blend, "--train-data", data.seq_length, vocab_size)
-        elif data.train:
+        elif data.train and data.reads_training:
             train = stored_data(data, data.train, tokenizer, cache_dir, vocab_size)
         if data.valid:
             valid = stored_data(data, data.valid, tokenizer, cache_dir, vocab_size, "--valid-data", pad_last=True)
@@ -113,7 +121,7 @@ def prepare_data(options: RunOptions, source: HFSource, tokenizer: Any, cache_di
     calibration = train
     if blend:
         train, calibration = _blended(options, blend, files, tokenizer.eos_token_id, cache_dir)
-    if calibration and _calibrates(options):
+    if calibration and data.calibrates:
         _check_calibration(options, calibration)
     teacher_cache = open_cache(distillation, source, tokenizer, train) if cached and train else None
     return Data(data, options.training, train, valid, calibration, teacher_cache)
@@ -164,7 +172,7 @@ def _blended(
         cache_dir=cache,
     )
     train = calibration = None
-    if _calibrates(options):
+    if options.data.calibrates:
         most = options.selection.calibration_samples * (1 + HELD_OUT_WINDOWS)
         calibration = calibration_windows(blend, files, most=most, **common)
     num_samples = options.training.train_iters * options.training.global_batch_size
@@ -173,8 +181,13 @@ def _blended(
     return train, calibration
 
 
-def _calibrates(options: RunOptions) -> bool:
-    return options.selection.method.needs_data or options.training.stitches
+def run_tokenizer(options: RunOptions, source: HFSource) -> Any:
+    """Return the model's own tokenizer; None where the run reads no text.
+
+    Raises:
+        MegapruneError: the folder holds none that transformers can load.
+    """
+    return tokenizer_in(source.folder, options.model.trust_remote_code) if options.data.reads_windows else None
 
 
 def check_cacheable(train_data: Sequence[str]) -> None:

@@ -7,10 +7,10 @@ import torch
 
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import VocabShard
-from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher
+from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher, vocab_shard
 from megaprune.mcore import checkpoint
 from megaprune.mcore.adapters import attach_adapters
-from megaprune.mcore.builder import build_model, in_half_precision, train_only, vocab_shard
+from megaprune.mcore.builder import build_model, in_half_precision, train_only
 from megaprune.mcore.hf_weights import import_weights, round_to_source_dtype
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import merge_adapters

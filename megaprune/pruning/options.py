@@ -40,6 +40,8 @@ class DataOptions:
 
     Args:
         cache_dir: folder of the tokenized data; None leaves it to the job.
+        reads_windows: whether the model sees any window at all; reads_training: of the training data.
+        calibrates: whether layers are judged on windows of the training data.
     """
 
     train: list[str]
@@ -49,6 +51,9 @@ class DataOptions:
     seq_length: int
     micro_batch_size: int
     cache_dir: Path | None
+    reads_windows: bool
+    reads_training: bool
+    calibrates: bool
 
 
 @dataclass(frozen=True)

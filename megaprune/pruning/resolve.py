@@ -64,11 +64,12 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, HFSource]:
         MegapruneError: what was asked can't be done.
         UsageError: flags that don't fit the model or the processes.
     """
-    RunDir(Path(config.run.save or "")).check(fixed_settings(config))
     parse_size(config.run.max_shard_size)
     source = open_source(config)
+    windowed = _with_window(config, source.config)
+    RunDir(Path(config.run.save or "")).check(fixed_settings(windowed))
     source.check_tensors()
-    return resolve(config, source.config, world_size), source
+    return resolve(windowed, source.config, world_size), source
 
 
 def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, HFSource]:
@@ -98,11 +99,14 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         MegapruneError: the model can't be expressed.
         UsageError: flags that don't fit each other, the model or the processes.
     """
-    impl = _transformer_impl(config)
-    job = _job(config, hf_config, world_size, device.use_transformer_engine(impl))
+    config = _with_window(config, hf_config)
+    fused = device.use_transformer_engine(_transformer_impl(config))
+    job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
+    if config.distils:
+        _check_top_k(config, arch)
     batch = global_batch_size(config, job.sizes, world_size)
-    selection = _selection(config, hf_config, batch * config.data.seq_length)
+    selection = _selection(config, hf_config, batch * job.data.seq_length)
     _check_selection(config, selection, arch)
     options = RunOptions(
         **job.__dict__,
@@ -119,7 +123,8 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
     """Return the options of a run on paper. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
-    job = _job(config, hf_config, world_size, transformer_engine=False)
+    config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
+    job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
     return PlanOptions(
@@ -127,16 +132,18 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
         world_size=world_size,
         lora=_lora_options(config, job.model.arch, hf_config),
         global_batch_size=batch,
-        selection=_selection(config, hf_config, batch * config.data.seq_length) if prunes else None,
-        trains=config.recovery.train_iters != 0,
+        selection=_selection(config, hf_config, batch * job.data.seq_length) if prunes else None,
+        trains=trains,
         distributed_optimizer=config.engine.use_distributed_optimizer,
     )
 
 
 def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output: Path) -> CachingOptions:
     """Return the options of caching a teacher. Raises as `resolve`."""
+    config = _with_window(config, hf_config)
     fused = device.use_transformer_engine(config.engine.transformer_impl)
-    job = _job(config, hf_config, world_size, fused)
+    job = _job(config, hf_config, world_size, fused, reads_windows=True)
+    _check_top_k(config, job.model.arch)
     return CachingOptions(**job.__dict__, output=output, dry_run=config.run.dry_run)
 
 
@@ -145,12 +152,18 @@ def fixed_settings(config: Config) -> dict[str, object]:
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
-def _job(config: Config, hf_config: HFConfig, world_size: int, transformer_engine: bool) -> JobOptions:
+def _with_window(config: Config, hf_config: HFConfig) -> Config:
+    return config.with_window(family_of(hf_config).architecture(hf_config).max_position_embeddings)
+
+
+def _job(
+    config: Config, hf_config: HFConfig, world_size: int, transformer_engine: bool, reads_windows: bool
+) -> JobOptions:
     arch = family_of(hf_config).architecture(hf_config)
     sizes = _parallel_sizes(config, arch, world_size)
     check_parallel_sizes(arch, sizes, world_size)
-    _check_sequence(config, arch, sizes)
-    _check_top_k(config, arch)
+    seq_length = config.data.seq_length or arch.max_position_embeddings
+    _check_sequence(seq_length, arch, sizes, reads_windows)
     recovery, data, distillation = config.recovery, config.data, config.distillation
     save, cache, logits = config.run.save, data.data_cache_path, distillation.teacher_logits
     cache_dir = Path(cache) if cache else RunDir(Path(save)).data_cache if save else None
@@ -158,18 +171,19 @@ def _job(config: Config, hf_config: HFConfig, world_size: int, transformer_engin
         model=ModelOptions(
             config.model.given, hf_config, arch, config.model.mtp == "keep", config.model.trust_remote_code
         ),
-        engine=EngineOptions(
-            sizes, transformer_engine, recovery.bf16, config.engine.recompute_granularity, data.seq_length
-        ),
+        engine=EngineOptions(sizes, transformer_engine, recovery.bf16, config.engine.recompute_granularity, seq_length),
         pipeline=_pipeline(config, hf_config, sizes),
         data=DataOptions(
             train=list(data.train_data),
             valid=list(data.valid_data),
             text_key=data.text_key,
             messages_key=data.messages_key,
-            seq_length=data.seq_length,
+            seq_length=seq_length,
             micro_batch_size=recovery.micro_batch_size,
             cache_dir=cache_dir,
+            reads_windows=reads_windows,
+            reads_training=config.reads_training_data,
+            calibrates=config.calibrates,
         ),
         distillation=DistillationOptions(
             loss=distillation.distill_loss,
@@ -275,14 +289,15 @@ def _check_selection(config: Config, selection: SelectionOptions, arch: Architec
             raise UsageError("--stitch linear-patch: no layer behind the cut is left to stitch to; leave it out")
 
 
-def _check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:
-    seq_length = config.data.seq_length
+def _check_sequence(seq_length: int, arch: Architecture, sizes: ParallelSizes, reads_windows: bool) -> None:
+    if sizes.context > 1:
+        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
+    if not reads_windows:
+        return
     if seq_length > arch.max_position_embeddings:
         raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
     if sizes.sequence_parallel and seq_length % sizes.tensor:
         raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
-    if sizes.context > 1:
-        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
 
 
 def _check_top_k(config: Config, arch: Architecture) -> None:
@@ -300,6 +315,8 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
     replicas = world_size // sizes.model
     per_step = config.recovery.micro_batch_size * replicas
     size = config.recovery.global_batch_size or per_step
+    if size % per_step and config.recovery.train_iters == 0:
+        return per_step  # no batch is made
     if size % per_step:
         raise UsageError(
             f"--global-batch-size {size} is not a multiple of --micro-batch-size "

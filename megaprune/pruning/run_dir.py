@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
+from megaprune.utils.locks import LOCK_NAME
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class RunDir:
         return self.path / "data-cache"
 
     @property
+    def lock(self) -> Path:
+        return self.path / LOCK_NAME
+
+    @property
     def _settings(self) -> Path:
         return self.path / "run.json"
 
@@ -61,7 +66,7 @@ class RunDir:
         if not self.path.is_dir():
             raise MegapruneError(f"--save {self.path} is a file: choose a folder")
         if not self._settings.is_file():
-            if any(self.path.iterdir()):
+            if any(path != self.lock for path in self.path.iterdir()):
                 raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
             return
         try:
@@ -79,8 +84,11 @@ class RunDir:
         """Make the folder and mark it as this run's.
 
         Raises:
-            MegapruneError: the folder can't be made or written to.
+            MegapruneError: the folder can't be made or written to, or became another's since it was checked.
         """
+        self.check(settings)
+        if self.hf.exists():
+            raise MegapruneError(f"--save {self.path}: another process has finished this run meanwhile: {self.hf}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, dict(settings))

@@ -1,18 +1,21 @@
 """A pruning run, stage by stage: import, select, prune, recover, export. Each goes on where it stopped."""
 
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from megaprune.data.tokenizer import load_tokenizer
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
 from megaprune.pruning.context import RunContext, ShouldStop
-from megaprune.pruning.data import prepare_data
-from megaprune.pruning.export import export
+from megaprune.pruning.data import prepare_data, run_tokenizer
+from megaprune.pruning.export import GO_ON, export
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.select import select
 from megaprune.pruning.train import begin_recovery, recover
+from megaprune.report.metrics import MetricsLogger
 from megaprune.report.run_report import Report, read_report
+from megaprune.utils.disk import one_line
+from megaprune.utils.locks import locked
 from megaprune.utils.progress import say
 from megaprune.weights.source import HFSource
 
@@ -36,17 +39,30 @@ def run(options: RunOptions, source: HFSource, command: str, should_stop: Should
         say(f"{run_dir.path} holds the finished run already: {run_dir.hf}")
         return read_report(run_dir.report)
     with parallel.session(options.sizes):
-        tokenizer = load_tokenizer(source.folder, options.model.trust_remote_code)
+        tokenizer = run_tokenizer(options, source)
         if dry_run:
             say(describe(options))
             return None
-        with run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
+        undoing = run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
+        with locked(run_dir.lock, f"--save {run_dir.path}"), undoing, one_line(run_dir.path, GO_ON):
             parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
             data = prepare_data(options, source, tokenizer, cache_dir(options))
             context = RunContext(options, source, data, should_stop)
-            with closing(context.metrics):
+            with _closing(context.metrics):
                 _execute(context, command)
         return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
+
+
+@contextmanager
+def _closing(metrics: MetricsLogger) -> Iterator[None]:
+    """A block behind which the metrics are closed; where it fails, what closing them meets is not what went wrong."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            metrics.close()
+        raise
+    metrics.close()
 
 
 def cache_dir(options: RunOptions) -> Path:

@@ -4,10 +4,9 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from megaprune.data.tokenizer import load_tokenizer
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import in_half_precision
-from megaprune.pruning.data import prepare_data
+from megaprune.pruning.data import prepare_data, run_tokenizer
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.select import Calibration
@@ -27,7 +26,7 @@ def score(options: RunOptions, source: HFSource, chooses: bool) -> LayerScores:
         UsageError: the method scores no single layers, and what goes is not given.
     """
     with parallel.session(options.sizes), _scratch(options) as cache:
-        tokenizer = load_tokenizer(source.folder, options.model.trust_remote_code)
+        tokenizer = run_tokenizer(options, source)
         folder = parallel.on_rank0_for_all(lambda: str(cache))
         data, models = prepare_data(options, source, tokenizer, Path(folder)), Models(options, source)
         model = in_half_precision(models.original(), options.engine)

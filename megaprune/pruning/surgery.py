@@ -9,6 +9,7 @@ from megaprune.models.sizes import inventory
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.run_report import Report, build_report
 from megaprune.selection.one_shot import manual_layers
+from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
@@ -56,15 +57,14 @@ def remove_layers_of(
         aside = aside_folder(final)
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            aside.mkdir(parents=True)
-            write_pruned_weights(source, kept, aside, max_shard_bytes, keep_mtp)
-            write_pruned_config(source, kept, aside, keep_mtp)
-            (aside / CARD_NAME).write_text(card)
-            if final.is_dir():
-                final.rmdir()  # an empty one, whose place is taken
-            os.replace(aside, final)
-        except OSError as error:
-            raise MegapruneError(f"--save {final} can't be written ({error.strerror}): choose another") from None
+            with one_line(aside, "call again"):
+                aside.mkdir(parents=True)
+                write_pruned_weights(source, kept, aside, max_shard_bytes, keep_mtp)
+                write_pruned_config(source, kept, aside, keep_mtp)
+                (aside / CARD_NAME).write_text(card)
+                if final.is_dir():
+                    final.rmdir()  # an empty one, whose place is taken
+                os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -13,10 +13,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from megaprune.data.sources import first_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.progress import TRAINING, bars_are_shown
+from megaprune.utils.text import first_line
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"

@@ -123,6 +123,7 @@ def test_other_ranks_wait_for_the_first_and_say_nothing(main, monkeypatch):
     waited, handlers = [], []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(cli.signal, "signal", lambda *args: handlers.append(args))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
     monkeypatch.setenv("RANK", "1")
     assert main("prune", ["--no-such-flag"]) == (2, "", "")
     assert waited == [60]

@@ -275,6 +275,11 @@ def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]
     return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
 
 
+def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a short search by hard concrete gates."""
+    return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
+
+
 def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
     """A run in this process, as the command line would do it; another may follow."""
     from megaprune.cli.prune import parse_config

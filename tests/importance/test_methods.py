@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
 from megaprune.mcore import parallel
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.layers.gated import LayerGate, layers_of
 from megaprune.mcore.layers.linear_patch import hadamard

@@ -5,8 +5,9 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune.distillation.losses import cross_entropy
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import schedule
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
 from megaprune.mcore.parallel import ParallelSizes

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from megaprune.benchmarks.timing import SavedActivations
 from megaprune.data.batches import Batch
-from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher
+from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, vocab_shard
 from megaprune.mcore import parallel
 from megaprune.mcore.adapters import attach_adapters
-from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import (
     export_weights,
     gather_over_tensor_parallel,

@@ -18,7 +18,9 @@ from tests.parallel.layouts import (
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
+    SHEARED_LAYOUTS,
     STEP_LAYOUTS,
+    STORED_LAYOUTS,
     model_layouts,
 )
 
@@ -50,7 +52,7 @@ def source(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def results(tiny_model, source, tiny_data, tmp_path_factory):
+def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
     """Gives the results of a number of processes."""
     launched = {}
 
@@ -58,7 +60,11 @@ def results(tiny_model, source, tiny_data, tmp_path_factory):
         if num_processes not in launched:
             found = Results(tmp_path_factory.mktemp(f"processes{num_processes}"))
             try:
-                launch(num_processes, _cases(num_processes, found, tiny_model, source, tiny_data), found.folder)
+                launch(
+                    num_processes,
+                    _cases(num_processes, found, tiny_model, stored_model, source, tiny_data),
+                    found.folder,
+                )
                 launched[num_processes] = found
             except pytest.fail.Exception as failure:
                 launched[num_processes] = failure
@@ -77,7 +83,7 @@ def _imported(model, folder):
     return out
 
 
-def _cases(num_processes, results, tiny_model, source, tiny_data):
+def _cases(num_processes, results, tiny_model, stored_model, source, tiny_data):
     def argv(name, flags):
         return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags)
 
@@ -96,6 +102,12 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
         dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
         for family in (*tiny.FAMILIES, *MOE_FAMILIES)
         for layout, (processes, sizes) in model_layouts(family).items()
+        if processes == num_processes
+    ]
+    cases += [
+        dict(kind="model", hf_model=stored_model(name), sizes=sizes, out=results.model(name, layout))
+        for name, layouts in STORED_LAYOUTS.items()
+        for layout, (processes, sizes) in layouts.items()
         if processes == num_processes
     ]
     cases += [
@@ -125,6 +137,13 @@ def _cases(num_processes, results, tiny_model, source, tiny_data):
                 argv=tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
             )
             for name, flags in ENDPOINT_LAYOUTS.items()
+        ]
+        cases += [
+            dict(
+                kind="prune",
+                argv=tiny.sheared_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
+            )
+            for name, flags in SHEARED_LAYOUTS.items()
         ]
         cases += [
             dict(

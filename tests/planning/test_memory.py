@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import cross_entropy
+from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, add_adapters
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes

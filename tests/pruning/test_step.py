@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megaprune.distillation.teachers import OnlineTeacher
-from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
+from megaprune.distillation.teachers import OnlineTeacher, vocab_shard
+from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer

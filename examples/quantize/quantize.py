@@ -1,7 +1,7 @@
-"""Quantises an exported model with torchao through transformers, and saves it in HF format.
+"""Quantize an exported model with torchao through transformers, and save it in HF format.
 
-    pip install 'megaprune[quantise]'
-    python examples/quantise/quantise.py --hf-model runs/demo/hf --save runs/demo/hf-int8
+    pip install 'megaprune[quantize]'
+    python examples/quantize/quantize.py --hf-model runs/demo/hf --save runs/demo/hf-int8
     python tools/evaluate.py --hf-model runs/demo/hf-int8 --data examples/demo/valid.jsonl
 
 Nothing here knows that the model was pruned: it is a stock checkpoint, and so is what comes out.
@@ -21,18 +21,18 @@ SCHEMES = {
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hf-model", required=True, help="folder of the model, such as a run's hf/")
-    parser.add_argument("--save", required=True, help="folder for the quantised model; must not exist")
+    parser.add_argument("--save", required=True, help="folder for the quantized model; must not exist")
     parser.add_argument("--scheme", choices=SCHEMES, default="int8-weights")
     args = parser.parse_args()
     if Path(args.save).exists():
         sys.exit(f"error: --save {args.save} exists already")
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         args.hf_model, dtype="auto", quantization_config=TorchAoConfig(SCHEMES[args.scheme]())
     )
-    quantised.save_pretrained(args.save)
+    quantized.save_pretrained(args.save)
     AutoTokenizer.from_pretrained(args.hf_model).save_pretrained(args.save)
     size = sum(path.stat().st_size for path in Path(args.save).glob("*.safetensors"))
     print(f"{args.scheme}: {size / 1e6:.1f} MB of weights in {args.save}")
