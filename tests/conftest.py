@@ -11,7 +11,7 @@ import torch
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Gives the folder of a tiny model; the same one for the same arguments."""
-    import tiny  # here and below: it loads transformers, which many tests do without
+    from tests.helpers import tiny  # here and below: it loads transformers, which many tests do without
 
     made = {}
 
@@ -27,7 +27,7 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stored_model(tiny_model, tmp_path_factory):
     """Gives the folder of a model that is stored in another way, by its name in ``stored.MODELS``."""
-    import stored
+    from tests.helpers import stored
 
     made = {}
 
@@ -43,7 +43,7 @@ def stored_model(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A folder with train.jsonl and valid.jsonl."""
-    import tiny
+    from tests.helpers import tiny
 
     folder = tmp_path_factory.mktemp("data")
     tiny.make_data(folder / "train.jsonl", rows=150, seed=1)
@@ -54,7 +54,7 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole_run(tiny_model, tiny_data, tmp_path_factory):
     """A run on one process that was never stopped."""
-    import tiny
+    from tests.helpers import tiny
 
     save = tmp_path_factory.mktemp("whole") / "run"
     tiny.run_here(tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, save))

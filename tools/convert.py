@@ -1,6 +1,6 @@
 """See `megaprune convert --help`."""
 
-from megaprune.cli import main
+from megaprune.cli.main import main
 
 if __name__ == "__main__":
     main("convert")

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megaprune.comparison.plan import Comparison, PlannedRun
+from megaprune.comparison.grid import Comparison, PlannedRun
 from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
 from megaprune.comparison.table import rows_of, write_runs, write_tables
-from megaprune.errors import MegapruneError
-from megaprune.locks import LOCK_NAME, locked
 from megaprune.mcore import parallel
-from megaprune.report.files import write_json
+from megaprune.pruning.prepare import prepare
+from megaprune.pruning.runner import run
+from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
-from megaprune.runner import run
-from megaprune.training.metrics import read_metrics
-from megaprune.training.setup import prepare
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import write_json
+from megaprune.utils.locks import LOCK_NAME, locked
 
 _EVALUATION = "evaluation.json"
 
@@ -121,7 +121,7 @@ def _evaluation(planned: PlannedRun) -> dict[str, float]:
     if not path.is_file():
         found = {"kl": math.nan, "top1_agreement": math.nan}
         if config.data.valid_data and config.model.hf_model:
-            from megaprune.evaluation.hf import evaluate_model
+            from megaprune.evaluation.perplexity import evaluate_model
 
             found = evaluate_model(
                 str(planned.folder / "hf"),

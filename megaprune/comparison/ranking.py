@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaprune.config import Config
-from megaprune.errors import UsageError
+from megaprune.config.schema import Config
+from megaprune.importance.evaluator import masks_of
+from megaprune.importance.measures import mask_losses
 from megaprune.mcore import parallel
-from megaprune.report.files import write_json
-from megaprune.training.judging import masks_of
-from megaprune.training.models import Models
-from megaprune.training.scoring import mask_losses
-from megaprune.training.setup import Setup, load_tokenizer, prepare, prepare_data
+from megaprune.pruning.models import Models
+from megaprune.pruning.prepare import Setup, load_tokenizer, prepare, prepare_data
+from megaprune.utils.errors import UsageError
+from megaprune.utils.files import write_json
 
 # beyond this many masks, ranking takes longer than the runs that it is to rank
 MOST_MASKS = 20_000

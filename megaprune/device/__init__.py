@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megaprune.errors import UsageError
+from megaprune.utils.errors import UsageError
 
 if torch.cuda.is_available():
     from megaprune.device.cuda import (

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from megaprune.distillation.losses import TeacherTargets, top_k_log_odds
-from megaprune.errors import MegapruneError
-from megaprune.report.files import write_json
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import write_json
 
 MANIFEST = "manifest.json"
 CHECKSUM_BYTES = 4

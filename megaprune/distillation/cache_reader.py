@@ -18,7 +18,7 @@ from megaprune.distillation.cache_format import (
     shard_name,
 )
 from megaprune.distillation.losses import TeacherTargets
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 
 _FLAG = "--teacher-logits"
 _REMEDY = "give the right one, or make one with cache_teacher.py"

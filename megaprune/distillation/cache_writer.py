@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megaprune.disk import explain
 from megaprune.distillation.cache_format import (
     CachePlan,
     block_checksum,
@@ -21,8 +20,9 @@ from megaprune.distillation.cache_format import (
 )
 from megaprune.distillation.cache_reader import map_shard
 from megaprune.distillation.losses import TeacherTargets
-from megaprune.errors import MegapruneError
-from megaprune.report.files import write_json
+from megaprune.utils.disk import explain
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import write_json
 
 _PLAN = "plan.json"
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 
 Tail = Literal["renormalised", "rest", "full"]
 LossKind = Literal["adaptive", "kl", "ce"]

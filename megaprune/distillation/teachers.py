@@ -9,11 +9,11 @@ import torch
 from megaprune import device
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
-from megaprune.errors import MegapruneError
 from megaprune.mcore import parallel
-from megaprune.mcore.gated_layer import LayerGate
-from megaprune.mcore.lora import adapters_off
-from megaprune.mcore.passes import MicroBatch, forward
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.layers.lora import adapters_off
+from megaprune.mcore.schedule import MicroBatch, forward
+from megaprune.utils.errors import MegapruneError
 
 
 class Teacher(Protocol):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
-from megaprune.training.data_sources import first_line
+from megaprune.data.sources import first_line
+from megaprune.utils.errors import MegapruneError, UsageError
 
 
 def run_harness(

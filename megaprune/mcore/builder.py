@@ -17,14 +17,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune import device
 from megaprune.distillation.losses import VocabShard
-from megaprune.errors import MegapruneError, UsageError
-from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
-from megaprune.mcore.local_layers import LatentAttention, RMSNorm, ScaledDotProductAttention
+from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
+from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProductAttention
+from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.mcore.rotary import scale_rope, softmax_scale
-from megaprune.mcore.sandwich_layer import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.models import Architecture
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.shards import padded_vocab_size
 
 

@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replic
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megaprune import disk
-from megaprune.errors import MegapruneError
 from megaprune.mcore import optimizer_state, parallel
 from megaprune.mcore.distributed_adam import make_loadable
-from megaprune.mcore.lora import is_adapter
-from megaprune.mcore.trainer import Trainer
+from megaprune.mcore.layers.lora import is_adapter
+from megaprune.mcore.optimizer import Trainer
+from megaprune.utils import disk
+from megaprune.utils.errors import MegapruneError
 
 # 0.16.1 has its writers report to a manager process, for saves that run on beside the training. It takes seconds and
 # 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.

@@ -12,9 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
-from megaprune import device, failure
-from megaprune.errors import MegapruneError
-from megaprune.launcher import forget_stale_variables, raise_together, rank, world_size
+from megaprune import device
+from megaprune.utils import failure
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")

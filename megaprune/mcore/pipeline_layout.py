@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megaprune.errors import UsageError
+from megaprune.utils.errors import UsageError
 
 
 def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: float = 0.0) -> list[int]:

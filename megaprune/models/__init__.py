@@ -1,10 +1,10 @@
 """One file per family of models. A new family is a new file here, listed below, and nothing else."""
 
-from megaprune.errors import MegapruneError
 from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import HFConfig
 from megaprune.models.tables import Architecture, Family, Shard, WeightRule
+from megaprune.utils.errors import MegapruneError
 
 _ALL = (
     llama.FAMILY,

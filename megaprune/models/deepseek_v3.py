@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.mla import (
     EXPERT_BIAS_RULE,
     SHARED_EXPERT_RULES,
@@ -26,6 +25,7 @@ from megaprune.models.tables import (
     mlp_norm_rule,
     prune_dense_prefix,
 )
+from megaprune.utils.errors import MegapruneError
 
 # Megatron-Core scores a group by the sum of its best (topk // topk_group) experts, DeepSeek by that of its best two.
 _SCORED_PER_GROUP = 2

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import flag, layer_types, number, text, whole, whole_or_none
 from megaprune.models.tables import (
@@ -16,6 +15,7 @@ from megaprune.models.tables import (
     WeightRule,
     refuse_attention_bias,
 )
+from megaprune.utils.errors import MegapruneError
 
 
 def _down_projection(name: str, hf_name: str) -> WeightRule:

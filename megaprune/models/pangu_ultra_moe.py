@@ -5,7 +5,6 @@ Its config.json comes in two spellings, the remote code's and vLLM's. Both are r
 
 from collections.abc import Sequence
 
-from megaprune.errors import MegapruneError
 from megaprune.models.mla import SHARED_EXPERT_RULES, mla_fields, mla_rules, rope_fields, sigmoid_router_fields
 from megaprune.models.rope import read_rope
 from megaprune.models.settings import flag, whole, whole_or_none
@@ -23,6 +22,7 @@ from megaprune.models.tables import (
     mlp_norm_rule,
     prune_dense_prefix,
 )
+from megaprune.utils.errors import MegapruneError
 
 # the remote code's spelling to vLLM's
 _SPELLINGS = {

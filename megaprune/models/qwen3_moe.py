@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.settings import flag, text, whole, whole_list
 from megaprune.models.tables import (
     EXPERT_RULES,
@@ -20,6 +19,7 @@ from megaprune.models.tables import (
     prune_dense_config,
     refuse_attention_bias,
 )
+from megaprune.utils.errors import MegapruneError
 
 
 def _architecture(config: HFConfig) -> Architecture:

@@ -10,8 +10,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.settings import HFConfig, is_number, whole, wrong
+from megaprune.utils.errors import MegapruneError
 
 _THETA = 10000.0  # transformers' default for every family here
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

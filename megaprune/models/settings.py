@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 
 HFConfig = dict[str, Any]
 REQUIRED: Any = object()

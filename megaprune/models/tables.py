@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from megaprune.errors import MegapruneError
 from megaprune.models.rope import RopeScaling, read_rope
 from megaprune.models.settings import HFConfig, flag, layer_types, number, text, whole, whole_or_none
+from megaprune.utils.errors import MegapruneError
 
 
 class Shard(Enum):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megaprune.mcore.paper import Share
+from megaprune.mcore.simulation import Share
 from megaprune.planning.activations import Activations
 
 _FP32 = 4

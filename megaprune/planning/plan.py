@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megaprune.config import SEARCHES, WHAT_TO_PRUNE, Config
+from megaprune.config.schema import SEARCHES, WHAT_TO_PRUNE, Config
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
-from megaprune.mcore.lora import LoRAOptions
-from megaprune.mcore.paper import PaperCluster, Share
+from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.mcore.simulation import PaperCluster, Share
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import Size, layer_sizes, model_size, output_cost
 from megaprune.planning.activations import Activations, Passes
@@ -21,14 +21,14 @@ from megaprune.planning.memory import (
     micro_batches_in_flight,
     training_memory,
 )
-from megaprune.selection.one_shot import top_layers
-from megaprune.training.setup import (
+from megaprune.pruning.prepare import (
     check_sequence,
     global_batch_size,
     layers_in_question,
     lora_options,
     parallel_sizes,
 )
+from megaprune.selection.one_shot import top_layers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The plots of one run: loss, layer scores over the search, kept layers over the search.
 
-Everything is drawn from `metrics.jsonl`'s records (`megaprune.training.metrics`), so a plot can be made anew
+Everything is drawn from `metrics.jsonl`'s records (`megaprune.report.metrics`), so a plot can be made anew
 from a finished run. Figures are plain `Figure` objects: pyplot's global state isn't touched and no display
 is needed.
 """
@@ -15,8 +15,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megaprune.report.files import whole_file
 from megaprune.report.run_report import measured_losses
+from megaprune.utils.files import whole_file
 
 BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
 MASK_COLOURS = ListedColormap([PALE, BLUE])

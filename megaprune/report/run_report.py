@@ -9,7 +9,7 @@ from typing import Any
 
 from megaprune import __version__
 from megaprune.models.sizes import Inventory
-from megaprune.report.files import write_json
+from megaprune.utils.files import write_json
 
 MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
 OUTPUTS = (

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from megaprune.errors import UsageError
+from megaprune.utils.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.errors import MegapruneError
 from megaprune.selection.budget import Budget
+from megaprune.selection.segments import windows
 from megaprune.selection.selector import check_gradient
-from megaprune.selection.windows import windows
+from megaprune.utils.errors import MegapruneError
 
 
 def notch(num_layers: int, start: Tensor, length: int, temperature: float) -> Tensor:

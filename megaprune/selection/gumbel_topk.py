@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import top_layers
 from megaprune.selection.selector import check_gradient, check_same_search
+from megaprune.utils.errors import MegapruneError, UsageError
 
 
 def gumbel_topk_mask(

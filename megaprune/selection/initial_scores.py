@@ -5,7 +5,7 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 
 # Nats per token. Below it a measured KL is fp32 rounding, of either sign, its logarithm an outlier.
 MIN_KL = 1e-6

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Set
 
 from torch import Tensor
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
+from megaprune.utils.errors import MegapruneError, UsageError
 
 
 def top_layers(scores: Tensor, budget: Budget, protected: Set[int]) -> list[int]:

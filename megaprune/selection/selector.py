@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
+from megaprune.utils.errors import MegapruneError, UsageError
 
 
 class Selector(Protocol):

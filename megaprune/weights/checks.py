@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from megaprune.errors import MegapruneError
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import FP8, SCALE_DTYPES, WEIGHT_DTYPES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from megaprune.weights.quantization import declared_quantization, quantized_tensor

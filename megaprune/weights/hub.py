@@ -5,7 +5,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 
 # Pickles, other frameworks' weights and the original layout of weights that are there in Hugging Face's as well.
 _UNREAD = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]

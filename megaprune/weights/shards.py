@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megaprune.errors import MegapruneError
 from megaprune.models import Architecture, Shard, WeightRule
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from megaprune.errors import MegapruneError
 from megaprune.models import Family, HFConfig, family_of
 from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import FP8, TORCH_NAMES
 from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
 from megaprune.weights.hub import check_links

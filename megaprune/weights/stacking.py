@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.stored_layout import StoredLayout
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaprune.disk import disk_error
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.disk import disk_error
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
 from megaprune.weights.stacking import stack_experts
 from megaprune.weights.stored_layout import PLAIN, StoredLayout

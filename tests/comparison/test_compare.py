@@ -6,14 +6,14 @@ import math
 import shutil
 
 import pytest
-import tiny
 import yaml
 
-from megaprune import cli
-from megaprune.comparison.plan import read_comparison
+from megaprune.cli import main as cli
+from megaprune.comparison.grid import read_comparison
 from megaprune.comparison.ranking import Ranking
 from megaprune.comparison.table import rows_of, write_tables
-from megaprune.errors import UsageError
+from megaprune.utils.errors import UsageError
+from tests.helpers import tiny
 
 COMMON = {"hf_model": "m", "train_data": ["d", "e"], "train_iters": 10, "bf16": True}
 ASKED = {"run": COMMON, "methods": ["e3", "random"], "num_layers_to_prune": [2, 3], "seeds": [1, 2]}

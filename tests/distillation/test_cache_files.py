@@ -11,7 +11,7 @@ from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan, write_manifest
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 
 S, K, V, WINDOWS = 3, 2, 70000, 11
 KEY = CacheKey("model", "tokenizer", "data", S, WINDOWS, V)

@@ -16,7 +16,7 @@ from megaprune.distillation.losses import (
     top1,
     vocab_logsumexp,
 )
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 
 S, B, VOCAB, PADDED = 3, 2, 11, 16
 SHARD = VocabShard(start=0, size=PADDED, valid=VOCAB)

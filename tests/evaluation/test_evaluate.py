@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
-from megaprune.errors import MegapruneError, UsageError
-from megaprune.evaluation.cli import EvaluateConfig, run
-from megaprune.evaluation.hf import evaluate_model
+from megaprune.cli.evaluate import EvaluateConfig, run
+from megaprune.evaluation.perplexity import evaluate_model
+from megaprune.utils.errors import MegapruneError, UsageError
 
 SEQ_LENGTH = 8
 

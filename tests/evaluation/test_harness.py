@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
-from megaprune.evaluation.cli import EvaluateConfig, run
+from megaprune.cli.evaluate import EvaluateConfig, run
 from megaprune.evaluation.harness import run_harness
+from megaprune.utils.errors import MegapruneError, UsageError
 
 RESULTS = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1}}
 

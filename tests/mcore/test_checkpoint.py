@@ -8,9 +8,9 @@ from megatron.core import dist_checkpointing
 
 from megaprune.mcore import checkpoint
 from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
-from megaprune.mcore.weights_io import import_weights
 from megaprune.weights.source import HFSource
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -3,16 +3,16 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.weights_io import import_weights
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from megaprune.weights.source import HFSource
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

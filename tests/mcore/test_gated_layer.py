@@ -1,17 +1,17 @@
 """The gate on the layers of a model: against its formula left to autograd, and against the model without the layers."""
 
 import pytest
-import tiny
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune.distillation.losses import cross_entropy
-from megaprune.mcore import passes
+from megaprune.mcore import schedule
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
-from megaprune.mcore.gated_layer import GatedTransformerLayer, LayerGate
+from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.weights_io import import_weights
 from megaprune.weights.source import HFSource
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -45,7 +45,7 @@ def gradients(source, mask, gate, recompute=None, trainable=""):
     shard = vocab_shard(source.family.architecture(source.config))
     batches = [tiny.make_batch(tokens) for tokens in tiny.random_tokens(4, 21).split(2)]
     gate.set(torch.tensor(mask))
-    passes.forward_backward(
+    schedule.forward_backward(
         model, batches, lambda logits, number: cross_entropy(logits, batches[number].labels.t(), shard).mean()
     )
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -109,7 +109,7 @@ def test_masked_backward_is_skipped(source):
 def logits(model):
     """[s, b, vocab] by the forward schedule, and again with a graph."""
     batch = tiny.make_batch(tiny.random_tokens())
-    (by_schedule,) = passes.forward(model, [batch], lambda logits, _: logits)
+    (by_schedule,) = schedule.forward(model, [batch], lambda logits, _: logits)
     with_graph = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
     assert with_graph.requires_grad
     assert torch.equal(with_graph.detach(), by_schedule)

@@ -4,17 +4,17 @@ import json
 import re
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megaprune.mcore import checkpoint, parallel, passes
+from megaprune.mcore import checkpoint, parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
+from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
-from megaprune.mcore.weights_io import import_weights
 from megaprune.weights.source import HFSource
+from tests.helpers import tiny
 
 ENGINE = EngineOptions(ParallelSizes(), bf16=True)
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -78,7 +78,7 @@ def built(folder):
 @torch.no_grad()
 def losses_of(folder, tokens):
     wrapped = in_half_precision(built(folder), ENGINE)
-    (logits,) = passes.forward(wrapped, [tiny.make_batch(tokens)], lambda logits, _: logits.float())
+    (logits,) = schedule.forward(wrapped, [tiny.make_batch(tokens)], lambda logits, _: logits.float())
     logits = logits[..., : tiny.VOCAB_SIZE].transpose(0, 1)
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 

@@ -4,23 +4,23 @@ import re
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 
-from megaprune.config import parse_config
-from megaprune.errors import UsageError
-from megaprune.mcore import passes
-from megaprune.mcore.adapter_io import attach_adapters, export_adapter
+from megaprune.config.schema import parse_config
+from megaprune.mcore import schedule
+from megaprune.mcore.adapters import attach_adapters, export_adapter
 from megaprune.mcore.builder import EngineOptions, build_model
-from megaprune.mcore.gated_layer import LayerGate
-from megaprune.mcore.lora import TARGETS, LoRAOptions, adapted_layers, adapters_off, is_adapter, merge_adapters
+from megaprune.mcore.hf_weights import export_weights, import_weights
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, adapted_layers, adapters_off, is_adapter, merge_adapters
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
-from megaprune.mcore.weights_io import export_weights, import_weights
-from megaprune.training.setup import prepare
+from megaprune.pruning.prepare import prepare
+from megaprune.utils.errors import UsageError
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -54,7 +54,7 @@ def build(source, targets=TARGETS, kept=None, gate=None, seed=1):
 
 def logits(model):
     """[b, s, vocab]"""
-    return passes.forward(model, [BATCH], lambda logits, _: logits.transpose(0, 1).clone())[0][..., : tiny.VOCAB_SIZE]
+    return schedule.forward(model, [BATCH], lambda logits, _: logits.transpose(0, 1).clone())[0][..., : tiny.VOCAB_SIZE]
 
 
 def without_effect(model):
@@ -123,7 +123,7 @@ def test_base_weights_take_no_gradient_and_no_optimizer_memory(source, distribut
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     for iteration in range(2):
         trainer.zero_grad()
-        passes.forward_backward(trainer.ddp, [BATCH], lambda logits, _: logits.float().square().mean())
+        schedule.forward_backward(trainer.ddp, [BATCH], lambda logits, _: logits.float().square().mean())
         trainer.step(iteration)
     held = 0
     for name, weight in model.named_parameters():

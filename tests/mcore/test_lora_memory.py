@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megaprune.benchmarks.timing import SavedActivations
+from megaprune.data.batches import Batch
 from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher
-from megaprune.evaluation.measuring import SavedActivations
 from megaprune.mcore import parallel
-from megaprune.mcore.adapter_io import attach_adapters
+from megaprune.mcore.adapters import attach_adapters
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision, vocab_shard
-from megaprune.mcore.gated_layer import LayerGate
-from megaprune.mcore.lora import LoRAOptions
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.layers.lora import LoRAOptions
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
 from megaprune.models import family_of
-from megaprune.training.data import Batch
-from megaprune.training.step import Objective, train_step
+from megaprune.pruning.step import Objective, train_step
 
 RANK, SEQ_LENGTH, MICRO_BATCH = 8, 256, 1
 # DeepSeek-V3's shape on a small scale: most of the parameters are experts'.

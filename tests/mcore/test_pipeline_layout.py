@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from megaprune.errors import UsageError
 from megaprune.mcore.pipeline_layout import balanced_stages, layout_string, stages_of
+from megaprune.utils.errors import UsageError
 
 
 def dearest(stages, costs, last_stage_cost):

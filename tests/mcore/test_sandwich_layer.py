@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from real_configs import OPENPANGU_ULTRA
 
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model
-from megaprune.mcore.gated_layer import LayerGate
+from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.models import family_of
+from tests.helpers.real_configs import OPENPANGU_ULTRA
 
 CONFIG = OPENPANGU_ULTRA | dict(
     hidden_size=32,

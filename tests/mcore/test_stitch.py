@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megaprune.mcore.stitch import LinearPatch, hadamard, strength_at
+from megaprune.mcore.layers.linear_patch import LinearPatch, hadamard, strength_at
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 12, 40])

@@ -3,7 +3,11 @@
 import math
 
 import pytest
-from real_configs import (
+from transformers import AutoConfig
+
+from megaprune.models import FAMILIES, family_of
+from megaprune.utils.errors import MegapruneError
+from tests.helpers.real_configs import (
     DEEPSEEK_R1,
     DENSE,
     LLAMA_3_8B,
@@ -13,10 +17,6 @@ from real_configs import (
     QWEN3_30B_A3B,
     QWEN3_32B,
 )
-from transformers import AutoConfig
-
-from megaprune.errors import MegapruneError
-from megaprune.models import FAMILIES, family_of
 
 KIMI_K2 = DEEPSEEK_R1 | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1}
 

@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from real_configs import DENSE, MOE, QWEN2_5_14B, QWEN3_30B_A3B
 
 from megaprune.models import family_of
+from tests.helpers.real_configs import DENSE, MOE, QWEN2_5_14B, QWEN3_30B_A3B
 
 
 def prune(config, kept):

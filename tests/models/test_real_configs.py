@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from real_configs import DENSE, LLAMA_3_1_8B, LLAMA_3_8B, MOE, QWEN2_5_0_5B
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaprune.models import FAMILIES, RopeScaling, family_of
 from megaprune.models.shapes import hf_shapes
+from tests.helpers.real_configs import DENSE, LLAMA_3_1_8B, LLAMA_3_8B, MOE, QWEN2_5_0_5B
 
 # What the makers, or sums over the released files, say; without multi-token prediction.
 PARAMETERS = {

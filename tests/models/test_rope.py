@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_mscale
-from real_configs import (
+from transformers import AutoConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, yarn_apply_mscale
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from megaprune.mcore.rotary import inverse_frequencies, softmax_scale
+from megaprune.models import RopeScaling, family_of
+from megaprune.utils.errors import MegapruneError
+from tests.helpers.real_configs import (
     DEEPSEEK_R1,
     DEEPSEEK_R1_0528_QWEN3_8B,
     LLAMA_3_1_8B,
@@ -15,16 +25,6 @@ from real_configs import (
     QWEN3_30B_A3B,
     QWEN3_32B,
 )
-from transformers import AutoConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, yarn_apply_mscale
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
-
-from megaprune.errors import MegapruneError
-from megaprune.mcore.rotary import inverse_frequencies, softmax_scale
-from megaprune.models import RopeScaling, family_of
 
 MODULES = {
     "llama": LlamaRotaryEmbedding,

@@ -1,11 +1,10 @@
 """Caching a teacher, and runs that learn from a cache, on any number of processes."""
 
-import tiny
-
-from megaprune.errors import MegapruneError
+from megaprune.cli.cache_teacher import run
 from megaprune.mcore import parallel
-from megaprune.training.caching import _Caching
-from megaprune.training.caching_cli import run
+from megaprune.pruning.cache_teacher import _Caching
+from megaprune.utils.errors import MegapruneError
+from tests.helpers import tiny
 
 _TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 # Family and flags of each cache that 2 processes make.

@@ -3,31 +3,31 @@
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from megatron.core import dist_checkpointing
 
-from megaprune.conversion.layout import checkpoint_key
-from megaprune.mcore import parallel, passes
+from megaprune.importance.evaluator import Judge
+from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
-from megaprune.mcore.gated_layer import LayerGate
-from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
-from megaprune.mcore.weights_io import (
+from megaprune.mcore.hf_weights import (
     export_weights,
     gather_over_tensor_parallel,
     global_name,
     global_weights,
     import_weights,
 )
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.models.sizes import layer_costs, output_cost
+from megaprune.pruning.signals import StopRequest
+from megaprune.pruning.step import Objective, search_step
 from megaprune.selection.budget import Budget
-from megaprune.training.judging import Judge
-from megaprune.training.signals import StopRequest
-from megaprune.training.step import Objective, search_step
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
+from megaprune.weights.torch_dist.layout import checkpoint_key
+from tests.helpers import tiny
 
 
 def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
@@ -41,7 +41,7 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     built = build_model(arch, stages, EngineOptions(sizes))
     import_weights(built, source)
     batch = tiny.make_batch(tiny.random_tokens())
-    for logits in passes.forward(built, [batch], whole_vocabulary):
+    for logits in schedule.forward(built, [batch], whole_vocabulary):
         if parallel.tensor_parallel().rank == parallel.data_parallel_rank() == 0:
             torch.save(logits.transpose(0, 1)[..., : arch.vocab_size].contiguous(), folder / "logits.pt")
     export_weights(built, source, range(arch.num_layers), folder / "hf", max_shard_bytes=100_000)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from launch import launch
-from layouts import (
+
+from megaprune.cli import main as cli
+from tests.helpers import tiny
+from tests.helpers.launch import launch
+from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
@@ -22,8 +24,6 @@ from layouts import (
     STORED_LAYOUTS,
     model_layouts,
 )
-
-from megaprune import cli
 
 # runs that begin with an imported checkpoint
 LOADED = ("moe_tp2_sp", "moe_pp2")

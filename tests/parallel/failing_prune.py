@@ -5,8 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from megaprune import cli, runner
-from megaprune.errors import MegapruneError
+from megaprune.cli import main as cli
+from megaprune.pruning import runner
+from megaprune.utils.errors import MegapruneError
 
 _FAULTS = {
     "unforeseen": KeyError("state"),

@@ -1,6 +1,6 @@
 """The parallel layouts under test."""
 
-import tiny
+from tests.helpers import tiny
 
 TP2, PP2, SP = {"tensor": 2}, {"pipeline": 2}, {"sequence_parallel": True}
 MODEL_LAYOUTS = {

@@ -4,13 +4,13 @@ import hashlib
 from collections import defaultdict
 from typing import Any
 
-import tiny
 import torch
 import torch.distributed as dist
 
-from megaprune.mcore.lora import adapted_layers
-from megaprune.mcore.trainer import Trainer
-from megaprune.mcore.weights_io import global_name
+from megaprune.mcore.hf_weights import global_name
+from megaprune.mcore.layers.lora import adapted_layers
+from megaprune.mcore.optimizer import Trainer
+from tests.helpers import tiny
 
 _TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 _TP2_SP, _EP2 = (*_TP2, "--sequence-parallel"), ("--expert-model-parallel-size", "2")

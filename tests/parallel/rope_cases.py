@@ -5,18 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pangu
-import tiny
 import torch
-from cases import whole_vocabulary
 
-from megaprune.mcore import parallel, passes
+from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
+from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
-from megaprune.mcore.weights_io import import_weights
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.weights.source import HFSource
+from tests.helpers import pangu, tiny
+from tests.parallel.cases import whole_vocabulary
 
 # Sequences are three times as long, so that positions within and beyond it are computed.
 _LENGTH = {"original_max_position_embeddings": 32}
@@ -78,7 +77,7 @@ def logits(hf_model: str, sizes: dict[str, Any], out: str) -> None:
         options = EngineOptions(sizes, bf16=bf16)
         built = build_model(arch, stages, options)
         import_weights(built, source)
-        for found in passes.forward(in_half_precision(built, options), [batch], whole_vocabulary):
+        for found in schedule.forward(in_half_precision(built, options), [batch], whole_vocabulary):
             if parallel.tensor_parallel().rank == parallel.data_parallel_rank() == 0:
                 torch.save(found.float().transpose(0, 1)[..., : arch.vocab_size].contiguous(), folder / f"{name}.pt")
     parallel.finish()

@@ -3,14 +3,14 @@
 import shutil
 
 import pytest
-import tiny
 import torch
-from cache_cases import CACHE_LAYOUTS, RUN_LAYOUTS, argv, cache, run_argv
-from launch import launch
 
 from megaprune.distillation.cache_format import read_manifest
 from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.training.metrics import read_metrics
+from megaprune.report.metrics import read_metrics
+from tests.helpers import tiny
+from tests.helpers.launch import launch
+from tests.parallel.cache_cases import CACHE_LAYOUTS, RUN_LAYOUTS, argv, cache, run_argv
 
 DENSE, MOE = "qwen3_tied", "deepseek_v3"
 

@@ -1,9 +1,10 @@
 """Runs in which a rank's optimizer holds nothing, or no expert: saved, resumed and finished like any other."""
 
 import pytest
-import tiny
 import torch
-from launch import launch
+
+from tests.helpers import tiny
+from tests.helpers.launch import launch
 
 _PP2 = ("--pipeline-model-parallel-size", "2")
 _DISTRIBUTED = ("--use-distributed-optimizer",)

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
+
+from tests.helpers import tiny
 
 _SCRIPT = Path(__file__).with_name("failing_prune.py")
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

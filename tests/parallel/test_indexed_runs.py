@@ -4,12 +4,12 @@ import json
 import signal
 
 import pytest
-import tiny
 import torch
-from launch import launch
 
-from megaprune import cli
-from megaprune.training.metrics import read_metrics
+from megaprune.cli import main as cli
+from megaprune.report.metrics import read_metrics
+from tests.helpers import tiny
+from tests.helpers.launch import launch
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 LAYOUTS = {"dp2": (), "pp2": ("--pipeline-model-parallel-size", "2")}

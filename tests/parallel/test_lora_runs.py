@@ -4,16 +4,16 @@ adapters and nothing else."""
 import json
 import math
 
-import cases
 import pytest
-import tiny
 import torch
-from launch import launch
-from lora_cases import LAYOUTS, argv
 from megatron.core import dist_checkpointing
 
 from megaprune.mcore import checkpoint
-from megaprune.training.metrics import read_metrics
+from megaprune.report.metrics import read_metrics
+from tests.helpers import tiny
+from tests.helpers.launch import launch
+from tests.parallel import cases
+from tests.parallel.lora_cases import LAYOUTS, argv
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,16 @@
 
 import json
 
-import cases
-import pangu
 import pytest
-import tiny
 import torch
-from layouts import MOE_FAMILIES, model_layouts
 
-from megaprune.errors import MegapruneError
 from megaprune.mcore.builder import EngineOptions, transformer_config
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
+from tests.helpers import pangu, tiny
+from tests.parallel import cases
+from tests.parallel.layouts import MOE_FAMILIES, model_layouts
 
 
 @pytest.fixture(scope="session")

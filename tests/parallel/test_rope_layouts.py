@@ -5,18 +5,17 @@ Likewise every form of openPangu's layers, against its reference.
 
 import json
 
-import pangu
 import pytest
-import rope_cases
-import tiny
 import torch
-from launch import launch
-from rope_cases import FORMS, PANGU
 from transformers import AutoModelForCausalLM
 
-from megaprune import cli
+from megaprune.cli import main as cli
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers import pangu, tiny
+from tests.helpers.launch import launch
+from tests.parallel import rope_cases
+from tests.parallel.rope_cases import FORMS, PANGU
 
 pytestmark = pytest.mark.filterwarnings("ignore:attn_factor")
 

@@ -3,12 +3,19 @@
 import json
 
 import pytest
-import tiny
 import torch
-from layouts import ENDPOINT_LAYOUTS, MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING, SHEARED_LAYOUTS
 
 from megaprune.models.sizes import layer_sizes
-from megaprune.training.metrics import read_metrics
+from megaprune.report.metrics import read_metrics
+from tests.helpers import tiny
+from tests.parallel.layouts import (
+    ENDPOINT_LAYOUTS,
+    MOE_RUN_LAYOUTS,
+    RUN_LAYOUTS,
+    SELECT_LAYOUTS,
+    SELECTING,
+    SHEARED_LAYOUTS,
+)
 
 
 def report(run):

@@ -1,13 +1,13 @@
 """A step of search has the same loss and gradients at every parallel layout, and on every process."""
 
-import cases
 import pytest
-import tiny
 import torch
-from layouts import OWN_MASKS_LAYOUTS, STEP_LAYOUTS
 
 from megaprune.mcore import parallel
 from megaprune.mcore.parallel import ParallelSizes
+from tests.helpers import tiny
+from tests.parallel import cases
+from tests.parallel.layouts import OWN_MASKS_LAYOUTS, STEP_LAYOUTS
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """Models stored in other ways than the tables have it: transformers' logits, and given back as they were stored."""
 
-import cases
 import pytest
-import tiny
 import torch
-from layouts import STORED_LAYOUTS
+
+from tests.helpers import tiny
+from tests.parallel import cases
+from tests.parallel.layouts import STORED_LAYOUTS
 
 EVERY = [(name, layout) for name, layouts in STORED_LAYOUTS.items() for layout in ("alone", *layouts)]
 

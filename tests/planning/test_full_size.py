@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hf_tensors import expected_tensors
 from megatron.core import parallel_state
-from paper_source import PaperSource
-from real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
 from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes
-from megaprune.mcore.paper import rank_on_paper
+from megaprune.mcore.hf_weights import global_weights, rules_by_parameter, source_name
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.weights_io import global_weights, rules_by_parameter, source_name
+from megaprune.mcore.simulation import rank_on_paper
 from megaprune.models import Shard
 from megaprune.models.sizes import model_size
 from megaprune.weights.shards import TensorParallel, padded_vocab_size, read_shard
+from tests.helpers.hf_tensors import expected_tensors
+from tests.helpers.paper_source import PaperSource
+from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
 OPENPANGU_VLLM_SPELLING = {
     {

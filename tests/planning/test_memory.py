@@ -5,20 +5,20 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from megatron.core import parallel_state
-from real_configs import DEEPSEEK_R1, OPENPANGU_ULTRA, QWEN2_5_0_5B, QWEN3_30B_A3B, QWEN3_32B
 from torch.profiler import ProfilerActivity, profile
 
+from megaprune.data.batches import Batch
 from megaprune.distillation.losses import cross_entropy
-from megaprune.mcore import parallel, passes
+from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, vocab_shard
-from megaprune.mcore.lora import TARGETS, LoRAOptions, add_adapters
-from megaprune.mcore.paper import PaperCluster, rank_on_paper
+from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, add_adapters
+from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.trainer import OptimizerOptions, Trainer
+from megaprune.mcore.simulation import PaperCluster, rank_on_paper
 from megaprune.models import family_of
 from megaprune.planning.activations import Activations, Passes
 from megaprune.planning.memory import TrainingState, micro_batches_in_flight, training_memory
-from megaprune.training.data import Batch
+from tests.helpers.real_configs import DEEPSEEK_R1, OPENPANGU_ULTRA, QWEN2_5_0_5B, QWEN3_30B_A3B, QWEN3_32B
 
 SEQ_LENGTH, WINDOWS, LORA_RANK = 128, 2, 8
 _SIZES = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_hidden_layers=4, vocab_size=1000)
@@ -173,7 +173,7 @@ class Step:
 
     def __call__(self):
         self.trainer.zero_grad()
-        passes.forward_backward(self.trainer.ddp, [self.batch] * self.micro_batches, self.loss)
+        schedule.forward_backward(self.trainer.ddp, [self.batch] * self.micro_batches, self.loss)
 
     def loss(self, logits, number):
         return cross_entropy(logits, self.batch.labels.t(), self.shard).mean()

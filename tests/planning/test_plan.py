@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from hf_tensors import expected_tensors
-from real_configs import DEEPSEEK_R1, LLAMA_2_7B, QWEN3_30B_A3B, QWEN3_32B
 
-from megaprune.cli import attempt
+from megaprune.cli.main import attempt
 from megaprune.models.sizes import layer_costs
+from tests.helpers.hf_tensors import expected_tensors
+from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, QWEN3_30B_A3B, QWEN3_32B
 
 GIB = 2**30
 R1_ON_64 = (

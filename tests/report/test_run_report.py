@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from megaprune.report.files import whole_file
 from megaprune.report.run_report import layer_ranges, perplexity, result_table, write_report
+from megaprune.utils.files import whole_file
 
 
 def test_layers_are_told_by_source_index(report):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from megaprune.errors import UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import GumbelTopK, gumbel_noise, gumbel_topk_mask
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.one_shot import random_layers, top_layers
+from megaprune.utils.errors import UsageError
 
 # 3 dense layers, then MoE layers that are ten times as large
 COSTS = (10, 10, 10, *[100] * 9)

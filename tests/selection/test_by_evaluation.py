@@ -5,13 +5,13 @@ import random
 
 import pytest
 
+from megaprune.importance.evaluator import masks_of
+from megaprune.importance.measures import shared_cost
 from megaprune.selection.budget import Budget
 from megaprune.selection.evolution import SIFTINGS, evolve
 from megaprune.selection.greedy import greedy_layers, num_layers_run
 from megaprune.selection.local_search import best_of, improve, neighbours
-from megaprune.selection.windows import best_window, windows
-from megaprune.training.judging import masks_of
-from megaprune.training.scoring import shared_cost
+from megaprune.selection.segments import best_window, windows
 
 PROTECTED = frozenset({0, 11})
 SIX = Budget.of_layers(12, 6)

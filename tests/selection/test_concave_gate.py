@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.concave_gate import ConcaveGate, notch
-from megaprune.selection.windows import endpoints
+from megaprune.selection.segments import endpoints
+from megaprune.utils.errors import MegapruneError, UsageError
 
 PROTECTED = frozenset({0, 15})
 FIVE = Budget.of_layers(16, 11)

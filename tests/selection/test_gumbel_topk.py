@@ -4,9 +4,9 @@ import itertools
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import GumbelTopK, gumbel_noise, gumbel_topk_mask
+from megaprune.utils.errors import MegapruneError, UsageError
 
 NO_NOISE = torch.zeros(12)
 PROTECTED = frozenset({0, 11})

@@ -5,10 +5,10 @@ import io
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import gumbel_noise, uniform_noise
 from megaprune.selection.hard_concrete import HardConcrete, expected_open, hard_concrete, never_all_open
+from megaprune.utils.errors import MegapruneError, UsageError
 
 PROTECTED = frozenset({0, 11})
 SIX = Budget.of_layers(12, 6)

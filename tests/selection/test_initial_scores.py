@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError
 from megaprune.selection.initial_scores import scores_from_kl
+from megaprune.utils.errors import MegapruneError
 
 PROTECTED = frozenset({0, 5})
 

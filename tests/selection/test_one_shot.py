@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from megaprune.errors import MegapruneError, UsageError
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import manual_layers, random_layers, top_layers
+from megaprune.utils.errors import MegapruneError, UsageError
 
 
 def test_top_layers_are_the_best_and_the_protected():

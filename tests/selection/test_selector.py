@@ -1,7 +1,7 @@
 import pytest
 
-from megaprune.errors import UsageError
 from megaprune.selection.selector import protected_layers
+from megaprune.utils.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import stored
-import tiny
-from checkpoints import LLAMA, write_folder
 
-from megaprune.cli import attempt
+from megaprune.cli.main import attempt
 from megaprune.weights.beside import files_beside
+from tests.helpers import stored, tiny
+from tests.helpers.checkpoints import LLAMA, write_folder
 
 ALONG = [
     *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaprune import cli
-from megaprune.conversion.checkpoint_source import CheckpointSource
+from megaprune.cli import main as cli
 from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
 from megaprune.weights.source import HFSource
+from megaprune.weights.torch_dist.source import CheckpointSource
 
 
 def fingerprint(source):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from checkpoints import LLAMA, random_tensors, write_folder
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers.checkpoints import LLAMA, random_tensors, write_folder
 
 SHAPES = [(128, 128), (256, 384), (300, 130), (64, 576), (129, 1)]
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}

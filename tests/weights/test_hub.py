@@ -4,14 +4,14 @@ import json
 
 import huggingface_hub
 import pytest
-import tiny
 
-from megaprune.errors import MegapruneError
-from megaprune.evaluation.hf import evaluate_model
-from megaprune.training.data_sources import FileSource, HubSource, find_sources
-from megaprune.training.indexed import find_blend, open_blend
+from megaprune.data.blend import find_blend, open_blend
+from megaprune.data.sources import FileSource, HubSource, find_sources
+from megaprune.evaluation.perplexity import evaluate_model
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
+from tests.helpers import tiny
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megaprune.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.writer import ShardWriter, join_shards
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoints import random_tensors, write_folder
 
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers.checkpoints import random_tensors, write_folder
 
 DEEPSEEK = {
     "model_type": "deepseek_v3",

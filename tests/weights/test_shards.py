@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from checkpoints import LLAMA, QWEN2, random_tensors, write_folder
 
-from megaprune.errors import MegapruneError
 from megaprune.models import Shard, family_of
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.shards import TensorParallel, merge_shards, padded_vocab_size, read_shard
 from megaprune.weights.source import HFSource
+from tests.helpers.checkpoints import LLAMA, QWEN2, random_tensors, write_folder
 
 ATTENTION = "model.layers.0.self_attn."
 

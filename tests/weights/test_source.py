@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder, write_index
 
-from megaprune.errors import MegapruneError
 from megaprune.models.sizes import layer_costs, model_size, output_cost
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource, renamed
+from tests.helpers.checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder, write_index
 
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 

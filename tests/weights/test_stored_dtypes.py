@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from checkpoints import LLAMA, random_tensors, write_folder
 
-from megaprune.cli import attempt
+from megaprune.cli.main import attempt
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers.checkpoints import LLAMA, random_tensors, write_folder
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}}
 # matrices of several blocks, the last of them cut short

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder
 from safetensors.torch import load_file
 
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from tests.helpers.checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder
 
 KEPT = [0, 2, 3]
 

@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from checkpoints import read_index
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megaprune.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.writer import ShardWriter, finish_shards, parse_size
+from tests.helpers.checkpoints import read_index
 
 TENSORS = {f"t{number}": torch.full((25,), float(number)) for number in range(10)}  # 100 bytes each
 

@@ -1,0 +1,169 @@
+"""The benchmark `inference`: an exported model beside its original, in transformers or vLLM."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from megaprune import device
+from megaprune.benchmarks.timing import interleaved, median_ratio
+from megaprune.utils.errors import MegapruneError, UsageError
+
+Engine = Literal["transformers", "vllm"]
+ORIGINAL, PRUNED = "original", "pruned"
+# Takes prompts [batch, length] and how many tokens to make; returns when they are there.
+Generate = Callable[[torch.Tensor, int], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of random tokens, all alike in length, and how many tokens each is continued by (at least 2)."""
+
+    batch_size: int
+    prompt_length: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds to the first token (TTFT) and for each further one of a batch (TPOT)."""
+
+    first_token: float
+    further_token: float
+
+    def total(self, new_tokens: int) -> float:
+        """Seconds from the prompt to the last token."""
+        return self.first_token + (new_tokens - 1) * self.further_token
+
+
+def measure(
+    models: dict[str, Path], engine: Engine, dtype: str, workloads: Sequence[Workload], repeats: int, warmup: int
+) -> list[dict[str, Any]]:
+    """Times both models on every workload, interleaved.
+
+    Args:
+        models: folders of `ORIGINAL` and `PRUNED`.
+
+    Returns:
+        A record for each workload; speed-ups are the original's seconds by the pruned model's, and the ideal is the
+        original's number of layers by the pruned model's.
+
+    Raises:
+        MegapruneError: a model can't be loaded.
+    """
+    layers = {name: _num_layers(folder) for name, folder in models.items()}
+    generates = {name: _load(folder, engine, dtype) for name, folder in models.items()}
+    vocab_size = min(_config(folder).vocab_size for folder in models.values())
+    records = []
+    for workload in workloads:
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.batch_size, workload.prompt_length)
+        prompts = torch.randint(vocab_size, shape, generator=generator)
+        steps = {name: _timed(generate, prompts, workload.new_tokens) for name, generate in generates.items()}
+        records.append(_record(workload, interleaved(steps, repeats, warmup), layers))
+    return records
+
+
+def _timed(generate: Generate, prompts: torch.Tensor, new_tokens: int) -> Callable[[], Sample]:
+    def sample() -> Sample:
+        first, every = _seconds(generate, prompts, 1), _seconds(generate, prompts, new_tokens)
+        return Sample(first, (every - first) / (new_tokens - 1))
+
+    return sample
+
+
+def _seconds(generate: Generate, prompts: torch.Tensor, new_tokens: int) -> float:
+    device.synchronize()
+    start = perf_counter()
+    generate(prompts, new_tokens)
+    device.synchronize()
+    return perf_counter() - start
+
+
+def _record(workload: Workload, samples: dict[str, list[Sample]], layers: dict[str, int]) -> dict[str, Any]:
+    times = {
+        "first_token": {name: [sample.first_token for sample in found] for name, found in samples.items()},
+        "further_token": {name: [sample.further_token for sample in found] for name, found in samples.items()},
+        "total": {name: [sample.total(workload.new_tokens) for sample in found] for name, found in samples.items()},
+    }
+    ideal = layers[ORIGINAL] / layers[PRUNED]
+    record: dict[str, Any] = asdict(workload) | {"layers": layers, "ideal_speed_up": ideal}
+    for kind, by_model in times.items():
+        record[f"{kind}_seconds"] = {name: statistics.median(found) for name, found in by_model.items()}
+        speed_up = median_ratio(by_model[ORIGINAL], by_model[PRUNED])
+        record[f"{kind}_speed_up"], record[f"{kind}_of_ideal"] = speed_up, speed_up / ideal
+    return record | {"rounds": {name: [asdict(sample) for sample in found] for name, found in samples.items()}}
+
+
+def make_models(folder: Path, num_layers: int, num_pruned: int, sizes: dict[str, int]) -> dict[str, Path]:
+    """Writes two Qwen3-like models with random weights, one with fewer layers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    made = {}
+    for name, layers in ((ORIGINAL, num_layers), (PRUNED, num_layers - num_pruned)):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=False, **sizes))
+        model.save_pretrained(folder / name)
+        made[name] = folder / name
+    return made
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise MegapruneError(f"{folder} holds no model that transformers knows: {str(error).splitlines()[0]}") from None
+
+
+def _num_layers(folder: Path) -> int:
+    return _config(folder).num_hidden_layers
+
+
+def _load(folder: Path, engine: Engine, dtype: str) -> Generate:
+    return _in_vllm(folder, dtype) if engine == "vllm" else _in_transformers(folder, dtype)
+
+
+def _in_transformers(folder: Path, dtype: str) -> Generate:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.torch_device()).eval()
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise MegapruneError(f"{folder} can't be loaded by transformers: {str(error).splitlines()[0]}") from None
+
+    def generate(prompts: torch.Tensor, new_tokens: int) -> None:
+        ids = prompts.to(model.device)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    return generate
+
+
+def _in_vllm(folder: Path, dtype: str) -> Generate:
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError:
+        raise UsageError(
+            "--engine vllm: vLLM is not installed here; install it, or use --engine transformers"
+        ) from None
+    # Both models are in memory at once, so that their rounds can alternate.
+    model = LLM(str(folder), dtype=dtype, skip_tokenizer_init=True, gpu_memory_utilization=0.4)
+
+    def generate(prompts: torch.Tensor, new_tokens: int) -> None:
+        sampling = SamplingParams(temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, detokenize=False)
+        given = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
+        model.generate(given, sampling, use_tqdm=False)
+
+    return generate

@@ -1,0 +1,40 @@
+"""The verb `cache-teacher`: a run's own flags, and where the teacher's targets go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaprune.cli.parser import flag, parse_groups
+from megaprune.config.schema import ALTERNATIVES, GROUPS, Config, check_for_caching
+from megaprune.utils.errors import UsageError
+
+_DESCRIPTION = (
+    "Caches the teacher's top-k logits, log-sum-exp and entropy of every training token, for --teacher cached. Takes "
+    "the flags and the recipes of prune.py; what they say of pruning and training changes nothing here."
+)
+
+
+@dataclass
+class OutputConfig:
+    """Where the cache goes."""
+
+    _argument_group_name = "cache"
+    output: str | None = flag("folder of the cache; unfinished work lies beside it, and is gone on with")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Caches what the command line asks for, or goes on with it. Collective.
+
+    Raises:
+        MegapruneError: what was asked can't be done.
+        UsageError: a flag or a recipe is wrong.
+    """
+    *groups, settings = parse_groups(argv, (*GROUPS, OutputConfig), "cache_teacher.py", _DESCRIPTION, ALTERNATIVES)
+    config = Config(*groups)
+    check_for_caching(config)
+    if not settings.output:
+        raise UsageError("--output is required: the folder of the cache")
+    # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune.pruning.cache_teacher import cache_teacher
+
+    cache_teacher(config, Path(settings.output))

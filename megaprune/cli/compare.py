@@ -1,0 +1,37 @@
+"""The verb `compare`: several methods on one model, at equal budgets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaprune.cli.parser import Parser, flag
+from megaprune.utils.errors import UsageError
+
+
+@dataclass
+class CompareConfig:
+    """The flags of `compare`."""
+
+    config: str | None = flag("YAML file: the runs' common flags, and what to compare")
+    save: str | None = flag("folder for the runs, the tables and the plots; what is finished there is not run again")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Makes every run that is not finished yet, then tables and plots of all. Collective.
+
+    Raises:
+        MegapruneError: a run was refused.
+        UsageError: the file is wrong.
+    """
+    parser = Parser([CompareConfig], prog="compare.py", description="Several methods on one model, at equal budgets.")
+    settings = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[0]
+    for name in ("config", "save"):
+        if not getattr(settings, name):
+            raise UsageError(f"--{name} is required")
+    from megaprune.comparison.grid import read_comparison
+
+    comparison = read_comparison(Path(settings.config), Path(settings.save))
+    # Imported here, so that a wrong file does not wait for megatron.
+    from megaprune.comparison.compare import compare
+
+    compare(comparison, Path(settings.save))

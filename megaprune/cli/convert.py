@@ -1,0 +1,107 @@
+"""The verb `convert`: import, export, verify.
+
+On argparse alone: what other verbs' command lines are made of takes a second to load, which here would count.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megaprune.utils.errors import MegapruneError, UsageError
+
+_DIFFERENCES_SHOWN = 10
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Converts or compares.
+
+    Raises:
+        MegapruneError: what was asked can't be done, or the folders differ.
+        UsageError: the flags are wrong.
+    """
+    arguments = _parser().parse_args(argv)
+    arguments.work(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
+    verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=_Parser)
+
+    def add(name: str, help: str, work: object) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        verb.set_defaults(work=work)
+        return verb
+
+    importing = add("import", "HF safetensors to a Megatron-Core torch_dist checkpoint", _import)
+    importing.add_argument("--hf-model", required=True, help="HF model: a folder with safetensors, or a hub id")
+    importing.add_argument("--megatron-path", required=True, help="the checkpoint folder to write")
+    importing.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: as stored; bf16 for FP8)"
+    )
+    exporting = add("export", "a Megatron-Core torch_dist checkpoint to HF safetensors", _export)
+    exporting.add_argument("--megatron-path", required=True, help="a checkpoint that `convert.py import` wrote")
+    exporting.add_argument("--hf-path", required=True, help="the HF folder to write")
+    exporting.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default: 5GB)")
+    for verb in (importing, exporting):
+        verb.add_argument("--workers", type=_positive, help="threads of each process (default: 2, under torchrun 1)")
+        verb.add_argument("--resume", action="store_true", help="go on with interrupted work")
+    verifying = add("verify", "compares two HF folders tensor by tensor", _verify)
+    verifying.add_argument("--hf-model", required=True, help="an HF folder")
+    verifying.add_argument("--hf-path", required=True, help="the other")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _import(config: argparse.Namespace) -> None:
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource
+    from megaprune.weights.torch_dist.engine import Labour
+    from megaprune.weights.torch_dist.import_hf import import_checkpoint
+
+    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}[config.dtype]
+    source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path).absolute()
+    import_checkpoint(source, folder, dtype, Labour(config.workers, config.resume))
+    _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")
+
+
+def _export(config: argparse.Namespace) -> None:
+    from megaprune.weights.torch_dist.engine import Labour
+    from megaprune.weights.torch_dist.export_hf import export_checkpoint
+    from megaprune.weights.torch_dist.source import CheckpointSource
+    from megaprune.weights.writer import parse_size
+
+    size = parse_size(config.max_shard_size)
+    source, folder = CheckpointSource(config.megatron_path), Path(config.hf_path).absolute()
+    export_checkpoint(source, folder, size, Labour(config.workers, config.resume))
+    _say(f"exported {len(source.names):,} tensors of {config.megatron_path} into {folder}")
+
+
+def _verify(config: argparse.Namespace) -> None:
+    from megaprune.weights.source import HFSource
+    from megaprune.weights.verify import verify
+
+    equal, differences = verify(*(HFSource(folder) for folder in (config.hf_model, config.hf_path)))
+    for line in differences[:_DIFFERENCES_SHOWN]:
+        print(line)
+    if differences:
+        raise MegapruneError(f"{equal:,} tensors are equal, {len(differences):,} are not")
+    print(f"{equal:,} tensors, all equal")
+
+
+def _say(text: str) -> None:
+    from megaprune.weights.torch_dist.engine import is_first
+
+    if is_first():
+        print(text, flush=True)

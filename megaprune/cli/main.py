@@ -1,0 +1,120 @@
+"""The console command ``megaprune <verb>``; each file in tools/ is one verb of it."""
+
+import importlib
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megaprune.utils import failure
+from megaprune.utils.disk import disk_error, explain
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.ranks import forget_stale_variables, rank, world_size
+
+VERBS = {
+    "prune": "prune and heal a model",
+    "cache-teacher": "a teacher's logits for all training data, to learn from without it",
+    "convert": "HF safetensors to a Megatron-Core checkpoint and back",
+    "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
+    "compare": "several methods on one model, at equal budgets",
+    "benchmark": "speed ratios, measured side by side",
+    "preprocess-data": "text or chat to Megatron's indexed datasets",
+    "plan": "layers, parameters and memory of every rank, without weights or accelerators",
+}
+
+# Those whose processes may have been started by something other than torchrun.
+_JOBS = ("prune", "cache-teacher", "compare")
+
+# How long a rank that was refused before it joined the others waits for rank 0 to say the same, and the launcher to
+# end them all; and how long one waits to be ended once another has said why.
+_WAIT_FOR_FIRST_RANK_SECONDS, _WAIT_FOR_LAUNCHER_SECONDS = 15, 5
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Runs a verb and exits: 0, or 1 or 2 with one line on stderr (see `megaprune.utils.errors`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if verb is None:
+        if not words or words[0] not in VERBS:
+            _usage(words)
+        verb = words.pop(0)
+    try:
+        status, line = attempt(verb, words)
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        line = f"{verb}: error: rank {rank()}: {type(error).__name__}: {' '.join(str(error).split())}"
+        _fail(1, line, traceback.format_exc())
+    if line is not None:
+        _fail(status, line)
+
+
+def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
+    """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
+    _quieten()
+    try:
+        forget_stale_variables(verb in _JOBS)
+        run = getattr(importlib.import_module("megaprune.cli.verbs"), verb.replace("-", "_"))
+        run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+    except MegapruneError as error:
+        return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    except Exception as error:
+        met = disk_error(error)  # of what was written last: a report, a table
+        if met is None:
+            raise
+        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"
+    return 0, None
+
+
+def _usage(words: Sequence[str]) -> NoReturn:
+    if words and words[0] not in ("-h", "--help"):
+        _fail(UsageError.exit_status, f"megaprune: error: unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
+    print("usage: megaprune <verb> [flags]\n")
+    for verb, description in VERBS.items():
+        print(f"  {verb:<17}{description}")
+    print("\nmegaprune <verb> --help shows the flags of a verb.")
+    sys.exit(0)
+
+
+def _fail(status: int, line: str, details: str = "") -> NoReturn:
+    """Exits, and ends the other ranks; one of them says why.
+
+    Args:
+        details: printed before the line; of a fault that nobody foresaw, and that this rank may be alone with.
+    """
+    first = failure.claim(status, line) if world_size() > 1 else True
+    if first is None:
+        # Nobody could be told: the launcher ends all processes when one is gone. What is refused before ranks join is
+        # refused on each, and rank 0 must be the first to go, or its line is lost.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if rank() != 0 and not details:
+            time.sleep(_WAIT_FOR_FIRST_RANK_SECONDS)
+    if first is False:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_WAIT_FOR_LAUNCHER_SECONDS)
+    else:
+        print(details + line, file=sys.stderr, flush=True)
+    # Not sys.exit: the process groups' threads could keep a failed rank waiting for the others.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _quieten() -> None:
+    """Libraries' chatter would bury the run's own lines."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    threading.excepthook = _on_thread_error
+
+
+def _on_thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer raises a disk's error in its own thread, and again where it is next written to."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)

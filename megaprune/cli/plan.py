@@ -1,0 +1,73 @@
+"""The verb `plan`: a run on paper, from its own flags and the number of processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaprune.cli.parser import parse_groups
+from megaprune.config.schema import ALTERNATIVES, GROUPS, Config, check_for_plan
+from megaprune.utils.errors import UsageError
+
+
+@dataclass
+class PlanConfig:
+    """What a plan needs beside the flags of the run that it plans."""
+
+    _argument_group_name = "plan"
+    world_size: int = field(metadata={"help": "processes of the cluster, one to each accelerator"})
+    device_memory_gib: float | None = field(
+        default=None, metadata={"help": "memory of an accelerator: says what will not fit"}
+    )
+    output: str | None = field(default=None, metadata={"help": "write the plan to this JSON file"})
+
+
+def run(argv: Sequence[str]) -> None:
+    """Plans, prints tables and writes ``--output`` where given.
+
+    Raises:
+        MegapruneError: the model can't be expressed.
+        UsageError: the flags don't fit each other, the model or the processes.
+    """
+    description = "Layers, parameters and memory of every rank of a run, without weights or accelerators."
+    *groups, settings = parse_groups(argv, (*GROUPS, PlanConfig), "plan.py", description, ALTERNATIVES)
+    config = Config(*groups)
+    check_for_plan(config)
+    _check(settings)
+    # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune.planning.plan import make_plan
+    from megaprune.planning.table import plan_record, plan_text
+    from megaprune.utils.files import write_json
+
+    plan = make_plan(config, _hf_config(config), settings.world_size)
+    print(plan_text(plan, settings.device_memory_gib), flush=True)
+    if settings.output:
+        write_json(settings.output, plan_record(plan, settings.device_memory_gib))
+        print(f"\nwritten to {settings.output}", flush=True)
+
+
+def _hf_config(config: Config) -> dict[str, Any]:
+    """The model's config; where it ties embeddings and weights are at hand, as these have it."""
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource, holds_weights, read_hf_config
+    from megaprune.weights.torch_dist.import_hf import HF_FOLDER
+    from megaprune.weights.torch_dist.source import CheckpointSource
+
+    model = config.model
+    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.hf_model, config_only=True)
+    found = read_hf_config(folder)
+    if not found.get("tie_word_embeddings"):
+        return found
+    if model.load:
+        return CheckpointSource(model.load).config if (Path(model.load) / ".metadata").is_file() else found
+    return HFSource(folder).config if holds_weights(folder) else found
+
+
+def _check(settings: PlanConfig) -> None:
+    if settings.world_size < 1:
+        raise UsageError(f"--world-size {settings.world_size} is less than 1")
+    memory = settings.device_memory_gib
+    if memory is not None and not 0 < memory < float("inf"):
+        raise UsageError(f"--device-memory-gib {memory} is not a size above 0")
+    if settings.output and Path(settings.output).is_dir():
+        raise UsageError(f"--output {settings.output} is a folder: give the name of a JSON file")

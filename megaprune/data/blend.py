@@ -1,0 +1,324 @@
+"""Windows over preprocessed data: Megatron's .bin/.idx files, in a blend for training and in their own order for
+validation."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaprune.data.batches import PackedDataset, sample_order
+from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabulary, open_indexed
+from megaprune.data.sources import FileSource, source_identity
+from megaprune.data.token_cache import TokenStream
+from megaprune.utils.errors import MegapruneError, UsageError
+
+# Keeps the order of calibration windows apart from that of training at the same seed.
+_CALIBRATION_STREAM = 0xCA11B
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Preprocessed datasets and their weights, or None where each counts by its size."""
+
+    prefixes: list[str]
+    weights: list[float] | None
+
+
+def find_blend(words: Sequence[str], flag: str) -> Blend | None:
+    """The blend that the words of a flag mean (PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX...), or None where they name
+    text, folders or hub datasets. Opens no file.
+
+    Raises:
+        UsageError: a word is both or neither, or weights and prefixes don't alternate.
+    """
+    kinds = [_kind(word, flag) for word in words]
+    if "prefix" not in kinds:
+        if "weight" in kinds and len(words) > 1:
+            other = next((w for w, kind in zip(words, kinds, strict=True) if kind != "weight"), words[0])
+            raise UsageError(
+                f"{flag} {other}: weights go with preprocessed datasets, and there is no {other}.idx; leave them out, "
+                "or run megaprune preprocess-data first"
+            )
+        return None
+    if "other" in kinds:
+        other = words[kinds.index("other")]
+        raise UsageError(
+            f"{flag} {other} is neither a weight nor a preprocessed dataset (there is no {other}.idx), and those don't "
+            "mix with text or hub datasets: check the path, or run megaprune preprocess-data on it"
+        )
+    prefixes = [_stem(word) for word, kind in zip(words, kinds, strict=True) if kind == "prefix"]
+    if "weight" not in kinds:
+        return Blend(prefixes, None)
+    for position, (word, kind) in enumerate(zip(words, kinds, strict=True)):
+        if position % 2 == 0 and kind == "prefix":
+            raise UsageError(f"{flag} {word} has no weight: give one before every dataset, or none at all")
+        if kind == "weight" and (position % 2 == 1 or position + 1 == len(words)):
+            raise UsageError(f"{flag} {' '.join(words)}: the weight {word} is not followed by a dataset of its own")
+    weights = [float(word) for word, kind in zip(words, kinds, strict=True) if kind == "weight"]
+    for weight, prefix in zip(weights, prefixes, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise UsageError(f"{flag} {weight:g} {prefix}: a weight must be a number above 0")
+    return Blend(prefixes, weights)
+
+
+def _kind(word: str, flag: str) -> str:
+    path, stem = Path(word), _stem(word)
+    pair = [Path(f"{stem}.{ending}") for ending in ("bin", "idx")]
+    if any(file.is_file() or file.is_symlink() for file in pair):
+        if stem == word and path.exists():
+            either = f"give {word}/ or {word}.idx" if path.is_dir() else f"give {word}.idx, or rename the file"
+            raise UsageError(f"{flag} {word} is there and, as {word}.idx, a preprocessed dataset too: {either}")
+        return "prefix"
+    try:
+        float(word)
+    except ValueError:
+        return "other"
+    return "other" if path.exists() else "weight"
+
+
+def _stem(word: str) -> str:
+    return word[:-4] if word.endswith((".bin", ".idx")) else word
+
+
+def open_blend(
+    blend: Blend, flag: str, seq_length: int, vocab_size: int | None, whole: bool = False
+) -> list[IndexedFile]:
+    """The checked files of a blend.
+
+    Args:
+        whole: looks through all tokens of large files too, as is needed where windows are not looked at when read.
+
+    Raises:
+        MegapruneError: one can't be used, is shorter than a window, or holds tokens that the model hasn't.
+    """
+    files = [open_indexed(prefix, flag) for prefix in blend.prefixes]
+    for file in files:
+        if file.num_tokens < 2 or (flag == "--train-data" and not file.num_windows(seq_length)):
+            raise MegapruneError(
+                f"{flag} {file.prefix} holds {file.num_tokens} tokens, and one window takes {seq_length + 1}: give "
+                "more data or a smaller --seq-length"
+            )
+        if vocab_size is not None:
+            check_vocabulary(file, vocab_size, flag, whole)
+    return files
+
+
+# In the order of the files
+
+
+@dataclass(frozen=True)
+class JoinedWindows:
+    """The windows of several datasets, one dataset after the other; none spans two."""
+
+    parts: list[PackedDataset]
+
+    @property
+    def seq_length(self) -> int:
+        return self.parts[0].seq_length
+
+    @property
+    def pad_id(self) -> int:
+        return self.parts[0].pad_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the parts'."""
+        return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `PackedDataset.window`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        ends = list(accumulate(map(len, self.parts)))
+        part = bisect.bisect_right(ends, index)
+        return self.parts[part].window(index - (ends[part - 1] if part else 0))
+
+    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
+        """As `PackedDataset.train_order`."""
+        return sample_order(len(self), seed, start, count)
+
+
+def stored_windows(
+    blend: Blend, files: Sequence[IndexedFile], seq_length: int, pad_id: int, pad_last: bool, flag: str
+) -> PackedDataset | JoinedWindows:
+    """The windows of datasets as they lie in their files, each token but the first of a dataset predicted once.
+
+    Raises:
+        UsageError: weights were given, which have no meaning here.
+    """
+    if blend.weights is not None:
+        raise UsageError(f"{flag} takes no weights: it is read once, in order; give the datasets alone")
+    parts = [PackedDataset(_stream(file), seq_length, pad_id, pad_last) for file in files]
+    return parts[0] if len(parts) == 1 else JoinedWindows(parts)
+
+
+def _stream(file: IndexedFile) -> TokenStream:
+    offsets = np.append(file.starts // file.dtype.itemsize, file.num_tokens)
+    return TokenStream(file.tokens(), None, offsets, _digest([file]))
+
+
+def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
+    identity = source_identity([FileSource(path, path.name) for file in files for path in file.paths])
+    return hashlib.sha256(json.dumps([identity, *more]).encode()).hexdigest()
+
+
+# In Megatron's order
+
+
+@dataclass(frozen=True)
+class IndexedWindows:
+    """Samples of a blend, in the order that Megatron-Core's GPTDataset and BlendedDataset give them: sample n is the
+    same at every layout and after every resume.
+
+    dataset: maps sample numbers to tokens and labels, int64 [seq_length] each. fingerprint: hex digest of the files
+    and of all that the order depends on.
+    """
+
+    dataset: Any
+    num_windows: int
+    seq_length: int
+    pad_id: int
+    vocab_size: int
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample `index`: tokens int64 [seq_length + 1], and the loss mask float32 [seq_length] of its labels, which
+        are the tokens from the second on: all ones. Raises IndexError outside 0 <= index < len(self), MegapruneError
+        for tokens that the model hasn't."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        sample = self.dataset[index]
+        tokens = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
+        check_tokens(tokens, self.vocab_size, self.name)
+        return tokens, np.ones(self.seq_length, np.float32)
+
+    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
+        """The windows of samples start .. start + count - 1: these, for `seed` went into the order already."""
+        return np.arange(start, start + count)
+
+
+def training_windows(
+    blend: Blend,
+    files: Sequence[IndexedFile],
+    *,
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    pad_id: int,
+    vocab_size: int,
+    cache_dir: Path,
+    flag: str = "--train-data",
+) -> IndexedWindows:
+    """At least `num_samples` windows, in Megatron's order for this seed: as many epochs of each dataset as they take.
+    Collective; each rank maps the index files that rank 0 writes to `cache_dir` if they are not there.
+
+    Raises:
+        MegapruneError: the indices can't be written, or not be seen from every rank.
+    """
+    from megaprune.mcore import datasets, parallel
+
+    # Without weights, as Megatron does it: by windows.
+    weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
+    prefixes = [os.path.abspath(file.prefix) for file in files]
+    fingerprint = _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
+    # The names of the index files hold the paths of the data, and say nothing of what these contain.
+    key = hashlib.sha256(json.dumps([prefixes, fingerprint]).encode()).hexdigest()[:32]
+    folder = cache_dir.absolute() / "indexed" / key
+
+    def blended(index_folder: Path, build: bool) -> Any:
+        return datasets.blend_datasets(
+            prefixes,
+            weights,
+            num_samples=num_samples,
+            seq_length=seq_length,
+            seed=seed,
+            vocab_size=vocab_size,
+            eod=pad_id,
+            index_folder=index_folder,
+            build=build,
+        )
+
+    # Drawn by rank 0 for all: 0 where the indices are there, else what their folder aside is called by.
+    number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
+    number = int(parallel.of_first_rank(torch.tensor(number)))
+    if number:
+        aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
+        parallel.on_first_rank(lambda: _make(aside))
+        _build(lambda: blended(aside, build=True), aside, folder)
+        parallel.barrier()
+    unseen = None
+    if not folder.is_dir():
+        unseen = MegapruneError(f"{folder} is not there on every node: give a shared folder as --data-cache-path")
+    parallel.raise_together(unseen)
+    name = f"{flag} {' '.join(blend.prefixes)}"
+    dataset = blended(folder, build=False)
+    return IndexedWindows(dataset, num_samples, seq_length, pad_id, vocab_size, name, fingerprint)
+
+
+def calibration_windows(
+    blend: Blend, files: Sequence[IndexedFile], *, most: int, seq_length: int, seed: int, **options: Any
+) -> IndexedWindows:
+    """At most `most` windows of the blend, all from one epoch of each dataset. Collective; takes and raises what
+    `training_windows` does, and UsageError where a dataset is too small for its share of one window."""
+    from megaprune.mcore.datasets import samples_indexed
+
+    windows = np.array([file.num_windows(seq_length) for file in files])
+    weights = blend.weights or windows
+    count = min(most, int(windows.sum()))
+    while count and (samples_indexed(weights, count) > windows).any():
+        count -= 1
+    if not count:
+        raise UsageError(
+            f"--train-data {files[windows.argmin()].prefix} is too small for a choice of calibration windows: give "
+            "more data or a smaller --seq-length"
+        )
+    return training_windows(
+        blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ _CALIBRATION_STREAM, **options
+    )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise MegapruneError(f"--data-cache-path: {folder} can't be written ({error.strerror})") from error
+
+
+def _build(build: Any, aside: Path, folder: Path) -> None:
+    """Index files written aside by rank 0, then renamed; another run may have been quicker."""
+    from megaprune.mcore import parallel
+
+    try:
+        build()
+        if parallel.rank() == 0 and not folder.is_dir():
+            aside.rename(folder)
+    except MegapruneError:
+        raise
+    except Exception as error:  # the core wraps the OSErrors of some of its writes
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise MegapruneError(f"--data-cache-path: {folder} can't be written ({cause.strerror or cause})") from error
+    finally:
+        if parallel.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""What calibration data says of the original model without some of its layers, and what it costs to ask."""
+
+import bisect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+from megaprune import device
+from megaprune.data.batches import Batch
+from megaprune.distillation.losses import VocabShard, cross_entropy
+from megaprune.importance.measures import (
+    LossOfMasks,
+    block_influence,
+    jump_across,
+    mask_gradient,
+    mask_losses,
+    shared_cost,
+)
+from megaprune.mcore.gradients import taylor_importance
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.selection.budget import Budget
+from megaprune.utils.errors import MegapruneError
+
+# A backward pass is booked as two forward ones.
+_PASSES_OF_A_GRADIENT = 4  # the original's, the masked model's, and its backward pass
+# windows behind each step of a search by gradient
+_WINDOWS_OF_A_STEP = 4
+
+
+class Judge:
+    """Losses of the original model without some of its layers, on calibration data. Collective.
+
+    `tokens` counts what was spent, in tokens that went forward through all layers: layers that one pass shares with
+    the one before it, or that are left out, cost nothing.
+
+    Args:
+        windows: gives this replica's share of so many calibration windows, behind so many; the same windows at every
+            layout.
+        num_windows: how many there are.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        gate: LayerGate,
+        windows: Callable[[int, int], Sequence[Batch]],
+        num_windows: int,
+        budget: Budget,
+        shard: VocabShard,
+    ) -> None:
+        self.tokens = 0
+        self._model, self._gate, self._shard, self._budget = model, gate, shard, budget
+        self._windows = lru_cache(maxsize=4)(windows)
+        self._num_windows = num_windows
+        self._known: dict[tuple[LossOfMasks, float], dict[tuple[int, ...], float]] = {}
+
+    def losses(self, kept_sets: Sequence[Sequence[int]], loss: LossOfMasks = "kl", share: float = 1.0) -> list[float]:
+        """One loss for each set of kept layers, in nats per token; on a share of the windows. What was asked before
+        is not computed again."""
+        known = self._known.setdefault((loss, share), {})
+        new = self._new(kept_sets, known)
+        if new:
+            masks = self._masks(new)
+            found = mask_losses(self._model, self._gate, self._taken(share), masks, self._shard, loss)
+            if not found.isfinite().any():
+                raise MegapruneError("no loss on the calibration windows is finite: look at the model and --train-data")
+            known.update(zip(new, found.nan_to_num(nan=float("inf")).tolist(), strict=True))
+            self._book(shared_cost(masks, loss), share)
+        return [known[tuple(kept)] for kept in kept_sets]
+
+    def affordable(self, kept_sets: Sequence[Sequence[int]], tokens: int) -> int:
+        """How many of these sets, from the first on, have their KL for so many tokens."""
+        known = self._known.get(("kl", 1.0), {})
+
+        def passes(count: int) -> float:
+            new = self._new(kept_sets[:count], known)
+            return shared_cost(self._masks(new), "kl") if new else 0.0
+
+        most = tokens / self._tokens_of_a_pass(1.0)
+        # more sets never cost less: what they share, they share with fewer too
+        return max(0, bisect.bisect_right(range(len(kept_sets) + 1), most, key=passes) - 1)
+
+    def without_each(self, protected: frozenset[int], loss: LossOfMasks = "kl") -> torch.Tensor:
+        """The loss without each layer, [num_layers]; of protected layers it is infinite, and not measured."""
+        free = [layer for layer in range(self._budget.num_layers) if layer not in protected]
+        found = torch.full((self._budget.num_layers,), float("inf"))
+        if free:
+            found[free] = torch.tensor(self.losses(sets_without_each(self._budget, protected), loss))
+        return found
+
+    def mask_gradient(self, mask: torch.Tensor, step: int) -> torch.Tensor:
+        """The gradient of the KL in a mask, [num_layers], on a few windows, others at each step."""
+        count = min(_WINDOWS_OF_A_STEP, self._num_windows)
+        batches = self._windows(count, step * count % max(1, self._num_windows - count + 1))
+        self.tokens += self.tokens_of_a_gradient()
+        return mask_gradient(self._model, self._gate, batches, mask, self._shard)[1]
+
+    def tokens_of_a_gradient(self) -> int:
+        """What `mask_gradient` is booked as."""
+        share = min(_WINDOWS_OF_A_STEP, self._num_windows) / self._num_windows
+        return round(_PASSES_OF_A_GRADIENT * self._tokens_of_a_pass(share))
+
+    def block_influence(self) -> torch.Tensor:
+        """ShortGPT's score of each layer, [num_layers]; by what the layers cost."""
+        found = block_influence(self._model, self._taken(1.0), self._budget.num_layers)
+        self._book(1.0, 1.0)
+        return found / torch.tensor(self._budget.costs)
+
+    def tokens_of(self, layers: int) -> int:
+        """What running so many layers on all windows is booked as."""
+        return math.ceil(layers / self._budget.num_layers * self._tokens_of_a_pass(1.0))
+
+    def taylor_importance(self) -> torch.Tensor:
+        """What the loss would change by without each layer, to first order, [num_layers]; by what the layers cost."""
+        batches = self._taken(1.0)
+        found = taylor_importance(
+            self._model,
+            batches,
+            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
+            lambda logits, number: cross_entropy(logits, batches[number].labels.t().to(logits.device), self._shard),
+            self._budget.num_layers,
+        )
+        self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)
+        return found / torch.tensor(self._budget.costs)
+
+    def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
+        """LinearPatch's scale across the one cut that these kept layers leave, [hidden_size]."""
+        gone = sorted(set(range(self._budget.num_layers)) - set(kept))
+        self._book(1.0, 1.0)
+        return jump_across(self._model, self._taken(1.0), gone[0], gone[-1], hidden_size)
+
+    @contextmanager
+    def counting(self) -> Iterator[Callable[[], int]]:
+        """Gives a function that says what was spent since the block began."""
+        before = self.tokens
+        yield lambda: self.tokens - before
+
+    def _new(self, kept_sets: Sequence[Sequence[int]], known: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
+        return [kept for kept in dict.fromkeys(map(tuple, kept_sets)) if kept not in known]
+
+    def _masks(self, kept_sets: Sequence[Sequence[int]]) -> torch.Tensor:
+        return masks_of(kept_sets, self._budget.num_layers)
+
+    def _taken(self, share: float) -> Sequence[Batch]:
+        return self._windows(self._count(share), 0)
+
+    def _count(self, share: float) -> int:
+        return max(1, round(share * self._num_windows))
+
+    def _tokens_of_a_pass(self, share: float) -> int:
+        return self._count(share) * self._windows(self._count(share), 0)[0].tokens.shape[1]
+
+    def _book(self, passes: float, share: float) -> None:
+        self.tokens += math.ceil(passes * self._tokens_of_a_pass(share))
+
+
+def masks_of(kept_sets: Sequence[Sequence[int]], num_layers: int) -> torch.Tensor:
+    """[number of sets, num_layers]: 1 for each kept layer."""
+    masks = torch.zeros(len(kept_sets), num_layers)
+    for mask, kept in zip(masks, kept_sets, strict=True):
+        mask[list(kept)] = 1
+    return masks
+
+
+def sets_without_each(budget: Budget, protected: frozenset[int]) -> list[list[int]]:
+    """What stays without each layer that isn't protected."""
+    layers = range(budget.num_layers)
+    return [[other for other in layers if other != layer] for layer in layers if layer not in protected]

@@ -1,0 +1,215 @@
+"""Passes that measure and change nothing: validation loss, and the loss of the model without some of its layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaprune import device
+from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
+from megaprune.mcore import parallel, schedule
+from megaprune.mcore.layers.gated import LayerGate, frozen, layers_of
+from megaprune.mcore.layers.linear_patch import hadamard
+from megaprune.utils.errors import MegapruneError
+
+# KL(original || masked model), or cross-entropy with the data.
+LossOfMasks = Literal["kl", "ce"]
+
+
+def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> float:
+    """Mean next-token cross-entropy in nats over the tokens that the batches' loss masks count. Collective.
+
+    Args:
+        batches: this replica's share of the data.
+
+    Raises:
+        MegapruneError: the loss is not finite.
+    """
+
+    def collect(logits: Tensor, number: int) -> Tensor:
+        labels, loss_mask = (x.t().to(logits.device) for x in (batches[number].labels, batches[number].loss_mask))
+        loss = (cross_entropy(logits, labels, shard) * loss_mask).double()
+        return torch.stack([loss.sum(), loss_mask.double().sum()])
+
+    total, count = _total(schedule.forward(model, batches, collect), (2,)).tolist()
+    loss = total / count
+    if not loss < float("inf"):
+        raise MegapruneError(f"the validation loss is {loss}: the model or --valid-data is damaged")
+    return loss
+
+
+def mask_losses(
+    model: torch.nn.Module,
+    gate: LayerGate,
+    batches: Sequence[schedule.MicroBatch],
+    masks: Tensor,
+    shard: VocabShard,
+    loss: LossOfMasks,
+) -> Tensor:
+    """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
+    rank. Collective.
+
+    Each micro-batch runs under all masks, one after the other through the pipeline, so that for KL one micro-batch's
+    original logits are all that is kept. Masks that begin alike come one after the other, and what the layers up to
+    the first difference gave is taken over.
+
+    Args:
+        masks: [number of masks, num_layers]; 1 keeps a layer.
+        loss: KL(original || masked model), or cross-entropy with the data.
+    """
+    order = shared_order(masks)
+    rows: list[Tensor | None] = [*([None] if loss == "kl" else []), *masks[order]]
+    runs = [batch for batch in batches for _ in rows]
+    reference: list[Tensor] = []
+
+    def before(number: int) -> None:
+        if number % len(rows) == 0:
+            gate.forget()
+        gate.set(rows[number % len(rows)], device.torch_device())
+
+    def collect(logits: Tensor, number: int) -> Tensor:
+        batch = runs[number]
+        if rows[number % len(rows)] is None:
+            reference[:] = [logits]
+            return torch.zeros(2, dtype=torch.float64, device=logits.device)
+        if loss == "kl":
+            losses = full_kl(reference[0], logits, shard)
+        else:
+            losses = cross_entropy(logits, batch.labels.t().to(logits.device), shard)
+        loss_mask = batch.loss_mask.t().to(logits.device)
+        return torch.stack([(losses * loss_mask).sum(), loss_mask.sum()]).double()
+
+    with gate.sharing_prefixes():
+        collected = schedule.forward(model, runs, collect, before)
+    gate.set(None)
+    of_rows = [torch.stack(collected[row :: len(rows)]).sum(0) for row in range(len(rows))] if collected else []
+    sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
+    found = torch.empty(len(masks), dtype=torch.float64)
+    found[order] = sums[:, 0] / sums[:, 1]
+    return parallel.of_first_rank(found).float()
+
+
+def shared_order(masks: Tensor) -> list[int]:
+    """The order in which masks [n, num_layers] share the most layers with the one before: the whole model first."""
+    return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
+
+
+def shared_cost(masks: Tensor, loss: LossOfMasks) -> float:
+    """What `mask_losses` computes of hard masks [n, num_layers], in passes through the whole model's layers."""
+    layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
+    layers += len(before)
+    for i in shared_order(masks):
+        mask = masks[i].tolist()
+        same = next((j for j, pair in enumerate(zip(mask, before, strict=False)) if pair[0] != pair[1]), len(before))
+        layers += sum(value != 0 for value in mask[same:])
+        before = mask
+    return layers / masks.shape[1]
+
+
+def mask_gradient(
+    model: torch.nn.Module,
+    gate: LayerGate,
+    batches: Sequence[schedule.MicroBatch],
+    mask: Tensor,
+    shard: VocabShard,
+) -> tuple[float, Tensor]:
+    """KL(original || masked model) in nats per token, and its gradient in the mask [num_layers], on the CPU; the
+    weights get none. The same bits on every rank. Collective.
+
+    Args:
+        mask: [num_layers], soft or hard.
+    """
+    with frozen(model):
+        with gate.all_layers():
+            references = schedule.forward(model, batches, lambda logits, number: logits.detach().clone())
+        gate.set(mask, device.torch_device())
+        mean = schedule.mean_token_loss(
+            model,
+            batches,
+            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
+            lambda logits, number: full_kl(references[number], logits, shard),
+        )
+    grad = parallel.reduce_mask_gradient(gate.take_gradient(), model.config.sequence_parallel)
+    gate.set(None)
+    return mean, grad
+
+
+def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], num_layers: int) -> Tensor:
+    """ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(layer's input, its output), in
+    fp32, [num_layers] on the CPU, the same bits on every rank. Collective.
+
+    Tokens that carry no loss don't count.
+    """
+    # of each layer: the sum, and how many tokens are in it (as often as tensor-parallel ranks that hold them)
+    sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
+    weights = [torch.ones(())]
+
+    def before(number: int) -> None:
+        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
+
+    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        similarity = torch.cosine_similarity(entered.float(), output[0].float(), dim=-1)
+        sums[0, layer.layer_number - 1] += ((1 - similarity) * weights[0]).sum()
+        sums[1, layer.layer_number - 1] += weights[0].sum()
+
+    with _hooked(model, measure):
+        schedule.forward(model, batches, lambda logits, number: None, before)
+    total, count = parallel.sum_over_all(sums)
+    return (total / count).float()
+
+
+def jump_across(
+    model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], first: int, last: int, hidden_size: int
+) -> Tensor:
+    """By what the layers `first` to `last` change the hidden states' mean magnitude: LinearPatch's d, [hidden_size]
+    fp32 on the CPU, channel by channel in the Hadamard basis; the same bits on every rank. Collective.
+
+    Tokens that carry no loss don't count.
+    """
+    # mean magnitudes before the first layer and behind the last, added up over tokens
+    sums = torch.zeros(2, hidden_size, dtype=torch.float64, device=device.torch_device())
+    weights = [torch.ones(())]
+
+    def before(number: int) -> None:
+        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
+
+    def add(row: int, hidden: Tensor) -> None:
+        sums[row] += (hadamard(hidden.float()).abs() * weights[0].unsqueeze(-1)).sum((0, 1))
+
+    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        if layer.layer_number - 1 == first:
+            add(0, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        if layer.layer_number - 1 == last:
+            add(1, output[0])
+
+    with _hooked(model, measure):
+        schedule.forward(model, batches, lambda logits, number: None, before)
+    entering, leaving = parallel.sum_over_all(sums)
+    return (leaving / entering.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
+    """The part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
+    place = parallel.tensor_parallel()
+    return weights.chunk(place.size)[place.rank] if model.config.sequence_parallel else weights
+
+
+@contextmanager
+def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Sums what the last stage collected over micro-batches and replicas; the same on every rank, on the CPU."""
+    total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
+    if collected:
+        total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))
+    return parallel.from_last_stage(total.cpu())

@@ -1,0 +1,63 @@
+"""Contiguous segments: every one of them, which is the oracle of methods that look for the best."""
+
+import itertools
+from collections.abc import Sequence, Set
+
+from megaprune.selection.budget import Budget
+from megaprune.selection.greedy import Evaluate
+from megaprune.utils.errors import MegapruneError
+
+
+def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
+    """What stays when a contiguous segment goes: for each first layer of it, the shortest that is long enough.
+
+    Empty if no segment between protected layers is.
+    """
+    budget.check(protected)
+    excess = sum(budget.costs) - budget.limit
+    found = []
+    for first in range(budget.num_layers):
+        freed = 0
+        for last in range(first, budget.num_layers):
+            if last in protected:
+                break
+            freed += budget.costs[last]
+            if freed >= excess:
+                found.append([layer for layer in range(budget.num_layers) if not first <= layer <= last])
+                break
+    # Where layers differ in cost, a shorter segment may free enough, and is a candidate of its own.
+    return [kept for kept in found if kept and budget.take([*kept, *range(budget.num_layers)], protected) == kept]
+
+
+def cut_position(kept: Sequence[int], num_layers: int) -> int:
+    """The position among the kept layers of the one behind the cut: their number, where the cut is at the end.
+
+    Raises MegapruneError unless exactly one contiguous segment is gone.
+    """
+    padded = [-1, *kept, num_layers]
+    cuts = [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
+    if len(cuts) != 1:
+        raise MegapruneError(
+            "--recovery-layers endpoints and --stitch need one contiguous cut; the kept layers "
+            f"{list(kept)} have {len(cuts)}"
+        )
+    return cuts[0]
+
+
+def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
+    """The positions among the kept layers of those beside the cut (CLP's endpoint tuning): two, or one where the cut
+    is at an end.
+
+    Raises as `cut_position`.
+    """
+    behind = cut_position(kept, num_layers)
+    return [position for position in (behind - 1, behind) if 0 <= position < len(kept)]
+
+
+def best_window(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:
+    """The segment whose removal hurts least, as what stays; of equals the first. None if there is no segment."""
+    candidates = windows(budget, protected)
+    if not candidates:
+        return None
+    losses = evaluate(candidates)
+    return candidates[min(range(len(candidates)), key=lambda i: losses[i])]

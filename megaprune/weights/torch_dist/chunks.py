@@ -1,0 +1,143 @@
+"""The tensor files of a `torch_dist` checkpoint: torch's distributed-checkpoint format as Megatron-Core reads it.
+
+Tensors lie in `.distcp` files, each as `torch.save` writes it, one behind the other; `.metadata` says which chunk of
+which tensor lies where. Writing and reading here go tensor by tensor, so that memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from megaprune.utils.errors import MegapruneError
+from megaprune.weights.dtypes import ITEM_BYTES, OF_TORCH
+from megaprune.weights.safetensors_io import Range, as_bytes, copy_range, read_into, write_all
+from megaprune.weights.torch_dist.saved_tensor import around, data_offset
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk lies: a file of the checkpoint, and the bytes of it that `torch.save` wrote."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangular part of a tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor of a checkpoint; its dtype as safetensors names it, or as torch does where that has none."""
+
+    size: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+
+def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
+    """Writes a tensor at the end of an unbuffered file."""
+    offset = file.tell()
+    before, behind = around(tensor.shape, OF_TORCH[str(tensor.dtype).removeprefix("torch.")])
+    for content in (memoryview(before), as_bytes(tensor.contiguous()), memoryview(behind)):
+        write_all(file, content)
+    return Place(name, offset, file.tell() - offset)
+
+
+def append_ranges(
+    file: BinaryIO,
+    shape: Sequence[int],
+    dtype: str,
+    name: str,
+    content: Iterable[tuple[Range, int]],
+    advance: Callable[[int], Any],
+) -> Place:
+    """The same for a tensor whose bytes are in other files, which they are copied from without passing through here.
+
+    Args:
+        content: the ranges, each with its place among the tensor's bytes.
+
+    Raises:
+        MegapruneError: another file ends before they do.
+    """
+    offset = file.tell()
+    before, behind = around(shape, dtype)
+    write_all(file, memoryview(before))
+    first = file.tell()
+    for found, at in content:
+        if not copy_range(found.file, found.start, file, first + at, found.num_bytes, advance):
+            raise MegapruneError(f"{found.file.name} is truncated: fetch it again")
+    file.seek(first + math.prod(shape) * ITEM_BYTES[dtype])
+    write_all(file, memoryview(behind))
+    return Place(name, offset, file.tell() - offset)
+
+
+class ChunkReader:
+    """Reads chunks of one checkpoint folder, each straight from its place in the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+
+    def read(self, chunk: Chunk, dtype: str, into: torch.Tensor, skip: int = 0) -> None:
+        """Fills `into`, a contiguous tensor, with the chunk's numbers in their order, from behind the first `skip` on.
+
+        Raises:
+            MegapruneError: the file is missing, truncated, or holds something else there.
+        """
+        found = self.where(chunk, dtype, into.numel(), skip)
+        if not read_into(found.file, found.start, into):
+            raise self._damaged(chunk.place.file, "it is truncated")
+
+    def where(self, chunk: Chunk, dtype: str, count: int, skip: int = 0) -> Range:
+        """Where so many of the chunk's numbers are, behind the first `skip`.
+
+        Raises:
+            MegapruneError: the file is missing or holds something else there.
+        """
+        file, place = self._file(chunk.place.file), chunk.place
+        num_bytes = math.prod(chunk.shape) * ITEM_BYTES[dtype]
+        try:
+            offset = place.offset + data_offset(file, place.offset, place.length, chunk.shape, num_bytes)
+        except Exception as error:  # what damaged bytes are taken for is beyond listing
+            raise self._damaged(place.file, error) from error
+        return Range(file, offset + skip * ITEM_BYTES[dtype], count * ITEM_BYTES[dtype])
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            try:
+                self._files[name] = (self._folder / name).open("rb", buffering=0)
+            except OSError as error:
+                raise MegapruneError(
+                    f"{self._folder / name} can't be read ({error}): the checkpoint is incomplete"
+                ) from error
+        return self._files[name]
+
+    def _damaged(self, name: str, reason: object) -> MegapruneError:
+        return MegapruneError(f"{self._folder / name} is damaged or truncated ({reason}): save the checkpoint again")
+
+
+def stored_tensors(chunks: Iterable[tuple[str, tuple[int, ...], str, Chunk]]) -> dict[str, StoredTensor]:
+    """Chunks of many tensors, each with its key, whole size and dtype, gathered by tensor."""
+    gathered: dict[str, tuple[tuple[int, ...], str, list[Chunk]]] = {}
+    for key, size, dtype, chunk in chunks:
+        gathered.setdefault(key, (size, dtype, []))[2].append(chunk)
+    return {key: StoredTensor(size, dtype, tuple(found)) for key, (size, dtype, found) in gathered.items()}

@@ -1,0 +1,226 @@
+"""The engine of a conversion: independent parts, each a file that is written aside and named when it is whole.
+
+The parts depend on the input alone. Ranks and workers only share them out, so the result does not depend on how many
+there are, and what an interrupted conversion has finished need not be done again.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+from megaprune.utils import failure
+from megaprune.utils.disk import disk_error, explain
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.locks import lock_beside, locked
+from megaprune.utils.ranks import raise_together, rank, world_size
+from megaprune.weights.writer import aside_folder
+
+T = TypeVar("T")
+Advance = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """One output file, and what goes into it in order."""
+
+    file: str
+    items: tuple[T, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Labour:
+    """How the work is shared out and taken up: threads of each process, and whether to go on with earlier work."""
+
+    workers: int | None = None
+    resume: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Two for a process alone: one reads while the other writes."""
+        return self.workers or (2 if world_size() == 1 else 1)
+
+
+def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
+    """Cuts items, each with its bytes, into runs of at most so many bytes; a larger item is a run of its own."""
+    runs: list[list[T]] = []
+    totals: list[int] = []
+    for item, num_bytes in items:
+        if not runs or totals[-1] + num_bytes > max_bytes:
+            runs.append([])
+            totals.append(0)
+        runs[-1].append(item)
+        totals[-1] += num_bytes
+    return [(tuple(run), total) for run, total in zip(runs, totals, strict=True)]
+
+
+def convert(
+    final: Path,
+    flag: str,
+    parts: Sequence[Part[T]],
+    write: Callable[[Part[T], Path, Advance], Any],
+    finish: Callable[[Path, dict[str, Any]], None],
+    plan: dict[str, Any],
+    labour: Labour,
+) -> None:
+    """Makes the folder `final`, whole or not at all. Collective where a launcher started several processes.
+
+    Args:
+        flag: what the user calls the folder.
+        write: writes one part to a path and tells how many bytes it has done; gives a record of it, for JSON.
+        finish: completes the folder, still aside, from the records by the parts' files.
+        plan: what the parts follow from, for JSON; earlier work is gone on with only where it had the same.
+
+    Raises:
+        MegapruneError: the input can't be read or the output not be written; on every process.
+        UsageError: the output exists, or holds earlier work that was not asked for.
+    """
+    with _processes(), locked(lock_beside(final), f"{flag} {final}"):
+        work = _Work(aside_folder(final))
+        _together(lambda: _prepare(work, final, flag, plan, labour.resume) if is_first() else None)
+        if final.exists():  # earlier work was cut short behind its last step
+            return
+        _together(lambda: _write_parts(work, parts, write, labour.threads))
+        _together(lambda: _finish(work, final, parts, finish) if is_first() else None)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The folder of unfinished work: the result as far as it has come, and beside it what is needed to go on."""
+
+    folder: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    def record(self, part: Part) -> Path:
+        return self.folder / f"{part.file}.json"
+
+    def clear(self) -> None:
+        """Removes the folder, the plan last: by it a removal that was cut short is known."""
+        for path in self.folder.iterdir():
+            if path != self.plan:
+                path.unlink()
+        self.plan.unlink()
+        self.folder.rmdir()
+
+    def unfinished(self, part: Part) -> Path:
+        return self.folder / part.file
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Loads torch, and has it compute on one thread: the parts are what runs in parallel."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: bool) -> None:
+    begun = work.plan.is_file()
+    same = begun and json.loads(work.plan.read_text()) == plan
+    if final.exists():
+        if not (resume and same and not work.result.exists()):
+            raise UsageError(f"{flag} {final} exists: remove it, or choose another folder")
+        work.clear()
+    elif begun:
+        if not resume:
+            raise UsageError(f"{work.folder} holds unfinished work: go on with it by --resume, or remove it")
+        if not same:
+            raise UsageError(f"{work.folder} holds unfinished work on other input or with other flags: remove it")
+    else:
+        ours = {work.result.name, "plan.json.unfinished"}
+        found = {path.name for path in work.folder.iterdir()} if work.folder.is_dir() else set()
+        if found - ours or (work.result.is_dir() and any(work.result.iterdir())):
+            raise UsageError(f"{work.folder}, where the work would go on, holds other files: move or remove it")
+        work.result.mkdir(parents=True, exist_ok=True)
+        unnamed = work.folder / "plan.json.unfinished"
+        unnamed.write_text(json.dumps(plan))
+        unnamed.rename(work.plan)
+
+
+def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_threads: int) -> None:
+    mine = parts[rank() :: world_size()]
+    left = [part for part in mine if not (work.result / part.file).exists()]
+    total = sum(part.num_bytes for part in mine)
+    done = total - sum(part.num_bytes for part in left)
+    settings = dict(unit="B", unit_scale=True, disable=not is_first(), dynamic_ncols=True)
+    with tqdm(total=total, initial=done, **settings) as bar, ThreadPoolExecutor(num_threads) as pool:
+        futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
+        try:
+            failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
+        finally:  # also when the user has had enough
+            pool.shutdown(cancel_futures=True)
+    for future in failed:
+        future.result()
+
+
+def _write_part(work: _Work, part: Part[T], write: Callable, advance: Advance) -> None:
+    try:
+        record = write(part, work.unfinished(part), advance)
+        work.record(part).write_text(json.dumps(record))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        work.unfinished(part).unlink(missing_ok=True)  # half of it is of no use, and in the way of others
+        line = explain(error, work.unfinished(part), "go on with --resume", part.num_bytes)
+        raise MegapruneError(line) from error
+    work.unfinished(part).rename(work.result / part.file)  # last: a part that is there has its record
+
+
+def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable) -> None:
+    finish(work.result, {part.file: json.loads(work.record(part).read_text()) for part in parts})
+    os.replace(work.result, final)
+    work.clear()
+
+
+@contextmanager
+def _processes() -> Any:
+    """Joins the processes of a launcher, if there is one."""
+    if world_size() == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    failure.watch()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+    failure.stop()  # not where this rank fails, which the others have yet to be told
+
+
+def _together(work: Callable[[], None]) -> None:
+    """Does this process's share, then raises on all what any met."""
+    error = None
+    try:
+        work()
+    except MegapruneError as met:
+        error = met
+    except OSError as met:
+        error = MegapruneError(explain(met, remedy="go on with --resume"))
+    raise_together(error)
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks."""
+    return rank() == 0

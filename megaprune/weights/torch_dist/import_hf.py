@@ -1,0 +1,219 @@
+"""HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from megaprune.models import Architecture
+from megaprune.utils.disk import check_room
+from megaprune.utils.errors import MegapruneError
+from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float
+from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
+from megaprune.weights.safetensors_io import Buffer, Range, TensorFiles
+from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import PLAIN
+from megaprune.weights.surgery import copy_beside, write_config
+from megaprune.weights.torch_dist.chunks import Chunk, Place, append_ranges, append_tensor, stored_tensors
+from megaprune.weights.torch_dist.engine import Advance, Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.layout import Piece, pieces
+from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
+HF_FOLDER = "hf"
+# Beside them, how the HF model stores its tensors, if not as the families' tables name them.
+LAYOUT_FILE = "stored_layout.json"
+_PART_BYTES = 2 * 10**9
+
+
+def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour: Labour) -> None:
+    """Writes the checkpoint `folder`. Collective where a launcher started several processes.
+
+    Args:
+        dtype: of the weights, as safetensors names it; None keeps each as it is stored (block FP8 becomes bf16).
+            Routers' biases stay fp32.
+
+    Raises:
+        MegapruneError: a tensor is missing, unknown, of another shape or damaged, or the disk is full.
+        UsageError: the folder exists.
+    """
+    source.check_tensors()
+    work = _Import(source, dtype)
+    room = sum(part.num_bytes for part in work.parts)
+    if not labour.resume:
+        check_room(folder, room)
+    with one_torch_thread() if work.computes() else nullcontext():
+        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
+
+
+class _Import:
+    def __init__(self, source: HFSource, dtype: str | None) -> None:
+        self._source, self._dtype = source, dtype
+        self._arch: Architecture = source.family.architecture(source.config)
+        self._pieces = pieces(source.family, source.config, {name: source.shape(name) for name in source.names})
+        _check_covered(self._pieces, source.names)
+        self._check_tensors()
+        places = TensorFiles()
+        ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
+        places.close()
+        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), _PART_BYTES)
+        # the names that torch gives its own files: rank, number
+        self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
+
+    def _check_tensors(self) -> None:
+        """Checks that each Megatron tensor is whole, and of one dtype.
+
+        Raises:
+            MegapruneError: HF tensors that belong together don't fit each other, or one of them is missing.
+        """
+        by_key: dict[str, list[Piece]] = {}
+        for piece in self._pieces:
+            by_key.setdefault(piece.key, []).append(piece)
+        for key, found in by_key.items():
+            names = [name for piece in found for name in piece.hf]
+            together = f"{self._source.folder}: {self._source.shown(names[0])} and others make"
+            dtypes = {self._final_dtype_of(name, key) for name in names}
+            if len(dtypes) > 1:
+                shown = " and ".join(sorted(TORCH_NAMES[dtype] for dtype in dtypes))
+                raise MegapruneError(f"{together} one {key}, but are {shown}: give --dtype")
+            filled = sum(math.prod(piece.shape) for piece in found)
+            if len({piece.size for piece in found}) > 1 or filled != math.prod(found[0].size):
+                raise MegapruneError(
+                    f"{together} {key}, but have shapes that don't fit each "
+                    "other, or one is missing: the checkpoint is damaged"
+                )
+
+    def computes(self) -> bool:
+        """Whether there is a number to compute, not only bytes to move."""
+        return not all(self._is_moved(piece) for piece in self._pieces)
+
+    def _is_moved(self, piece: Piece) -> bool:
+        final = self._final_dtype(piece)
+        return all(self._source.stored_dtype_name(name) == final for name in piece.hf)
+
+    def plan(self) -> dict[str, Any]:
+        """What the parts follow from."""
+        config = json.dumps(self._source.config, sort_keys=True).encode()
+        files = sorted({self._source.file(name) for name in self._source.names})
+        stats = [path.stat() for path in files]
+        return {
+            "files": [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(files, stats, strict=True)],
+            "config": hashlib.sha256(config).hexdigest(),
+            "dtype": str(self._dtype),
+            "parts": [[part.file, part.num_bytes] for part in self.parts],
+        }
+
+    def write(self, part: Part[Piece], path: Path, advance: Advance) -> list[Any]:
+        """Writes one file. Gives offset and length of each of its pieces."""
+        files, buffer, record = TensorFiles(), Buffer(), []
+        with path.open("w+b", buffering=0) as out:
+            for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
+                for name in following.hf if following else ():
+                    files.prefetch(self._source.file(name), self._source.place(name))
+                place = self._write_piece(piece, out, part.file, files, buffer, advance)
+                record.append([place.offset, place.length])
+        files.close()
+        return record
+
+    def _write_piece(
+        self, piece: Piece, out: BinaryIO, file: str, files: TensorFiles, buffer: Buffer, advance: Advance
+    ) -> Place:
+        dtype = self._final_dtype(piece)
+        if self._is_moved(piece):
+            return append_ranges(out, piece.shape, dtype, file, self._ranges(piece, files, dtype), advance)
+        import torch
+
+        buffer.clear()
+        chunk = piece.join([self._read(name, files, buffer) for name in piece.hf], self._arch)
+        place = append_tensor(out, chunk.to(getattr(torch, TORCH_NAMES[dtype])), file)
+        advance(self._num_bytes(piece))
+        return place
+
+    def _ranges(self, piece: Piece, files: TensorFiles, dtype: str) -> Iterator[tuple[Range, int]]:
+        """Where the bytes of a piece are, each run with its place in the piece."""
+        for number, name in enumerate(piece.hf):
+            whole, done = files.where(self._source.file(name), self._source.place(name)), 0
+            for at, num_bytes in piece.runs(number, self._arch, ITEM_BYTES[dtype]):
+                yield whole.part(done, num_bytes), at
+                done += num_bytes
+
+    def finish(self, folder: Path, records: dict[str, Any]) -> None:
+        """Metadata, and the HF model's own files."""
+        placed = [
+            (piece.key, piece.size, self._final_dtype(piece), Chunk(piece.offset, piece.shape, Place(part.file, *at)))
+            for part in self.parts
+            for piece, at in zip(part.items, records[part.file], strict=True)
+        ]
+        write_metadata(folder, stored_tensors(placed))
+        beside = folder / HF_FOLDER
+        beside.mkdir(exist_ok=True)
+        config = {key: value for key, value in self._source.stored_config.items() if key != "quantization_config"}
+        if self._dtype is not None:
+            name = TORCH_NAMES[self._dtype]
+            config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
+        write_config(config, beside)
+        if self._source.layout != PLAIN:
+            (beside / LAYOUT_FILE).write_text(json.dumps(self._source.layout.record()))
+        copy_beside(self._source.folder, beside)
+        _check_written(folder, self._pieces)
+
+    def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
+        tensor = self._read_stored(name, files, buffer)
+        if not self._source.is_fp8(name):
+            return tensor
+        scales = self._read_stored(name + SCALE_SUFFIX, files, buffer)
+        return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
+
+    def _read_stored(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
+        source = self._source
+        return files.read(source.file(name), source.place(name), source.shape(name), buffer)
+
+    def _final_dtype(self, piece: Piece) -> str:
+        return self._final_dtype_of(piece.hf[0], piece.key)
+
+    def _final_dtype_of(self, name: str, key: str) -> str:
+        stored = self._source.dtype_name(name)
+        keeps = self._dtype is None or not is_float(stored) or key.endswith("router.expert_bias")
+        return stored if keeps else self._dtype
+
+    def _num_bytes(self, piece: Piece) -> int:
+        return math.prod(piece.shape) * ITEM_BYTES[self._final_dtype(piece)]
+
+    def _stored_at(self, places: TensorFiles, piece: Piece) -> tuple[str, int]:
+        path = self._source.file(piece.hf[0])
+        return path.name, places.where(path, self._source.place(piece.hf[0])).start
+
+
+def _check_covered(found: Sequence[Piece], names: Sequence[str]) -> None:
+    used = sorted(name for piece in found for name in piece.hf)
+    if used != sorted(names):
+        odd = sorted(set(names).symmetric_difference(used)) or [name for name in used if used.count(name) > 1]
+        raise MegapruneError(f"{odd[0]} would not be converted exactly once")
+
+
+def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
+    """Reads back what a loader would see: every chunk, within its file.
+
+    Raises:
+        MegapruneError: something is not there.
+    """
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
+    stored = read_metadata(folder)
+    places = {(key, chunk.offset): chunk for key, tensor in stored.items() for chunk in tensor.chunks}
+    for piece in expected:
+        chunk = places.pop((piece.key, piece.offset), None)
+        if chunk is None or stored[piece.key].size != piece.size or chunk.shape != piece.shape:
+            raise MegapruneError(f"{folder}: {piece.key} was not written whole")
+        if chunk.place.offset + chunk.place.length > sizes.get(chunk.place.file, 0):
+            raise MegapruneError(f"{folder / chunk.place.file} is shorter than what was written to it")
+    if places:
+        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, and nobody asked for it")
+    json.loads((folder / HF_FOLDER / "config.json").read_text())

@@ -1,0 +1,208 @@
+"""The HF tensors of a Megatron-Core checkpoint, under the names that an HF folder would have them under."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaprune.models.shapes import hf_shapes
+from megaprune.utils.errors import MegapruneError
+from megaprune.weights.dtypes import ITEM_BYTES
+from megaprune.weights.safetensors_io import Buffer, Range
+from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import StoredLayout
+from megaprune.weights.torch_dist.chunks import Chunk, ChunkReader
+from megaprune.weights.torch_dist.import_hf import HF_FOLDER, LAYOUT_FILE
+from megaprune.weights.torch_dist.layout import UNREAD, Piece, mtp_rules, pieces
+from megaprune.weights.torch_dist.metadata import read_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
+OUTPUT_KEY = "output_layer.weight"
+_PADDED_KEYS = ("embedding.word_embeddings.weight", OUTPUT_KEY)
+_MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
+
+
+class CheckpointSource(HFSource):
+    """A checkpoint in the place of an HF folder: every name, shape, dtype and number that the export of it would have.
+
+    The checkpoint may have been saved at any layout: chunks are put together as they are read.
+
+    Raises:
+        MegapruneError: the folder is no checkpoint with an HF model's config, or lacks a tensor.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        checkpoint = Path(folder)
+        if not checkpoint.is_dir():
+            raise MegapruneError(f"{checkpoint} does not exist or is not a folder: give a Megatron-Core checkpoint")
+        self._stored = read_metadata(checkpoint)
+        self._chunks = {(key, chunk.offset): chunk for key, tensor in self._stored.items() for chunk in tensor.chunks}
+        if not (checkpoint / HF_FOLDER / "config.json").is_file():
+            raise MegapruneError(
+                f"{checkpoint} holds no {HF_FOLDER}/config.json: only checkpoints that carry the HF model's config and "
+                "tokenizer there can be read, as convert.py import writes them"
+            )
+        self._begin(checkpoint / HF_FOLDER)
+        if OUTPUT_KEY in self._stored:
+            self._untie()
+        if (self.folder / LAYOUT_FILE).is_file():
+            self.layout = StoredLayout.from_record(json.loads((self.folder / LAYOUT_FILE).read_text()))
+        self._arch = self.family.architecture(self.config)
+        self._reader = ChunkReader(checkpoint)
+        self._shapes = self._hf_shapes()
+        found = pieces(self.family, self.config, self._shapes)
+        lacking = [piece.key for piece in found if not self._holds(piece)]
+        if lacking:
+            raise MegapruneError(f"{checkpoint} lacks {lacking[0]}: it is of another model than its config")
+        used = {piece.key for piece in found}
+        unused = [
+            key
+            for key in self._stored
+            if key.startswith(_MODEL_KEYS) and key not in used and not key.endswith("_extra_state")
+        ]
+        if unused:
+            raise MegapruneError(
+                f"{checkpoint} holds {unused[0]}, for which its config has no place: it would be lost on export"
+            )
+        self._pieces = {name: (piece, number) for piece in found for number, name in enumerate(piece.hf)}
+        self._files = dict.fromkeys(self._pieces, checkpoint)
+        self._headers = self._handles = {checkpoint: self}
+        self._fused: tuple[str, list[Tensor]] = "", []
+
+    def lies_in_one_chunk(self, name: str) -> bool:
+        """Whether its bytes need only be moved."""
+        return self._found_in(self._pieces[name][0]) is not None
+
+    def ranges_of(self, reader: ChunkReader, name: str) -> list[Range] | None:
+        """Where a tensor's bytes lie in a file, one run behind the other, if they lie in one chunk."""
+        piece, number = self._pieces[name]
+        found, dtype = self._found_in(piece), self._stored[piece.key].dtype
+        if found is None:
+            return None
+        whole = reader.where(found[0], dtype, math.prod(piece.shape), found[1])
+        return [whole.part(*run) for run in piece.runs(number, self._arch, ITEM_BYTES[dtype])]
+
+    def read_from(self, reader: ChunkReader, name: str, buffer: Buffer) -> Tensor:
+        """A whole tensor, through a reader of the caller's own and in its memory."""
+        piece, number = self._pieces[name]
+        chunk = self._read_piece(piece, reader, buffer)
+        return piece.split(chunk, self._arch)[number].reshape(self._shapes[name])
+
+    # What safetensors' own handles do:
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        piece, number = self._pieces[name]
+        if len(piece.hf) > 1:  # query, key and value are asked for one after the other
+            if self._fused[0] != piece.key:
+                self._fused = piece.key, piece.split(self._read_piece(piece, self._reader, Buffer()), self._arch)
+            return self._fused[1][number]
+        return self._read_piece(piece, self._reader, Buffer()).reshape(self._shapes[name])
+
+    def get_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor; where it has a chunk of its own, no others are read."""
+        piece, _ = self._pieces[name]
+        if len(piece.hf) > 1:
+            return self.get_tensor(name)[start:stop]
+        row = len(piece.shape) - len(self._shapes[name])  # behind the dimension of the experts
+        offset, shape = list(piece.offset), list(piece.shape)
+        offset[row], shape[row] = offset[row] + start, stop - start
+        rows = replace(piece, offset=tuple(offset), shape=tuple(shape))
+        return self._read_piece(rows, self._reader, Buffer()).reshape(stop - start, *self._shapes[name][1:])
+
+    def get_slice(self, name: str) -> _Slice:
+        """A tensor to be described or cut."""
+        return _Slice(self, name)
+
+    def stored_as(self, name: str) -> tuple[tuple[int, ...], str]:
+        """A tensor's shape, and its dtype as safetensors names it."""
+        return self._shapes[name], self._stored[self._pieces[name][0].key].dtype
+
+    def _hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all HF tensors that the checkpoint holds."""
+        names = [name for rule in self.family.rules(self.config) for name in rule.hf]
+        shapes = hf_shapes(names, self._arch)
+        num_mtp = sum(key.startswith("mtp.") and key.endswith(".eh_proj.weight") for key in self._stored)
+        for key, rule in mtp_rules(self.family, self._arch, num_mtp):
+            if key in self._stored:
+                own = rule.megatron == key
+                shapes |= {rule.hf[0]: self._stored[key].size} if own else hf_shapes(rule.hf, self._arch)
+        raw = {key.removeprefix(UNREAD): tensor.size for key, tensor in self._stored.items() if key.startswith(UNREAD)}
+        return shapes | raw
+
+    def _holds(self, piece: Piece) -> bool:
+        """Whether the checkpoint has the piece's tensor; of the vocabulary it may have more rows, which pad it."""
+        stored = self._stored.get(piece.key)
+        if stored is None or stored.size == piece.size:
+            return stored is not None
+        padded = piece.key in _PADDED_KEYS and stored.size[1:] == piece.size[1:]
+        return padded and 0 < stored.size[0] - piece.size[0] < _MOST_PADDING
+
+    def _found_in(self, piece: Piece) -> tuple[Chunk, int] | None:
+        """The chunk that the piece's numbers lie in, one behind the other, and where in its order they begin."""
+        # as a rule the piece is a chunk itself; a look at each of hundreds of experts' would cost their square
+        same = self._chunks.get((piece.key, piece.offset))
+        for chunk in (same,) if same else self._stored[piece.key].chunks:
+            start = _start_in(chunk, piece)
+            if start is not None:
+                return chunk, start
+        return None
+
+    def _read_piece(self, piece: Piece, reader: ChunkReader, buffer: Buffer) -> Tensor:
+        stored = self._stored[piece.key]
+        whole = buffer.tensor(piece.shape, stored.dtype)
+        found = self._found_in(piece)
+        if found is not None:
+            reader.read(found[0], stored.dtype, whole, found[1])
+            return whole
+        missing = whole.numel()
+        for chunk in stored.chunks:
+            overlap = [
+                (max(a, b), min(a + n, b + m))
+                for a, n, b, m in zip(piece.offset, piece.shape, chunk.offset, chunk.shape, strict=True)
+            ]
+            if any(start >= stop for start, stop in overlap):
+                continue
+            part = buffer.tensor(chunk.shape, stored.dtype)
+            reader.read(chunk, stored.dtype, part)
+            into = whole[tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, piece.offset, strict=True))]
+            into.copy_(part[tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offset, strict=True))])
+            missing -= into.numel()
+        if missing:
+            raise MegapruneError(f"{self.folder.parent}: chunks of {piece.key} are missing or overlap")
+        return whole
+
+
+def _start_in(chunk: Chunk, piece: Piece) -> int | None:
+    """Where in the chunk's order the piece's numbers begin, if they all lie there, one behind the other."""
+    start, stride, cut = 0, 1, False
+    for axis in reversed(range(len(piece.shape))):
+        length, skipped = piece.shape[axis], piece.offset[axis] - chunk.offset[axis]
+        if skipped < 0 or skipped + length > chunk.shape[axis] or (cut and length > 1):
+            return None
+        start += skipped * stride
+        cut = cut or length < chunk.shape[axis]
+        stride *= chunk.shape[axis]
+    return start
+
+
+class _Slice:
+    def __init__(self, source: CheckpointSource, name: str) -> None:
+        self._source, self._name = source, name
+
+    def get_shape(self) -> list[int]:
+        return list(self._source.stored_as(self._name)[0])
+
+    def get_dtype(self) -> str:
+        return self._source.stored_as(self._name)[1]
+
+    def __getitem__(self, cut: slice | tuple[slice, slice]) -> Tensor:
+        if isinstance(cut, slice):
+            return self._source.get_rows(self._name, *cut.indices(self.get_shape()[0])[:2])
+        return self._source.get_tensor(self._name)[cut]

@@ -1,0 +1,309 @@
+"""Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
+
+import json
+import keyword
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megaprune.data.batches import Batch
+from megaprune.models.sizes import inventory, layer_sizes
+from megaprune.selection.budget import Budget
+from megaprune.selection.gumbel_topk import GumbelTopK
+from tests.helpers import pangu
+
+# No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
+VOCAB_SIZE = 331
+SEQ_LENGTH = 32
+
+_ROOT = Path(__file__).parents[2]
+# glibc's defaults make small training steps on CPU spend half their time giving memory back.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+_COMMON = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+_YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    original_max_position_embeddings=64,
+)
+FAMILIES = {
+    "llama2": ("llama", _COMMON | dict(num_hidden_layers=6, num_key_value_heads=4, rms_norm_eps=1e-5)),
+    "llama3": ("llama", _COMMON | dict(num_hidden_layers=8, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE)),
+    "llama_tied": ("llama", _COMMON | dict(num_hidden_layers=6, tie_word_embeddings=True)),
+    "qwen2": ("qwen2", _COMMON | dict(num_hidden_layers=7, tie_word_embeddings=True)),
+    "qwen3": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32)),
+    # as the small ones of Qwen3 are
+    "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
+}
+# Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
+MOE_FAMILIES = {
+    "deepseek_v3": (
+        "deepseek_v3",
+        _COMMON
+        | dict(
+            num_hidden_layers=5,
+            num_key_value_heads=4,
+            first_k_dense_replace=2,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            n_shared_experts=1,
+            moe_intermediate_size=40,
+            routed_scaling_factor=2.5,
+            rope_parameters=_YARN,
+            num_nextn_predict_layers=0,
+        ),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=40,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        ),
+    ),
+}
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
+    "{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+    """Saves a random model of a family and its tokenizer. In ``bfloat16`` its norms stay fp32, as some releases' do."""
+    if family == pangu.CONFIG["model_type"]:
+        pangu.make_checkpoint(folder, dtype)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+    model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
+    generator = torch.Generator().manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                # from fp32, so that a detour over bf16 shows
+                parameter.data = 1 + 0.2 * noise
+            else:
+                scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
+                parameter.copy_(scale * noise)
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, smaller than the models' vocabulary, whose chat template marks the assistant's tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|eos|>", "<|user|>", "<|bot|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([_sentence(random.Random(0)) for _ in range(200)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=_CHAT_TEMPLATE)
+
+
+def make_data(path: Path, rows: int, seed: int) -> Path:
+    """Writes texts and chats, in turn: windows differ in how many of their tokens carry loss."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for row in range(rows):
+            question, answer = _sentence(rng), _sentence(rng)
+            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": chat} if row % 2 else {"text": question}) + "\n")
+    return path
+
+
+def _sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(keyword.kwlist, k=rng.randint(4, 12)))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an HF folder."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys(), f"{path} repeats a tensor"
+        tensors |= found
+    return tensors
+
+
+def load_hf(folder: Path) -> torch.nn.Module:
+    """The folder in transformers, in fp32; fails unless every weight fits."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits [b, s, vocab] that transformers, or openPangu's reference, computes for tokens [b, s]."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == pangu.CONFIG["model_type"]:
+        return pangu.logits(folder, tokens)
+    return load_hf(folder)(tokens).logits
+
+
+def random_tokens(batch: int = 2, seq_length: int = 97) -> torch.Tensor:
+    """Tokens [b, s] beyond the original context of llama3's RoPE scaling."""
+    return torch.randint(VOCAB_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(5))
+
+
+def make_batch(tokens: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Batch:
+    """Tokens [b, s + 1] as a micro-batch that predicts each from those before it."""
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    loss_mask = torch.ones(labels.shape) if loss_mask is None else loss_mask
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
+    return Batch(inputs, labels, loss_mask, positions, list(range(len(tokens))))
+
+
+def uneven_batches(sizes: Sequence[int]) -> list[Batch]:
+    """Four windows of which very different shares carry loss, in micro-batches of these sizes."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB_SIZE, (4, 21), generator=generator)
+    shares = torch.tensor([0.05, 1.0, 0.3, 0.6])[:, None]
+    loss_mask = (torch.rand(4, 20, generator=generator) < shares).float()
+    return [make_batch(t, m) for t, m in zip(tokens.split(sizes), loss_mask.split(sizes), strict=True)]
+
+
+class FixedMask:
+    """A selector for models of 7 layers that draws the same mask each time, and keeps the gradient that it gets."""
+
+    def mask(self, step: int) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+
+    def update(self, mask_grad: torch.Tensor, step: int) -> None:
+        self.mask_grad = mask_grad
+
+
+def own_search(replica: int, average: Callable[[torch.Tensor], torch.Tensor]) -> GumbelTopK:
+    """A search over 7 layers whose replicas draw masks of their own."""
+    budget, scores = Budget.of_layers(7, 4), torch.linspace(-0.5, 0.5, 7)
+    return GumbelTopK(scores, budget, {0, 6}, 10, seed=3, ramp=0.1, replica=replica, average=average)
+
+
+def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
+    flags = {
+        "--hf-model": model,
+        "--train-data": data / "train.jsonl",
+        "--valid-data": data / "valid.jsonl",
+        "--save": save,
+        "--num-layers-to-prune": 2,
+        "--train-iters": 20,
+        "--search-iters": 10,
+        "--calibration-samples": 4,
+        "--seq-length": SEQ_LENGTH,
+        "--micro-batch-size": 2,
+        "--global-batch-size": 4,
+        "--lr": 2e-3,
+        "--lr-warmup-iters": 3,
+        "--weight-decay": 0.1,
+        "--mask-lr": 0.2,
+        "--max-shard-size": "100KB",
+    }
+    return [str(word) for pair in flags.items() for word in pair] + list(extra)
+
+
+def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of such a run on `deepseek_v3`, in which a parameter too few is left for a dense and a MoE layer of the
+    three layers that may go, two of them MoE."""
+    argv = prune_argv(model, data, save, *extra)
+    sizes = layer_sizes(json.loads((model / "config.json").read_text()))
+    total = inventory(json.loads((model / "config.json").read_text())).size.total
+    at = argv.index("--num-layers-to-prune")
+    argv[at : at + 2] = ["--target-params", str(total - sizes[-1].total - 1)]
+    return argv
+
+
+def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -> list[str]:
+    """Flags of a run that chooses its layers by calibration data, and does not train."""
+    argv = prune_argv(model, data, save, "--method", method, *extra)
+    for flag in ("--search-iters", "--mask-lr", "--lr-warmup-iters"):
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    return [*argv, "--train-iters", "0"]
+
+
+def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a short run by CLP, which then trains the two layers beside the cut."""
+    return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
+
+
+def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a short search by hard concrete gates."""
+    return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
+
+
+def run_here(argv: Sequence[str]) -> None:
+    """A run in this process, as the command line would do it; another may follow."""
+    from megaprune.config.schema import parse_config
+    from megaprune.mcore import parallel
+    from megaprune.pruning.runner import run
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        run(parse_config(argv), "prune.py")
+    finally:
+        if torch.distributed.is_initialized():
+            parallel.finish()
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that runs the project from this source tree."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}

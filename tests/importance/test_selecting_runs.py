@@ -1,0 +1,181 @@
+"""Runs of methods that look at calibration data, and of endpoint tuning."""
+
+import json
+
+import pytest
+import torch
+
+from megaprune.evaluation.perplexity import evaluate_model
+from megaprune.mcore import parallel
+from megaprune.pruning import prepare
+from megaprune.pruning.signals import StopRequest
+from megaprune.report.metrics import read_metrics
+from megaprune.utils.errors import MegapruneError, UsageError
+from tests.helpers import tiny
+
+
+def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
+    argv = [*tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "auto"), "--train-iters", "2"]
+    tiny.run_here([*argv, "--selection-budget", "60000"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["method"] == "auto" and len(report["candidates"]) >= 5
+    assert next(c for c in report["candidates"] if c["chosen"])["kept_layers"] == report["kept_layers"]
+    assert 0 < report["stages"]["importance"]["tokens"] <= 60000
+    tiny.load_hf(tmp_path / "run" / "hf")
+    with pytest.raises(UsageError, match="--selection-budget 10 is too little"):
+        tiny.run_here([*argv, "--save", str(tmp_path / "other"), "--selection-budget", "10"])
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((tiny_data / "train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(UsageError, match="--method auto .* needs 5: --train-data has [1-4]; give more data"):
+        words = ["--train-data", str(few), "--calibration-samples", "1", "--train-iters", "0"]
+        tiny.run_here([*argv, "--save", str(tmp_path / "other"), *words])
+    assert not (tmp_path / "other").exists()
+
+
+def test_endpoints_alone_are_trained(tiny_model, tiny_data, tmp_path):
+    model = tiny_model("qwen3_tied")
+    tiny.run_here(tiny.endpoint_argv(model, tiny_data, tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    kept, pruned = report["kept_layers"], report["pruned_layers"]
+    assert pruned == list(range(pruned[0], pruned[0] + 2)) and report["stages"]["importance"]["tokens"] > 0
+    found, source = tiny.read_tensors(tmp_path / "run" / "hf"), tiny.read_tensors(model)
+    moved = set()
+    for name, tensor in found.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        original = name if layer is None else name.replace(f".{layer}.", f".{kept[layer]}.", 1)
+        if not torch.equal(tensor, source[original]):
+            moved.add(None if layer is None else kept[layer])
+    assert moved == {pruned[0] - 1, pruned[-1] + 1}
+
+
+@pytest.mark.parametrize("method", ["clp", "e3"])
+def test_what_trains_behind_frozen_layers_trains_under_recomputation_too(tiny_model, tiny_data, tmp_path, method):
+    def argv(name, *flags):
+        if method == "clp":
+            return tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+        flags = (*flags, "--train-iters", "4", "--search-iters", "4", "--search-weights", "frozen")
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("plain"))
+    tiny.run_here(argv("recomputed", "--recompute-granularity", "full"))
+    plain, recomputed = (read_metrics(tmp_path / name) for name in ("plain", "recomputed"))
+    for record, expected in zip(recomputed, plain, strict=True):
+        if method == "clp":
+            assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4) and record["grad_norm"] > 1e-4
+        else:
+            assert record["scores"] == pytest.approx(expected["scores"], rel=1e-4)
+    if method == "e3":
+        assert plain[0]["scores"] != plain[3]["scores"]
+
+
+def test_a_search_with_frozen_weights_recovers_from_the_source_and_resumes(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    model = tiny_model("qwen3_tied")
+
+    def argv(name):
+        flags = ("--train-iters", "6", "--search-iters", "4", "--lr-warmup-iters", "0", "--search-weights", "frozen")
+        return tiny.prune_argv(model, tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("whole"))
+    for stop in (2, 3):  # in the search, and in recovery
+        with monkeypatch.context() as stopping:
+            asked = iter(range(1, 100))
+            stopping.setattr(StopRequest, "agreed", lambda self, asked=asked, stop=stop: next(asked) == stop)
+            stopping.setattr(parallel, "leave", lambda: None)
+            with pytest.raises(SystemExit):
+                tiny.run_here(argv("stopped"))
+    tiny.run_here(argv("stopped"))
+    whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
+    for key in ("kept_layers", "scores", "valid"):
+        assert whole[key] == stopped[key]
+    # what is pruned is the source: as if these layers had been named
+    flags = ("--method", "manual", "--prune-layers", ",".join(map(str, whole["pruned_layers"])), "--train-iters", "0")
+    common = ("--hf-model", str(model), "--valid-data", str(tiny_data / "valid.jsonl"))
+    tiny.run_here([*common, "--save", str(tmp_path / "named"), "--seq-length", str(tiny.SEQ_LENGTH), *flags])
+    named = json.loads((tmp_path / "named" / "report.json").read_text())
+    assert named["valid"]["pruned"]["loss"] == pytest.approx(whole["valid"]["pruned"]["loss"], rel=1e-6)
+
+
+def test_a_stitch_is_not_in_the_way_of_the_teacher_that_the_student_is(tiny_model, tiny_data, tmp_path):
+    losses = {}
+    for teacher in ("self", "online"):
+        argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / teacher, "exhaustive")
+        argv += ["--train-iters", "2", "--lr-warmup-iters", "0", "--lora-rank", "2", "--stitch", "linear-patch"]
+        tiny.run_here([*argv, "--teacher", teacher])
+        losses[teacher] = [record["loss"] for record in read_metrics(tmp_path / teacher)]
+    assert losses["self"] == pytest.approx(losses["online"], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--teacher", "self"]])
+def test_a_stitch_eases_recovery_and_is_gone_at_its_end(tiny_model, tiny_data, tmp_path, lora):
+    model = tiny_model("qwen3_tied")
+    argv = [*tiny.select_argv(model, tiny_data, tmp_path / "plain", "exhaustive"), "--train-iters", "4", *lora]
+    argv += ["--lr-warmup-iters", "0", "--valid-data", str(tiny_data / "valid.jsonl")]
+    stitched = [*argv, "--save", str(tmp_path / "stitched"), "--stitch", "linear-patch"]
+    reports, losses = {}, {}
+    for name, words in {"plain": argv, "stitched": stitched}.items():
+        tiny.run_here(words)
+        reports[name] = json.loads((tmp_path / name / "report.json").read_text())
+        losses[name] = [record["loss"] for record in read_metrics(tmp_path / name)]
+    assert reports["plain"]["kept_layers"] == reports["stitched"]["kept_layers"]
+    assert reports["plain"]["valid"]["pruned"] == reports["stitched"]["valid"]["pruned"]
+    assert losses["plain"][0] != losses["stitched"][0]
+    # the export knows nothing of it, and is what was measured last
+    found = evaluate_model(
+        str(tmp_path / "stitched" / "hf"), [str(tiny_data / "valid.jsonl")], seq_length=tiny.SEQ_LENGTH
+    )
+    assert found["loss"] == pytest.approx(reports["stitched"]["valid"]["recovered"]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "shortgpt", "--num-layers-to-prune", "2"], "--stitch linear-patch needs one contiguous cut"),
+        (["--method", "manual", "--prune-layers", "2,4"], "need one contiguous cut"),
+        (["--method", "clp", "--num-layers-to-prune", "2", "--train-iters", "0"], "needs --train-iters above 0"),
+    ],
+)
+def test_a_stitch_needs_one_cut_and_training(tiny_model, tiny_data, tmp_path, words, said):
+    common = ["--hf-model", str(tiny_model("qwen3_tied")), "--train-data", str(tiny_data / "train.jsonl")]
+    common += ["--save", str(tmp_path / "run"), "--seq-length", str(tiny.SEQ_LENGTH), "--train-iters", "2"]
+    with pytest.raises(MegapruneError, match=said):
+        tiny.run_here([*common, "--stitch", "linear-patch", *words])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_batch(tiny_model, tiny_data, tmp_path, monkeypatch):
+    argv = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "--train-iters", "4")
+    argv = [*argv, "--search-iters", "2", "--lr-warmup-iters", "0"]
+    with monkeypatch.context() as stopping:
+        asked = iter(range(1, 100))
+        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 1)
+        stopping.setattr(parallel, "leave", lambda: None)
+        with pytest.raises(SystemExit):
+            tiny.run_here(argv)
+    with monkeypatch.context() as elsewhere:  # as on other processes, where the flag is left out
+        elsewhere.setattr(prepare, "global_batch_size", lambda *args: 2)
+        with pytest.raises(UsageError, match="began with 4.*--global-batch-size 4"):
+            tiny.run_here(argv)
+    tiny.run_here(argv)
+
+
+def test_sheared_searches_and_resumes(tiny_model, tiny_data, tmp_path, monkeypatch):
+    def argv(name):
+        flags = ("--method", "sheared", "--train-iters", "6", "--search-iters", "4", "--lr-warmup-iters", "0")
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
+
+    tiny.run_here(argv("whole"))
+    with monkeypatch.context() as stopping:
+        asked = iter(range(1, 100))
+        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 2)
+        stopping.setattr(parallel, "leave", lambda: None)
+        with pytest.raises(SystemExit):
+            tiny.run_here(argv("stopped"))
+    tiny.run_here(argv("stopped"))
+    whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
+    assert whole["num_layers"] == 5 and len(whole["scores"]) == 7
+    for key in ("kept_layers", "scores", "valid"):
+        assert whole[key] == stopped[key]
+    assert all(0 <= gate <= 1 for gate in read_metrics(tmp_path / "whole")[3]["mask"])
+    tiny.load_hf(tmp_path / "whole" / "hf")

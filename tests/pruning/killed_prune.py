@@ -1,0 +1,43 @@
+"""tools/prune.py as on a machine that fails: kills itself, without a word, at a moment that the first two arguments
+name: ``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place.
+With ``holding N`` it stops there instead, says so, and waits to be killed."""
+
+import os
+import signal
+import sys
+import time
+
+from megaprune.cli.main import main
+from megaprune.mcore import checkpoint
+from megaprune.report.metrics import MetricsLogger
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_when(moment: str, iteration: int) -> None:
+    log, replace = MetricsLogger.log, os.replace
+
+    def logged(self, record):
+        log(self, record)
+        if record["iteration"] == iteration:
+            if moment == "holding":
+                print("holding", flush=True)
+                time.sleep(600)
+            die()
+
+    def replaced(source, target):
+        if str(target).endswith(f"iter_{iteration:07d}"):
+            die()
+        replace(source, target)
+
+    if moment != "saving":
+        MetricsLogger.log = logged
+    else:
+        checkpoint.os.replace = replaced
+
+
+if __name__ == "__main__":
+    die_when(sys.argv[1], int(sys.argv[2]))
+    main("prune", sys.argv[3:])

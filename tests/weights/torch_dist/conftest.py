@@ -1,0 +1,29 @@
+"""Models to convert, in parts so small that there are several."""
+
+import pytest
+import torch
+
+from megaprune.weights.torch_dist import import_hf
+from tests.helpers.converting import with_mtp
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(import_hf, "_PART_BYTES", 60_000)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """Gives a model's folder: of the families, or with MTP, and in several files where that matters."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            if name == "mtp":
+                made[name] = with_mtp(tiny_model("deepseek_v3"), tmp_path_factory.mktemp("mtp") / "model")
+            else:
+                dtype = torch.bfloat16 if name in ("llama3", "qwen3_moe") else torch.float32
+                made[name] = tiny_model(name, dtype, "200KB")
+        return made[name]
+
+    return get
