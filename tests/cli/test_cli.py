@@ -142,7 +142,7 @@ def test_of_several_ranks_that_fail_the_first_says_why(main, monkeypatch, is_fir
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
     monkeypatch.setattr(cli.failure, "claim", lambda *args: claimed.append(args) or is_first)
-    monkeypatch.setattr(verbs, "prune", verb_that_raises(RuntimeError("a bug")))
+    monkeypatch.setattr(prune, "run", verb_that_raises(RuntimeError("a bug")))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
