@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,9 +31,10 @@ from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.initial_scores import scores_from_kl
-from megaprune.selection.registry import HELD_OUT_WINDOWS
+from megaprune.selection.masks import masks_of
+from megaprune.selection.registry import HELD_OUT_WINDOWS, Method
 from megaprune.selection.segments import cut_position
-from megaprune.utils.errors import UsageError
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.writer import aside_folder, parse_size
 
@@ -169,35 +171,49 @@ class PruningRun:
 
     def _choose(self, model: torch.nn.Module) -> None:
         """Lets a method that looks at calibration data choose."""
-        config, setup, held_out = self.config, self.setup, None
-        options, count = config.method_options(), config.data.calibration_samples
-        if config.method.windows is not None:
-            options["selection_budget"], count = self._selection_budget()
+        method, setup, held_out = self.config.method, self.setup, None
+        options, count = self._calibration(method)
         evaluator = self._evaluator(model, count)
-        if config.method.needs_held_out:
+        if method.needs_held_out:
             held_out = self._evaluator(model, HELD_OUT_WINDOWS * count, skip=count)
         with self.progress.timed("importance"):
-            choice = config.method.choose(setup.budget, setup.protected, options, evaluator, held_out)
+            choice = method.choose(setup.budget, setup.protected, options, evaluator, held_out)
         self.progress.spend("importance", 0.0, evaluator.tokens + (held_out.tokens if held_out else 0))
-        self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
+        self.progress.kept_layers, self.progress.scores = self._agreed(choice.kept_layers), choice.scores
         self.progress.candidates = choice.candidates
 
-    def _selection_budget(self) -> tuple[int, int]:
-        """The tokens that a method may spend, and how many calibration windows each of its passes sees for them.
+    def _calibration(self, method: Method) -> tuple[dict[str, Any], int]:
+        """The flags that a method takes, and how many calibration windows each of its passes sees.
 
         Raises:
-            UsageError: the budget is too small.
+            UsageError: --selection-budget is too small.
         """
-        config, asked = self.config, self.config.search.selection_budget
-        # A search's iteration is a forward and a backward pass, which costs two.
-        tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
-        count = config.method.windows(
-            self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked is not None
-        )
-        windows = self.data.num_calibration_windows
-        if config.method.needs_held_out:
-            windows //= 1 + HELD_OUT_WINDOWS
-        return tokens, max(1, min(count, config.data.calibration_samples, windows))
+        config, options = self.config, self.config.method_options()
+        count, asked = config.data.calibration_samples, config.search.selection_budget
+        if "selection_budget" in method.flags:
+            # A search's iteration is a forward and a backward pass, which costs two.
+            tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
+            options["selection_budget"] = tokens
+            if method.windows is not None:
+                budget, protected = self.setup.budget, self.setup.protected
+                affordable = method.windows(budget, protected, tokens, config.data.seq_length, asked is not None)
+                count = min(count, affordable)
+        if method.needs_held_out:
+            count = min(count, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
+        return options, max(1, count)
+
+    def _agreed(self, kept: list[int]) -> list[int]:
+        """The kept layers, which must be the same on every rank. Collective.
+
+        Raises:
+            MegapruneError: they are not; on every rank.
+        """
+        mask = masks_of([kept], self.setup.arch.num_layers)
+        error = None
+        if not torch.equal(mask, parallel.of_first_rank(mask.clone())):
+            error = MegapruneError(f"--method {self.config.prune.method} chose other layers on other ranks")
+        parallel.raise_together(error)
+        return kept
 
     def _evaluator(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> LayerEvaluator:
         def windows(count: int, behind: int) -> Sequence[Batch]:
@@ -209,9 +225,8 @@ class PruningRun:
         """The choice of a method that looks at no data."""
         if self.setup.manual is not None:
             return self.setup.manual
-        return self.config.method.choose(
-            self.setup.budget, self.setup.protected, self.config.method_options()
-        ).kept_layers
+        method, setup = self.config.method, self.setup
+        return self._agreed(method.choose(setup.budget, setup.protected, self.config.method_options()).kept_layers)
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
@@ -238,7 +253,8 @@ class PruningRun:
             extra = {"temperature": selector.temperature(iteration), "scores": self.progress.scores}
             self._done(iteration, "search", result, time.perf_counter() - start, extra)
             if iteration + 1 == config.search_iters:
-                self.progress.kept_layers = selector.kept_layers()
+                kept = config.method.checked(selector.kept_layers(), self.setup.budget, self.setup.protected)
+                self.progress.kept_layers = self._agreed(kept)
             self._save_if_due(student, force=iteration + 1 == config.search_iters)
 
     @property
