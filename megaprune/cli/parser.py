@@ -58,12 +58,12 @@ def parse_flags(
 def _load_first(argv: Sequence[str], groups: Sequence[type]) -> None:
     """Load what flags name on which the choices of others, and so `--help`, depend."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    loading = [setting for setting in settings_of(groups).values() if setting.loads is not None]
-    for setting in loading:
-        parser.add_argument(flag_name(setting.name), f"--{setting.name}", dest=setting.name, nargs="*", default=[])
+    loaders = {name: setting.loads for name, setting in settings_of(groups).items() if setting.loads is not None}
+    for name in loaders:
+        parser.add_argument(flag_name(name), f"--{name}", dest=name, nargs="*", default=[])
     given, _ = parser.parse_known_args(list(argv))
-    for setting in loading:
-        setting.loads(getattr(given, setting.name))
+    for name, load in loaders.items():
+        load(getattr(given, name))
 
 
 def _placeholders(groups: Sequence[type], given: Collection[str]) -> dict[str, Any]:

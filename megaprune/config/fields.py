@@ -39,7 +39,7 @@ def flag(
         choices: gives the values to choose from, where they aren't a Literal's.
         loads: called with the values before other settings are looked at, as their choices may follow from it.
     """
-    metadata = {"help": help, "bounds": Bounds(**bounds), "loads": loads}
+    metadata: dict[str, Any] = {"help": help, "bounds": Bounds(**bounds), "loads": loads}
     if choices is not None:
         metadata["choices"] = choices
     if isinstance(default, list):

@@ -95,8 +95,8 @@ def fill(groups: Sequence[type], values: Mapping[str, Any], origin: str = "") ->
     given: dict[type, dict[str, Any]] = {group: {} for group in groups}
     named = normalized(values, settings, origin)
     for name, value in named.items():
-        if settings[name].loads is not None:
-            settings[name].loads(_converted(settings[name], value, origin))
+        if (load := settings[name].loads) is not None:
+            load(_converted(settings[name], value, origin))
     for name, value in named.items():
         setting = settings[name]
         given[setting.group][name] = _converted(setting, value, origin)

@@ -44,7 +44,7 @@ def check_method_flags(config: Config) -> None:
     Raises:
         UsageError: names the flag.
     """
-    method, name, train_iters = config.method, config.prune.method, config.recovery.train_iters
+    method, name, train_iters = config.method, config.prune.method, config.recovery.train_iters or 0
     defaults = type(config.search)()
     for flag in _OWN_FLAGS:
         given = getattr(config.search, flag) not in (0, getattr(defaults, flag))

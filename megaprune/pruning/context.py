@@ -17,7 +17,8 @@ from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.step import StepResult
 from megaprune.report.metrics import MetricsLogger
-from megaprune.utils.errors import RunStopped, UsageError
+from megaprune.selection.masks import masks_of
+from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from megaprune.utils.progress import say
 from megaprune.weights.source import HFSource
 
@@ -133,3 +134,17 @@ class RunContext:
 
     def _is_to_stop(self) -> bool:
         return self._should_stop is not None and parallel.any_rank(self._should_stop())
+
+
+def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
+    """Return the layers that a method keeps, which must be the same on every rank. Collective.
+
+    Raises:
+        MegapruneError: they are not; on every rank.
+    """
+    mask = masks_of([kept], options.model.arch.num_layers)
+    error = None
+    if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
+        error = MegapruneError(f"--method {options.selection.name} chose other layers on other ranks")
+    parallel.raise_together(error)
+    return kept

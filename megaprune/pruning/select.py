@@ -9,10 +9,10 @@ from megaprune.distillation.teachers import Teacher
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
-from megaprune.pruning.context import RunContext
+from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
-from megaprune.pruning.options import RunOptions, SelectionOptions
+from megaprune.pruning.options import RunOptions
 from megaprune.pruning.train import search
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
@@ -48,26 +48,27 @@ class Calibration:
             UsageError: the method's budget of tokens is too small.
         """
         selection, held_out = self._options.selection, None
-        method, options, count = selection.method, dict(selection.method_options), selection.calibration_samples
-        if method.windows is not None:
-            options["selection_budget"], count = selection.token_budget, self._affordable_windows()
+        method, count = selection.method, self._num_windows()
+        options = dict(selection.method_options)
+        if "selection_budget" in method.flags:
+            options["selection_budget"] = selection.token_budget
         evaluator = self.evaluator(count)
         if method.needs_held_out:
             held_out = self.evaluator(HELD_OUT_WINDOWS * count, skip=count)
         choice = method.choose(selection.budget, selection.protected, options, evaluator, held_out)
+        agreed_layers(choice.kept_layers, self._options)
         return choice, evaluator.tokens + (held_out.tokens if held_out else 0)
 
-    def _affordable_windows(self) -> int:
-        """How many calibration windows a pass of the method sees, so that it stays within its budget of tokens."""
-        selection, seq_length = self._options.selection, self._options.data.seq_length
-        assert selection.method.windows is not None
-        count = selection.method.windows(
-            selection.budget, selection.protected, selection.token_budget, seq_length, selection.token_budget_given
-        )
-        windows = self._data.num_calibration_windows
-        if selection.method.needs_held_out:
-            windows //= 1 + HELD_OUT_WINDOWS
-        return max(1, min(count, selection.calibration_samples, windows))
+    def _num_windows(self) -> int:
+        """How many calibration windows each pass of the method sees."""
+        selection, method = self._options.selection, self._options.selection.method
+        count, seq_length = selection.calibration_samples, self._options.data.seq_length
+        if "selection_budget" in method.flags and method.windows is not None:
+            budget, protected, tokens = selection.budget, selection.protected, selection.token_budget
+            count = min(count, method.windows(budget, protected, tokens, seq_length, selection.token_budget_given))
+        if method.needs_held_out:
+            count = min(count, self._data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
+        return max(1, count)
 
 
 def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
@@ -78,7 +79,7 @@ def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
     """
     searching, models = run.options.selection.method.searches, run.models
     if not searching and not _needs_original(run):
-        run.progress.kept_layers = _named_layers(run.options.selection)
+        run.progress.kept_layers = _named_layers(run.options)
         return None, None
     original = None
     if run.resume_from is None:
@@ -117,7 +118,7 @@ def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
     elif not selection.method.searches:
-        progress.kept_layers = _named_layers(selection)
+        progress.kept_layers = _named_layers(options)
     if options.training.stitches:
         evaluator, hidden_size = calibration.evaluator(), options.model.arch.transformer["hidden_size"]
         with progress.timed("importance"):
@@ -125,8 +126,10 @@ def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
         progress.spend("importance", 0.0, evaluator.tokens)
 
 
-def _named_layers(selection: SelectionOptions) -> list[int]:
+def _named_layers(options: RunOptions) -> list[int]:
     """The choice of a method that looks at no data."""
+    selection = options.selection
     if selection.manual is not None:
         return selection.manual
-    return selection.method.choose(selection.budget, selection.protected, selection.method_options).kept_layers
+    choice = selection.method.choose(selection.budget, selection.protected, selection.method_options)
+    return agreed_layers(choice.kept_layers, options)

@@ -7,7 +7,7 @@ import torch
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
-from megaprune.pruning.context import RunContext
+from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.step import Objective, search_step, train_step
 from megaprune.selection.segments import cut_position
 from megaprune.utils.progress import say
@@ -41,7 +41,8 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         extra = {"temperature": selector.temperature(iteration), "scores": progress.scores}
         run.record(iteration, "search", result, start, extra)
         if last:
-            progress.kept_layers = selector.kept_layers()
+            kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
+            progress.kept_layers = agreed_layers(kept, run.options)
         run.save_if_due(student, force=last)
 
 

@@ -77,8 +77,7 @@ def choose_automatically(
             found[name], spent[name] = list(kept), cost
 
     with evaluator.counting() as cost:
-        kl = evaluator.without_each(protected)
-        scores = scores_from_kl(kl, protected, 1.0, budget.costs)
+        scores = scores_from_kl(evaluator.without_each(protected), protected, 1.0, budget.costs)
         enter("kl-init", top_layers(scores, budget, protected), cost())
     with evaluator.counting() as cost:
         enter("block influence", top_layers(evaluator.block_influence(), budget, protected), cost())

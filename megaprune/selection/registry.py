@@ -62,7 +62,7 @@ class Method:
 
     @property
     def takes(self) -> frozenset[str]:
-        """The function's keyword-only parameters without a default, and those with one."""
+        """The function's keyword-only parameters."""
         parameters = inspect.signature(self.function).parameters.values()
         return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
@@ -126,7 +126,7 @@ class Method:
         arguments = (evaluator, budget, protected) if self.calibrated else (budget, protected)
         found = self.function(*arguments, **options, **inputs)
         choice = found if isinstance(found, Choice) else Choice(found)
-        choice.kept_layers = self._checked(choice.kept_layers, budget, protected)
+        choice.kept_layers = self.checked(choice.kept_layers, budget, protected)
         choice.scores = None if choice.scores is None else [float(score) for score in choice.scores]
         return choice
 
@@ -141,7 +141,12 @@ class Method:
         inputs = {"scores": scores} if self.needs_scores else {}
         return self.function(budget, protected, num_steps, **options, **inputs)
 
-    def _checked(self, kept: Iterable[int], budget: Budget, protected: Set[int]) -> list[int]:
+    def checked(self, kept: Iterable[int], budget: Budget, protected: Set[int]) -> list[int]:
+        """The layers that the method said stay, ascending.
+
+        Raises:
+            MegapruneError: they don't fit the budget, or break what the method promised.
+        """
         said = f"--method {self.name} chose layers that "
         try:
             layers = sorted(int(layer) for layer in kept)
