@@ -6,7 +6,7 @@ The functions below are the Python API. They are loaded when they are first used
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from megaprune.version import __version__
 
 if TYPE_CHECKING:
     from megaprune import selection
@@ -19,6 +19,7 @@ __all__ = [
     "MegapruneError",
     "RunStopped",
     "UsageError",
+    "__version__",
     "evaluate",
     "export_hf",
     "import_hf",

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaprune import __version__
 from megaprune.models.sizes import Inventory
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import strict_json, write_json
+from megaprune.version import __version__
 
 MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
 OUTPUTS = (

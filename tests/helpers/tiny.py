@@ -5,6 +5,7 @@ import json
 import keyword
 import os
 import random
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -282,12 +283,17 @@ def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
 
 def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
     """A run in this process, as the command line would do it; another may follow."""
+    from megaprune import api
+    from megaprune.cli.console import console
     from megaprune.cli.prune import parse_config
-    from megaprune.mcore import parallel
-    from megaprune.pruning.resolve import open_run
-    from megaprune.pruning.runner import run
+    from megaprune.cli.signals import StopRequest
 
-    run(*open_run(parse_config(argv), parallel.world_size()), "prune.py", should_stop)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with console():
+            api.prune(parse_config(argv), should_stop=should_stop or StopRequest(), command="prune.py")
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def stop_after(iterations: int | None) -> Callable[[], bool]:
