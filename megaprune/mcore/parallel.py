@@ -71,8 +71,8 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
     Args:
         gloo: also groups on the CPU, beside those of the backend.
     """
-    if not _others:  # else a session was cut short, and its groups are still there
-        _others.extend(distributed_c10d._world.pg_map)
+    if dist.group.WORLD not in _others:  # else a session was cut short, and its groups are still there
+        _others[:] = distributed_c10d._world.pg_map
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
