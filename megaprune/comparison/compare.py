@@ -91,7 +91,7 @@ def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], 
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
         key = _masks_of(planned)
-        if key not in found and planned.config.prune.method != "manual":
+        if key not in found and not planned.config.method.names_layers:
             model, pruned, protected = key
             name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
             path = save / ("-".join(filter(None, name)) + ".json")

@@ -194,7 +194,7 @@ def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     return of_first_rank(value)
 
 
-def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_replicas: bool = True) -> torch.Tensor:
+def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
     """The gradient of the mask over the whole run, bit for bit the same on every rank.
 
     A layer's entry is non-zero only on its pipeline stage (sum over PP). Under sequence parallelism each
@@ -204,21 +204,13 @@ def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_repli
 
     Args:
         grad: [num_layers] on this rank.
-        over_replicas: False where each replica has a mask of its own, and gets the gradient of that one.
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    group = dist.group.WORLD if over_replicas else parallel_state.get_model_parallel_group()
-    replicas = dist.get_world_size(group) // (tp * pp)
+    replicas = dist.get_world_size() // (tp * pp)
     total = grad.to(torch.float64)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     total = total / (replicas * (1 if sequence_parallel else tp))
     # Backends promise equal sums, not equal bits, on all ranks; the scores must never drift apart.
-    dist.broadcast(total, src=dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(total, src=0)
     return total.float().cpu()
-
-
-def mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor that all ranks of a replica have alike, on the CPU, the same bits on every rank."""
-    total = sum_over_all(value.to(device.torch_device(), torch.float64))
-    return (total / dist.get_world_size()).to(value.dtype)

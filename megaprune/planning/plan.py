@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megaprune.config.schema import SEARCHES, WHAT_TO_PRUNE, Config
+from megaprune.config.schema import WHAT_TO_PRUNE, Config
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
@@ -190,7 +190,7 @@ class _Planner:
         every, config = list(range(self._arch.num_layers)), self._config
         if all(getattr(config.prune, name) is None for name in WHAT_TO_PRUNE):
             return [self._phase("training", every, None)]
-        searching = config.prune.method in SEARCHES
+        searching = config.method.searches
         first = self._phase("search", every, None) if searching else self._phase("original", every, None, False)
         kept, assumed = self._kept_layers()
         return [first, self._phase("recovery", kept, assumed)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprune import device
-from megaprune.config.schema import Config, num_layers_to_prune, pruned_layers_of
+from megaprune.config.schema import Config, num_layers_to_prune
 from megaprune.data.batches import (
     Batch,
     Windows,
@@ -22,8 +22,6 @@ from megaprune.data.sources import find_sources
 from megaprune.data.token_cache import end_of_text
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.importance.auto import HELD_OUT_WINDOWS
-from megaprune.importance.methods import check_method
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
@@ -35,7 +33,7 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.teacher_cache import check_cacheable, open_cache
 from megaprune.selection.budget import Budget
-from megaprune.selection.one_shot import manual_layers
+from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
@@ -140,17 +138,13 @@ def prepare(config: Config) -> Setup:
     source.check_tensors()
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
-    if config.own_masks and arch.num_experts and sizes.expert * sizes.expert_tensor > sizes.tensor:
-        raise UsageError(
-            "--mask-noise replica: replicas that share out experts must run the same layers; lower "
-            "--expert-model-parallel-size, or leave it at shared"
-        )
     transformer_engine = _uses_transformer_engine(config)
     check_sequence(config, arch, sizes, config.reads_windows)
     if config.distils:
         check_top_k(config, arch)
     manual, protected, budget = layers_in_question(config, source.config)
-    check_method(config.prune.method, budget, protected)
+    if config.method.check is not None:
+        config.method.check(budget, protected)
     if manual is not None and config.needs_one_cut:
         behind = cut_position(manual, arch.num_layers)
         if config.stitches and behind == len(manual):
@@ -253,10 +247,10 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
     if calibration and config.calibrates:
         calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
-        if config.prune.method == "auto" and len(calibration) < 1 + HELD_OUT_WINDOWS:
+        if config.method.needs_held_out and len(calibration) < 1 + HELD_OUT_WINDOWS:
             raise UsageError(
-                f"--method auto judges on other windows than it chooses by, and needs {1 + HELD_OUT_WINDOWS}: "
-                f"--train-data has {len(calibration)}; give more data, or lower --seq-length"
+                f"--method {config.prune.method} judges on other windows than it chooses by, and needs "
+                f"{1 + HELD_OUT_WINDOWS}: --train-data has {len(calibration)}; give more data, or lower --seq-length"
             )
     teacher_cache = open_cache(config, setup.source, tokenizer, train) if cached else None
     return Data(config, train, valid, calibration, teacher_cache)
@@ -333,8 +327,9 @@ def layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] |
         UsageError: the flags don't fit the model.
     """
     num_layers = len(layer_sizes(hf_config))
-    if config.prune.method == "manual":
-        manual = manual_layers(num_layers, pruned_layers_of(config.prune.prune_layers))
+    if config.method.names_layers:
+        whole = Budget.of_layers(num_layers, num_layers)
+        manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
     if config.prune.target_params is not None:
         budget = _parameter_budget(config.prune.target_params, hf_config)

@@ -18,7 +18,7 @@ _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits"),
+    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
 } - {"use_distributed_optimizer"}
 
 

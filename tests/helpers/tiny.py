@@ -5,7 +5,7 @@ import keyword
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
-from megaprune.selection.budget import Budget
-from megaprune.selection.gumbel_topk import GumbelTopK
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -227,12 +225,6 @@ class FixedMask:
 
     def update(self, mask_grad: torch.Tensor, step: int) -> None:
         self.mask_grad = mask_grad
-
-
-def own_search(replica: int, average: Callable[[torch.Tensor], torch.Tensor]) -> GumbelTopK:
-    """A search over 7 layers whose replicas draw masks of their own."""
-    budget, scores = Budget.of_layers(7, 4), torch.linspace(-0.5, 0.5, 7)
-    return GumbelTopK(scores, budget, {0, 6}, 10, seed=3, ramp=0.1, replica=replica, average=average)
 
 
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:

@@ -15,7 +15,6 @@ from tests.parallel.layouts import (
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
-    OWN_MASKS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
@@ -114,11 +113,6 @@ def _cases(num_processes, results, tiny_model, stored_model, source, tiny_data):
     cases += [
         dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(layout))
         for layout, (processes, sizes) in STEP_LAYOUTS.items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="own_masks", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(f"own-{layout}"))
-        for layout, (processes, sizes) in OWN_MASKS_LAYOUTS.items()
         if processes == num_processes
     ]
     cases += [
