@@ -145,6 +145,7 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     mask = masks_of([kept], options.model.arch.num_layers)
     error = None
     if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
-        error = MegapruneError(f"--method {options.selection.name} chose other layers on other ranks")
+        name = options.selection.name
+        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
     parallel.raise_together(error)
     return kept
