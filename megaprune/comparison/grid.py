@@ -28,7 +28,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.run.save)
+        return Path(self.config.run.save or "")
 
 
 @dataclass(frozen=True)

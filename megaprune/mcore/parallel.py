@@ -1,10 +1,11 @@
 """Process groups: setting them up, and agreeing across them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, 
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
+# Groups that stood before Megatron's were set up: someone else's, and left alone.
+_others: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
     Args:
         gloo: also groups on the CPU, beside those of the backend.
     """
+    if dist.group.WORLD not in _others:  # else a session was cut short, and its groups are still there
+        _others[:] = distributed_c10d._world.pg_map
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -80,6 +85,28 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
+@contextmanager
+def session(sizes: ParallelSizes) -> Iterator[None]:
+    """A block with Megatron's groups; the process group stays for later ones. Collective.
+
+    Raises:
+        MegapruneError: Megatron's groups are in use.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise MegapruneError(
+            "this process uses Megatron-Core's parallel groups already: call megatron.core.parallel_state."
+            "destroy_model_parallel first, or start a process of its own"
+        )
+    initialize(sizes)
+    try:
+        yield
+    except BaseException:
+        # Not collective: other ranks may not have come this far. The groups' threads go with the next session.
+        parallel_state.destroy_model_parallel()
+        raise
+    finish()
+
+
 def finish() -> None:
     """Gives up Megatron's groups, if there are any; others may be set up in their place. Collective."""
     if not parallel_state.model_parallel_is_initialized():
@@ -88,8 +115,9 @@ def finish() -> None:
     # The core only forgets its groups: their threads and connections would live on.
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group not in _others:
             dist.destroy_process_group(group)
+    _others.clear()
 
 
 def leave() -> None:
@@ -98,6 +126,7 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _others.clear()
 
 
 def tensor_parallel() -> TensorParallel:
@@ -129,7 +158,7 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def on_first_rank(action: Callable[[], T]) -> T | None:
+def on_rank0(action: Callable[[], T]) -> T | None:
     """What the action gives on rank 0, which alone runs it; None elsewhere. Where it is refused, every rank is."""
     error, result = None, None
     if rank() == 0:
@@ -139,6 +168,14 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
             error = met
     raise_together(error)
     return result
+
+
+def on_rank0_for_all(action: Callable[[], T]) -> T:
+    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`."""
+    box = [on_rank0(action)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def from_all_ranks(value: T) -> list[T]:
@@ -160,7 +197,7 @@ def barrier() -> None:
     dist.barrier()
 
 
-def from_last_stage(value: T) -> T:
+def broadcast_from_last_stage(value: T) -> T:
     """A value known on the last pipeline stage, on every stage of this pipeline."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
@@ -181,7 +218,7 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def of_first_rank(value: torch.Tensor) -> torch.Tensor:
+def broadcast_from_rank0(value: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor, on the CPU: backends promise equal sums, not equal bits, and ranks must decide alike."""
     box = value.to(device.torch_device())
     dist.broadcast(box, src=0)
@@ -191,7 +228,7 @@ def of_first_rank(value: torch.Tensor) -> torch.Tensor:
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks of the run, on the CPU, the same bits on each."""
     dist.all_reduce(value)
-    return of_first_rank(value)
+    return broadcast_from_rank0(value)
 
 
 def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
