@@ -86,7 +86,7 @@ def mask_losses(
     sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
     found = torch.empty(len(masks), dtype=torch.float64)
     found[order] = sums[:, 0] / sums[:, 1]
-    return parallel.of_first_rank(found).float()
+    return parallel.broadcast_from_rank0(found).float()
 
 
 def mask_gradient(
@@ -193,4 +193,4 @@ def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
     if collected:
         total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))
-    return parallel.from_last_stage(total.cpu())
+    return parallel.broadcast_from_last_stage(total.cpu())

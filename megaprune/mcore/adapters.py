@@ -20,7 +20,7 @@ from megaprune.mcore.hf_weights import (
     source_name,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialise_adapter
-from megaprune.mcore.parallel import on_first_rank, raise_together
+from megaprune.mcore.parallel import on_rank0, raise_together
 from megaprune.models import Architecture, Shard, WeightRule
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
@@ -94,7 +94,7 @@ def export_adapter(
             join_shards(folder, [shard for shards, _ in gathered for shard in shards], _WEIGHTS)
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
-    on_first_rank(finish)
+    on_rank0(finish)
 
 
 def _hf_adapters(

@@ -92,11 +92,11 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
     final = folder / f"iter_{iteration:07d}"
     aside = folder / f"{final.name}.tmp"
     sharded = _sharded_state(trainer) if trainer else {}
-    num_bytes = sum(parallel.from_all_ranks(_bytes_of(sharded)))
+    num_bytes = sum(parallel.all_gather_objects(_bytes_of(sharded)))
     try:
-        parallel.on_first_rank(lambda: _begin(aside, num_bytes))
+        parallel.on_rank0(lambda: _begin(aside, num_bytes))
         _write(sharded | {"state": state}, aside, num_bytes)
-        parallel.on_first_rank(lambda: _finish(aside, final))
+        parallel.on_rank0(lambda: _finish(aside, final))
     except MegapruneError:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)

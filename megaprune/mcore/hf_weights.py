@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megaprune.mcore.builder import uses_transformer_engine
 from megaprune.mcore.layers.lora import is_adapter
-from megaprune.mcore.parallel import expert_tensor_parallel, on_first_rank, raise_together, tensor_parallel
+from megaprune.mcore.parallel import expert_tensor_parallel, on_rank0, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
@@ -155,7 +155,7 @@ def export_weights(
         with one_line(folder):
             finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
 
-    on_first_rank(finish)
+    on_rank0(finish)
 
 
 def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:

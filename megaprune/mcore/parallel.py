@@ -129,7 +129,7 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def on_first_rank(action: Callable[[], T]) -> T | None:
+def on_rank0(action: Callable[[], T]) -> T | None:
     """What the action gives on rank 0, which alone runs it; None elsewhere. Where it is refused, every rank is."""
     error, result = None, None
     if rank() == 0:
@@ -141,7 +141,7 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
     return result
 
 
-def from_all_ranks(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Every rank's value, in order of rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -160,7 +160,7 @@ def barrier() -> None:
     dist.barrier()
 
 
-def from_last_stage(value: T) -> T:
+def broadcast_from_last_stage(value: T) -> T:
     """A value known on the last pipeline stage, on every stage of this pipeline."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
@@ -181,7 +181,7 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def of_first_rank(value: torch.Tensor) -> torch.Tensor:
+def broadcast_from_rank0(value: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor, on the CPU: backends promise equal sums, not equal bits, and ranks must decide alike."""
     box = value.to(device.torch_device())
     dist.broadcast(box, src=0)
@@ -191,7 +191,7 @@ def of_first_rank(value: torch.Tensor) -> torch.Tensor:
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks of the run, on the CPU, the same bits on each."""
     dist.all_reduce(value)
-    return of_first_rank(value)
+    return broadcast_from_rank0(value)
 
 
 def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:

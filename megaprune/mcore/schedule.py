@@ -99,7 +99,7 @@ def mean_token_loss(
     mean = torch.zeros((), device=device.torch_device())
     if losses:
         mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    return parallel.from_last_stage(mean.item())
+    return parallel.broadcast_from_last_stage(mean.item())
 
 
 def _forward_step(

@@ -79,21 +79,21 @@ def _cache(setup: _Setup) -> None:
     with setup.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(setup)
         if setup.output.exists():
-            parallel.on_first_rank(lambda: _check_finished(setup.output, plan))
+            parallel.on_rank0(lambda: _check_finished(setup.output, plan))
             _say(f"{setup.output} holds the finished cache already")
             _clear_data(setup)
             return
-        parallel.on_first_rank(lambda: cache_writer.check_plan(setup.work.path, plan))
-        parallel.on_first_rank(lambda: check_room(setup.output, plan.num_bytes - _bytes_in(setup.work.path)))
+        parallel.on_rank0(lambda: cache_writer.check_plan(setup.work.path, plan))
+        parallel.on_rank0(lambda: check_room(setup.output, plan.num_bytes - _bytes_in(setup.work.path)))
         _say(_size_of(plan))
         if config.run.dry_run:
             return _clear_data(setup)
         model = build_model(setup.arch, setup.stages, setup.engine)
         import_weights(model, setup.source)
         teacher = in_half_precision(model, setup.engine).requires_grad_(False)
-        parallel.on_first_rank(lambda: _begin(setup.work.path, plan))
+        parallel.on_rank0(lambda: _begin(setup.work.path, plan))
     _Caching(setup, plan, dataset, teacher).run()
-    parallel.on_first_rank(lambda: _finish(setup, plan))
+    parallel.on_rank0(lambda: _finish(setup, plan))
     _say(f"written to {setup.output}: {plan.num_bytes / 1e6:,.1f} MB")
 
 
@@ -143,7 +143,7 @@ def _plan(setup: _Setup) -> tuple[CachePlan, Windows]:
             vocab_size=setup.arch.vocab_size if parallel.rank() == 0 else None,
         )
 
-    dataset = parallel.on_first_rank(load) or load()
+    dataset = parallel.on_rank0(load) or load()
     key = cache_key(setup.source, tokenizer, dataset)
     return CachePlan(key, config.distillation.distill_top_k, "bf16" if setup.engine.bf16 else "fp32"), dataset
 
@@ -226,7 +226,7 @@ class _Caching:
         count, size = self._plan.num_shards, parallel.world_size()
         mine = range(parallel.rank(), count, size)
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
-        left = sorted(shard for part in parallel.from_all_ranks(found) for shard in part)
+        left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
             _say(f"going on: {count - len(left):,} of {count:,} shards are there")
         return left

@@ -241,7 +241,7 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
         return train, valid, files
 
-    train, valid, files = parallel.on_first_rank(load) or load()
+    train, valid, files = parallel.on_rank0(load) or load()
     calibration = train
     if blend:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)

@@ -63,7 +63,7 @@ def run(config: Config, command: str) -> None:
     else:
         undoing = setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
         with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing, one_line(setup.run_dir.path, GO_ON):
-            parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
+            parallel.on_rank0(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
             with _closing(pruning_run.metrics):
                 pruning_run.execute()
@@ -227,7 +227,7 @@ class PruningRun:
         """
         mask = masks_of([kept], self.setup.arch.num_layers)
         error = None
-        if not torch.equal(mask, parallel.of_first_rank(mask.clone())):
+        if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
             error = MegapruneError(f"--method {self.config.prune.method} chose other layers on other ranks")
         parallel.raise_together(error)
         return kept
@@ -391,7 +391,7 @@ class PruningRun:
             _emptied(aside)
             with self.progress.timed("export"):
                 self._export_weights(student, aside)
-            parallel.on_first_rank(lambda: self._finish_export(aside))
+            parallel.on_rank0(lambda: self._finish_export(aside))
         except MegapruneError:
             if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
                 shutil.rmtree(aside, ignore_errors=True)
@@ -427,7 +427,7 @@ class PruningRun:
             adapter = setup.run_dir.adapter
             aside = _emptied(aside_folder(adapter))
             export_adapter(student.model, setup.source, kept, aside, setup.lora, str(setup.run_dir.hf), whole)
-            parallel.on_first_rank(lambda: _replace(adapter, aside))
+            parallel.on_rank0(lambda: _replace(adapter, aside))
         elif trained:
             export_weights(student.model, setup.source, kept, folder, size, whole, keep_mtp)
         if self.config.lora.export_adapter or not trained:
@@ -436,7 +436,7 @@ class PruningRun:
                 with one_line(folder, GO_ON):
                     write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
 
-            parallel.on_first_rank(write)  # no weight has changed: the stored bits are the export
+            parallel.on_rank0(write)  # no weight has changed: the stored bits are the export
 
     def _report(self) -> Report:
         setup, kept = self.setup, self.progress.kept_layers
@@ -464,7 +464,7 @@ def _emptied(folder: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
 
-    parallel.on_first_rank(make)
+    parallel.on_rank0(make)
     return folder
 
 

@@ -46,7 +46,7 @@ def open_cache(config: Config, source: HFSource, tokenizer: Any, train: Windows)
         cache.check_shards()
         return cache
 
-    return parallel.on_first_rank(check) or load()
+    return parallel.on_rank0(check) or load()
 
 
 def fingerprint_of(source: HFSource) -> str:
@@ -58,7 +58,7 @@ def fingerprint_of(source: HFSource) -> str:
     except MegapruneError as met:
         error = met
     parallel.raise_together(error)
-    parts = parallel.from_all_ranks(digests)
+    parts = parallel.all_gather_objects(digests)
     return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
 
 
