@@ -19,7 +19,7 @@ from megaprune.mcore.hf_weights import (
     rules_by_parameter,
     source_name,
 )
-from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialise_adapter
+from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
 from megaprune.mcore.parallel import on_rank0, raise_together
 from megaprune.models import Architecture, Shard, WeightRule
 from megaprune.utils.disk import explain, one_line
@@ -47,7 +47,7 @@ def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layer
     """
     add_adapters(model, options)
     for name, layer in adapted_layers(model).items():
-        initialise_adapter(layer, source_name(global_name(name, model), kept_layers), seed)
+        initialize_adapter(layer, source_name(global_name(name, model), kept_layers), seed)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaprune import device
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import layers_of
+from megaprune.mcore.layers.gated import transformer_layers
 
 
 def taylor_importance(
@@ -35,7 +35,7 @@ def taylor_importance(
         wrapped.zero_grad_buffer()
         schedule.mean_token_loss(wrapped, batches, weights, token_losses)
         with torch.no_grad():
-            for layer in layers_of(model):
+            for layer in transformer_layers(model):
                 for name, parameter in layer.named_parameters():
                     change = (parameter.float() * parameter.main_grad).abs().sum(dtype=torch.float64)
                     sums[layer.layer_number - 1] += change / _holders(name, parameter)

@@ -57,7 +57,7 @@ def layout_string(stages: Sequence[int]) -> str:
     return "E" + "|".join("t" * count for count in stages) + "L"
 
 
-def stages_of(layout: str, num_stages: int, num_layers: int) -> list[int]:
+def parse_layout(layout: str, num_stages: int, num_layers: int) -> list[int]:
     """The number of layers on each stage of a user's ``--pipeline-model-parallel-layout``.
 
     Raises:

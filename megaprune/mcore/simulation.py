@@ -40,7 +40,7 @@ class Share:
 
 
 @contextmanager
-def rank_on_paper(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[None]:
+def simulated_rank(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[None]:
     """Makes this process one rank of a cluster that does not exist: its groups are set up, its collectives do nothing.
 
     The process must not be in a process group.
@@ -54,7 +54,7 @@ def rank_on_paper(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[
         parallel.leave()
 
 
-class PaperCluster:
+class SimulatedCluster:
     """Builds the shares of a model's ranks, and of the pruned model's.
 
     Args:
@@ -87,7 +87,7 @@ class PaperCluster:
 
     def _build(self, arch: Architecture, stages: Sequence[int], stage: int) -> Share:
         first_rank = stage * (self._world_size // len(stages))
-        with rank_on_paper(first_rank, self._world_size, self._options.sizes), device.on_meta():
+        with simulated_rank(first_rank, self._world_size, self._options.sizes), device.on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
             model = build_model(arch, stages, self._options)
             parameters, model_bytes = _count(model.parameters()), _bytes(model)

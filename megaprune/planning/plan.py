@@ -9,8 +9,8 @@ from megaprune.config.schema import WHAT_TO_PRUNE, Config
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
-from megaprune.mcore.simulation import PaperCluster, Share
+from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
+from megaprune.mcore.simulation import Share, SimulatedCluster
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import Size, layer_sizes, model_size, output_cost
 from megaprune.planning.activations import Activations, Passes
@@ -155,7 +155,7 @@ class _Planner:
         )
         # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
         engine = EngineOptions(self._sizes, bf16=config.recovery.bf16, seq_length=config.data.seq_length)
-        self._paper = PaperCluster(engine, world_size, self._lora)
+        self._paper = SimulatedCluster(engine, world_size, self._lora)
         self._layer_sizes = layer_sizes(hf_config)
         self._output_cost = output_cost(hf_config)
         self._activations = Activations(self._arch, self._passes())
@@ -270,7 +270,7 @@ class _Planner:
     def _original_stages(self) -> list[int]:
         layout = self._config.parallel.pipeline_model_parallel_layout
         if layout is not None:
-            return stages_of(layout, self._sizes.pipeline, self._arch.num_layers)
+            return parse_layout(layout, self._sizes.pipeline, self._arch.num_layers)
         return self._balanced(range(self._arch.num_layers))
 
     def _balanced(self, layers: Sequence[int]) -> list[int]:

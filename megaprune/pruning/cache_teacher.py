@@ -23,7 +23,7 @@ from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.pruning.prepare import check_sequence, check_top_k, open_source, parallel_sizes
@@ -121,7 +121,7 @@ def _prepare(config: Config, output: Path) -> _Setup:
     engine = EngineOptions(sizes, fused, config.recovery.bf16, seq_length=config.data.seq_length)
     layout = config.parallel.pipeline_model_parallel_layout
     if layout is not None:
-        stages = stages_of(layout, sizes.pipeline, arch.num_layers)
+        stages = parse_layout(layout, sizes.pipeline, arch.num_layers)
     else:
         stages = balanced_stages(layer_costs(source.config), sizes.pipeline, output_cost(source.config))
     return _Setup(config, source, arch, engine, stages, output)

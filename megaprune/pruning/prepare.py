@@ -27,7 +27,7 @@ from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, Family, HFConfig
 from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
 from megaprune.pruning.run_dir import RunDir
@@ -72,7 +72,7 @@ class Setup:
         """Layers of the original model on each pipeline stage."""
         layout = self.config.parallel.pipeline_model_parallel_layout
         if layout is not None:
-            return stages_of(layout, self.sizes.pipeline, self.arch.num_layers)
+            return parse_layout(layout, self.sizes.pipeline, self.arch.num_layers)
         return self.stages_of_layers(range(self.arch.num_layers))
 
     def stages_of_layers(self, kept_layers: Sequence[int]) -> list[int]:

@@ -179,7 +179,7 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def layers_of(model: torch.nn.Module) -> list[TransformerLayer]:
+def transformer_layers(model: torch.nn.Module) -> list[TransformerLayer]:
     """The transformer layers of the model on this rank, in order."""
     return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 

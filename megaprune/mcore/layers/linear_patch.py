@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.mcore.layers.gated import layers_of
+from megaprune.mcore.layers.gated import transformer_layers
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class LinearPatch:
 
     def attach(self, model: torch.nn.Module, layer: int) -> None:
         """Before the model's layer of this number, counted from 0, if it is on this rank."""
-        for module in layers_of(model):
+        for module in transformer_layers(model):
             if module.layer_number - 1 == layer:
                 module.register_forward_pre_hook(self._before, with_kwargs=True)
 
