@@ -89,6 +89,7 @@ def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: i
 
 
 def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
+    """Check the sizes of expert parallelism; raise UsageError with the flag to change."""
     experts = sizes.expert * sizes.expert_tensor
     if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
         raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
@@ -243,6 +244,7 @@ def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
 
 
 def _require_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], hidden_states: torch.Tensor) -> None:
+    """Make a module's output require a gradient (a forward hook)."""
     if torch.is_grad_enabled():
         hidden_states.requires_grad_()
 

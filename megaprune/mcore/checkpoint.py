@@ -121,6 +121,7 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
 
 
 def _begin(aside: Path, num_bytes: int) -> None:
+    """Create the temporary folder of a checkpoint after a check of the free disk space."""
     with disk.one_line(aside, _GO_ON, num_bytes):
         shutil.rmtree(aside, ignore_errors=True)
         disk.check_room(aside, num_bytes, f"and {_GO_ON}")
@@ -146,6 +147,7 @@ def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
 
 
 def _finish(aside: Path, final: Path) -> None:
+    """Rename a complete checkpoint to its final name, and delete older ones."""
     with disk.one_line(final, _GO_ON):
         if final.exists():  # from an earlier save of the same iteration
             shutil.rmtree(final)

@@ -136,34 +136,14 @@ def export_weights(
     Raises:
         MegapruneError: the folder cannot be written. Raised on every rank.
     """
-    model_layers = None if whole else kept_layers
-    arch = source.family.architecture(source.config)
-    rules = rules_by_parameter(source, uses_transformer_engine(model))
     error: MegapruneError | None = None
     shards: list[WrittenShard] = []
     writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
-
-    def add(hf_name: str, tensor: torch.Tensor) -> None:
-        new_name = source.renamed(hf_name, kept_layers)
-        assert new_name is not None  # only tensors of exported layers are added
-        writer.add(layout.written_name(new_name), tensor)
-
     try:
-        for name, parameter in global_weights(model):
-            rule = rules[source_name(name, model_layers)]
-            if source.renamed(rule.hf[0], kept_layers) is None:
-                continue
-            parts = gather_shards(parameter.detach(), rule)
-            if not (rule.export and is_first_holder(rule)):
-                continue
-            for hf_name, tensor in merge_shards(rule, parts, arch).items():
-                tensor = _as_stored(tensor, source, hf_name)
-                add(hf_name, tensor)
-                for copy in source.copies(hf_name, keep_mtp):
-                    add(copy, tensor.clone())
-        if dist.get_rank() == 0 and keep_mtp:
-            for hf_name in source.mtp_own():
-                add(hf_name, source.read(hf_name))
+        for hf_name, tensor in _hf_tensors(model, source, kept_layers, whole, keep_mtp):
+            new_name = source.renamed(hf_name, kept_layers)
+            assert new_name is not None  # pruned layers are not among the tensors
+            writer.add(layout.written_name(new_name), tensor)
         shards = writer.close()
     except OSError as met:
         error = MegapruneError(explain(met, folder))
@@ -175,6 +155,32 @@ def export_weights(
             finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
 
     on_rank0(finish)
+
+
+def _hf_tensors(
+    model: GPTModel, source: HFSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that this rank writes, with their names in the source. Collective.
+
+    The arguments are those of `export_weights`.
+    """
+    arch = source.family.architecture(source.config)
+    rules = rules_by_parameter(source, uses_transformer_engine(model))
+    for name, parameter in global_weights(model):
+        rule = rules[source_name(name, None if whole else kept_layers)]
+        if source.renamed(rule.hf[0], kept_layers) is None:
+            continue
+        parts = gather_shards(parameter.detach(), rule)
+        if not (rule.export and is_first_holder(rule)):
+            continue
+        for hf_name, tensor in merge_shards(rule, parts, arch).items():
+            tensor = _as_stored(tensor, source, hf_name)
+            yield hf_name, tensor
+            for copy in source.copies(hf_name, keep_mtp):
+                yield copy, tensor.clone()
+    if dist.get_rank() == 0 and keep_mtp:
+        for hf_name in source.mtp_own():
+            yield hf_name, source.read(hf_name)
 
 
 def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:

@@ -114,6 +114,7 @@ def _forward_step(
     loss_func_for: Callable[[Tensor, int], Any],
     before: Callable[[int], None] | None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
+    """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
 
     def step(numbers: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -133,6 +134,7 @@ def _forward_step(
 
 
 def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], step: Any, **kwargs: Any) -> list[Any]:
+    """Run the pipeline schedule over all micro-batches and return the results of the last stage."""
     micro_batch_size, seq_length = batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=step,

@@ -92,6 +92,7 @@ class SimulatedCluster:
         return shares
 
     def _build(self, arch: Architecture, stages: Sequence[int], stage: int) -> Share:
+        """Build the part of the first rank of a stage on the meta device, and return its sizes."""
         first_rank = stage * (self._world_size // len(stages))
         with simulated_rank(first_rank, self._world_size, self._options.sizes), device.on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage

@@ -97,7 +97,7 @@ class LayerGate:
 
     @property
     def runs_all_layers(self) -> bool:
-        """Whether no layer is bypassed."""
+        """True if no layer is bypassed."""
         return not self._bypassed
 
     def value(self, layer: int) -> float:

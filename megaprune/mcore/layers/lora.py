@@ -78,11 +78,13 @@ class _LoRALinear:
     enabled: bool
 
     def _attach(self, options: LoRAOptions) -> None:
+        """Create the adapter's parameters."""
         self.lora, self.enabled = options, True
         self.lora_a = self._parameter(options.rank, self.weight.shape[1], cut=self.cut_a)
         self.lora_b = self._parameter(self.weight.shape[0], options.rank, cut=not self.cut_a)
 
     def _parameter(self, rows: int, columns: int, cut: bool) -> torch.nn.Parameter:
+        """Return a matrix with the attributes that Megatron-Core reads; `cut` says whether it is sharded."""
         parameter = torch.nn.Parameter(self.weight.new_zeros(rows, columns))
         # A replicated matrix must be counted once in the gradient norm: on the first rank of its group. The core would
         # use the group of dense layers for experts, too.
