@@ -20,7 +20,7 @@ def fingerprint_of(source: HFSource) -> str:
     except MegapruneError as met:
         error = met
     parallel.raise_together(error)
-    parts = parallel.from_all_ranks(digests)
+    parts = parallel.all_gather_objects(digests)
     return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import LayerGate, frozen, layers_of
+from megaprune.mcore.layers.gated import LayerGate, frozen, transformer_layers
 from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import shared_order
@@ -180,7 +180,7 @@ def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
 
 @contextmanager
 def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in transformer_layers(model)]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import torch
 from megaprune.config.schema import Config
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.simulation import PaperCluster, Share
+from megaprune.mcore.simulation import Share, SimulatedCluster
 from megaprune.models import HFConfig
 from megaprune.models.sizes import Size, layer_sizes, model_size
 from megaprune.planning.activations import Activations, Passes
@@ -137,7 +137,7 @@ class _Planner:
         self._cluster = Cluster(
             world_size, self._sizes, data.micro_batch_size, options.global_batch_size, data.seq_length
         )
-        self._paper = PaperCluster(replace(options.engine, recompute_granularity=None), world_size, self._lora)
+        self._paper = SimulatedCluster(replace(options.engine, recompute_granularity=None), world_size, self._lora)
         self._layer_sizes = layer_sizes(hf_config)
         self._activations = Activations(self._arch, self._passes())
         shards = (self._cluster.data_parallel, self._cluster.expert_data_parallel)

@@ -169,7 +169,7 @@ class _Caching:
         count, size = self._plan.num_shards, parallel.world_size()
         mine = range(parallel.rank(), count, size)
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
-        left = sorted(shard for part in parallel.from_all_ranks(found) for shard in part)
+        left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
             say(f"going on: {count - len(left):,} of {count:,} shards are there")
         return left
