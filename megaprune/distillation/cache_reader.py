@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megaprune.distillation.cache_format import (
     CHECKSUM_BYTES,
@@ -82,8 +81,7 @@ class TeacherCache:
         for window in windows:
             ahead = self._ahead.pop(window, None)
             found.append(self.window(window) if ahead is None else ahead.result())
-        names = ("indices", "logits", "logsumexp", "entropy")
-        return TeacherTargets(*(torch.stack([getattr(targets, name) for targets in found], dim=1) for name in names))
+        return TeacherTargets.stack(found)
 
     def prefetch(self, windows: Sequence[int]) -> None:
         """Begins to read these windows in the background, for a later `windows`, which must come."""

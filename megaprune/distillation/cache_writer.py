@@ -135,9 +135,8 @@ class ShardFile:
             self._file = self._aside.open("wb")
         for place, window in enumerate(windows):
             assert window == next(self._left), "windows of a shard came out of order"
-            one = TeacherTargets(*(column[:, place] for column in targets.__dict__.values()))
             try:
-                block = self._plan.layout.encode(one)
+                block = self._plan.layout.encode(targets.window(place))
             except ValueError as error:
                 raise MegapruneError(f"{error} in window {window} of --train-data: look at the model") from None
             self._checksums.append(block_checksum(block, window))

@@ -8,6 +8,7 @@ group in the forward pass is the identity in the backward pass. Padding columns 
 no gradient.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megaprune.utils.errors import MegapruneError, UsageError
 
-Tail = Literal["renormalised", "rest", "full"]
+Tail = Literal["renormalized", "rest", "full"]
 LossKind = Literal["adaptive", "kl", "ce"]
 
 # Ranking takes up to 20 bytes a logit. Done in blocks of rows of this many logits, it takes at most some 300 MB.
@@ -29,7 +30,7 @@ _MIN_REST = -80.0
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the vocabulary this rank's logits are."""
+    """The columns of the vocabulary that this rank's logits hold."""
 
     start: int
     """Global index of the first local column."""
@@ -62,7 +63,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What stays of a teacher's forward pass, for every token."""
+    """The part of a teacher's output that a loss needs, for every token."""
 
     indices: Tensor
     """[..., k] int64, global vocabulary indices, by falling logit."""
@@ -72,6 +73,23 @@ class TeacherTargets:
     """[...], over the whole vocabulary."""
     entropy: Tensor
     """[...], nats, of the teacher's full distribution."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TeacherTargets":
+        """Apply a function to every tensor."""
+        return TeacherTargets(*map(function, self._tensors()))
+
+    def window(self, place: int) -> "TeacherTargets":
+        """Return the targets [s, ...] of one window of a micro-batch's [s, b, ...]."""
+        return self.map(lambda column: column[:, place])
+
+    @classmethod
+    def stack(cls, windows: Sequence["TeacherTargets"]) -> "TeacherTargets":
+        """Join the targets [s, ...] of windows to those of a micro-batch, [s, b, ...]."""
+        columns = zip(*(targets._tensors() for targets in windows), strict=True)
+        return cls(*(torch.stack(column, dim=1) for column in columns))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.indices, self.logits, self.logsumexp, self.entropy
 
 
 def vocab_logsumexp(logits: Tensor, shard: VocabShard) -> Tensor:
@@ -128,12 +146,12 @@ def top_k_log_odds(targets: TeacherTargets) -> Tensor:
 def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: VocabShard, tail: Tail) -> Tensor:
     """KL(teacher || student) of every token, [...], from the teacher's top k (E3-Pruner, adaptive KD).
 
-    What the tokens beyond the top k count for is `tail`:
-    - "renormalised": nothing; teacher and student are both softmaxed over the k (the paper's form).
+    `tail` says how the tokens beyond the top k count:
+    - "renormalized": nothing; teacher and student are both softmaxed over the k (the paper's form).
     - "rest": one more outcome, whose probability is all the rest, on both sides.
     - "full": the student's probabilities are those of its full softmax; the teacher's sum to 1 over the k.
     """
-    if tail == "renormalised":
+    if tail == "renormalized":
         student = gather_logits(student_logits, targets.indices, shard).log_softmax(-1)
         return _kl(targets.logits.log_softmax(-1), student)
 
@@ -146,7 +164,7 @@ def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: Vo
         return _kl(targets.logits.log_softmax(-1), student[..., :-1])
     if tail == "rest":
         return _kl(_teacher_with_rest(targets), student)
-    raise MegapruneError(f"unknown tail {tail!r} of the distillation loss: give renormalised, rest or full")
+    raise MegapruneError(f"unknown tail {tail!r} of the distillation loss: give renormalized, rest or full")
 
 
 def full_kl(reference_logits: Tensor, logits: Tensor, shard: VocabShard) -> Tensor:
@@ -167,19 +185,6 @@ def full_kl(reference_logits: Tensor, logits: Tensor, shard: VocabShard) -> Tens
 def top1(logits: Tensor, shard: VocabShard) -> Tensor:
     """The most likely token of every position, [...] global index; of equals, the lower."""
     return _top_k(logits, 1, shard)[0].squeeze(-1)
-
-
-def token_weights(kind: LossKind, loss_mask: Tensor, targets: TeacherTargets | None) -> Tensor:
-    """The weight of every token's loss, shaped as `loss_mask` (1 = counts), [s, b].
-
-    "adaptive" weighs by the teacher's entropy H (E3-Pruner's adaptive KD); "kl" and "ce" all alike. The loss
-    is to be divided by the sum of the weights over the global batch, which makes the weights H / mean H.
-    """
-    if kind != "adaptive":
-        return loss_mask
-    if targets is None:
-        raise MegapruneError("--distill-loss adaptive weighs tokens by the teacher's entropy: it needs a teacher")
-    return targets.entropy * loss_mask
 
 
 class _PickedAndOthers(torch.autograd.Function):

@@ -15,8 +15,8 @@ from megaprune.mcore.layers.gated import layers_of
 def taylor_importance(
     model: torch.nn.Module,
     batches: Sequence[schedule.MicroBatch],
-    weights: Callable[[int], Tensor],
-    token_losses: Callable[[Tensor, int], Tensor],
+    weights: Callable[[schedule.LossTokens], Tensor],
+    token_losses: Callable[[Tensor, schedule.LossTokens], Tensor],
     num_layers: int,
 ) -> Tensor:
     """The sum over a layer's weights of |weight x its gradient| (Kim et al., 2024), [num_layers] fp32 on the CPU, the

@@ -11,6 +11,7 @@ import torch
 
 from megaprune.config.schema import Config
 from megaprune.data.batches import Batch, train_batches
+from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.importance.measures import mean_loss
@@ -25,7 +26,7 @@ from megaprune.pruning.models import Models
 from megaprune.pruning.prepare import Data, Setup, describe, load_tokenizer, prepare, prepare_data
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.signals import StopRequest
-from megaprune.pruning.step import Objective, StepResult, search_step, train_step
+from megaprune.pruning.step import StepResult, search_step, train_step
 from megaprune.report.metrics import MetricsLogger, read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
@@ -332,7 +333,7 @@ class PruningRun:
 
     def _objective(self, teacher: Teacher | None) -> Objective:
         distillation = self.config.distillation
-        return Objective(distillation.distill_loss, distillation.distill_tail, self.models.shard, teacher)
+        return make_objective(distillation.distill_loss, distillation.distill_tail, self.models.shard, teacher)
 
     def _batches(self, iteration: int) -> list:
         self.data.read_ahead(iteration + 1, self.setup.global_batch_size)

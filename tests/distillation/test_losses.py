@@ -12,7 +12,6 @@ from megaprune.distillation.losses import (
     full_kl,
     gather_logits,
     teacher_targets,
-    token_weights,
     top1,
     vocab_logsumexp,
 )
@@ -20,7 +19,7 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 S, B, VOCAB, PADDED = 3, 2, 11, 16
 SHARD = VocabShard(start=0, size=PADDED, valid=VOCAB)
-TAILS = ["renormalised", "rest", "full"]
+TAILS = ["renormalized", "rest", "full"]
 
 
 def random_logits(seed, dtype=torch.float32, scale=3.0):
@@ -47,7 +46,7 @@ def reference_distillation(student, teacher, k, tail):
         p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=-1) for x in (p, q))
     else:
         p = top.softmax(-1)
-        q = student.gather(-1, indices).softmax(-1) if tail == "renormalised" else None
+        q = student.gather(-1, indices).softmax(-1) if tail == "renormalized" else None
         q = student.softmax(-1).gather(-1, indices) if q is None else q
     return (p * (p.log() - q.log())).sum(-1)
 
@@ -207,7 +206,7 @@ def test_distillation_from_the_whole_vocabulary_is_the_full_kl(tail):
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tail):
     targets = teacher_targets(TEACHER, 4, SHARD)
     value, grad = value_and_grad(lambda z: distillation_loss(z, targets, SHARD, tail), TEACHER)
-    if tail == "full":  # the teacher renormalised on its top k is not the student: -log of the top k's mass
+    if tail == "full":  # the teacher renormalized on its top k is not the student: -log of the top k's mass
         log_mass = targets.logits.logsumexp(-1) - targets.logsumexp
         torch.testing.assert_close(value, -log_mass, atol=1e-6, rtol=1e-5)
     else:
@@ -251,11 +250,10 @@ def test_unknown_tail_is_refused():
         distillation_loss(TEACHER, teacher_targets(TEACHER, 4, SHARD), SHARD, "none")
 
 
-def test_token_weights():
-    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+def test_targets_are_mapped_split_and_stacked():
     targets = teacher_targets(TEACHER, 4, SHARD)
-    assert torch.equal(token_weights("kl", mask, targets), mask)
-    assert torch.equal(token_weights("ce", mask, None), mask)
-    assert torch.equal(token_weights("adaptive", mask, targets), targets.entropy * mask)
-    with pytest.raises(MegapruneError, match="--distill-loss adaptive"):
-        token_weights("adaptive", mask, None)
+    doubled = targets.map(lambda column: 2 * column)
+    assert torch.equal(doubled.indices, 2 * targets.indices) and torch.equal(doubled.entropy, 2 * targets.entropy)
+    again = TeacherTargets.stack([targets.window(place) for place in range(TEACHER.shape[1])])
+    for name in ("indices", "logits", "logsumexp", "entropy"):
+        assert torch.equal(getattr(again, name), getattr(targets, name)), name

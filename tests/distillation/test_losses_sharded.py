@@ -30,7 +30,7 @@ def all_losses(student, teacher, labels, shard):
         "full_kl": lambda z: full_kl(teacher, z, shard),
     } | {
         tail: lambda z, tail=tail: distillation_loss(z, targets, shard, tail)
-        for tail in ("renormalised", "rest", "full")
+        for tail in ("renormalized", "rest", "full")
     }
     exact = {"indices": targets.indices, "logits": targets.logits, "top1": top1(student, shard)}
     close = {"teacher_logsumexp": targets.logsumexp, "entropy": targets.entropy}
