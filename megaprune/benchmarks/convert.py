@@ -73,7 +73,7 @@ def measure(options: ConvertOptions) -> Result:
 
 
 def table(result: Result) -> str:
-    """The measured conversions, for the terminal."""
+    """Return the measured conversions as a table for the terminal."""
     cases = result["cases"]
     rows = [("", "seconds", "GB/s", "ratio", "processor s", "peak MiB")] + [
         (

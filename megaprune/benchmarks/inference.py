@@ -24,7 +24,7 @@ Generate = Callable[[torch.Tensor, int], None]
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of random tokens, all alike in length, and how many tokens each is continued by (at least 2)."""
+    """Prompts of random tokens and of equal length, and the number of tokens (at least 2) that continue each."""
 
     batch_size: int
     prompt_length: int
@@ -33,13 +33,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds to the first token (TTFT) and for each further one of a batch (TPOT)."""
+    """Time to the first token (TTFT) and per further token (TPOT) of a batch, in seconds."""
 
     first_token: float
     further_token: float
 
     def total(self, new_tokens: int) -> float:
-        """Seconds from the prompt to the last token."""
+        """Return the seconds from the prompt to the last token."""
         return self.first_token + (new_tokens - 1) * self.further_token
 
 
@@ -59,7 +59,7 @@ def measure(options: InferenceOptions) -> Result:
 
 
 def table(result: Result) -> str:
-    """The measured workloads, for the terminal."""
+    """Return the measured workloads as a table for the terminal."""
     cases = result["cases"]
     rows: list[tuple[str, ...]] = [("", "original s", "pruned s", "speed-up", "of ideal")]
     for record in cases:

@@ -44,7 +44,7 @@ class ConvertOptions:
     """A synthetic checkpoint, and how often to convert it."""
 
     size_gb: float = flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0, least=0.001)
-    hidden_size: int = flag("hidden size, a multiple of 512", 4096, least=512)
+    hidden_size: int = flag("hidden size, a multiple of 512", 4096)
     repeats: int = flag("rounds", 3, least=1)
     transformers: bool = flag("measure transformers' load and save too, which hold the whole model", True)
     folder: str | None = flag("where to work: needs three times the size (default: the system's temporary folder)")
@@ -52,7 +52,7 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Raise UsageError for options that do not fit."""
-        if self.hidden_size % 512:
+        if self.hidden_size < 512 or self.hidden_size % 512:
             raise UsageError(f"--hidden-size {self.hidden_size} is not a multiple of 512")
         _check_output(self.output)
 

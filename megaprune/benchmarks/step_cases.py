@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from megaprune import device
 from megaprune.benchmarks.timing import SavedActivations
@@ -32,7 +34,7 @@ PLAIN = "plain"
 RECOVERY, ADAPTERS = "recovery, cross-entropy", "adapters, cross-entropy"
 _TOP_K = 10
 _ADAPTERS = LoRAOptions(16, 32.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
-# Small, so that random labels don't blow the random weights up.
+# Small, so that training on random labels stays finite.
 _LR = 1e-5
 
 
@@ -42,11 +44,11 @@ class Case:
 
     Args:
         kept_layers: layers that run and learn.
-        ideal: compute of the layers by the baseline's, where a backward pass costs two forward passes, or one where
-            weights are frozen.
+        ideal: compute of the layers relative to the baseline's; a backward pass costs two forward passes, or one if
+            the weights are frozen.
         baseline: the case that this one is compared with.
         kind: a plain training step, a search step of the gated model, recovery of a pruned model, or of adapters.
-        teacher: what recovery learns from; None is the data alone.
+        teacher: the teacher of recovery; None for cross-entropy.
         skip_masked_backward: see `LayerGate`.
     """
 
@@ -61,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one step: all of it, and without clearing gradients and updating weights."""
+    """Seconds of one step: in total, and without clearing gradients and updating weights."""
 
     step: float
     forward_backward: float
@@ -69,15 +71,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one step takes. `activations`: the most that autograd held for the backward pass, parameters left
-    out; `peak`: the most that was allocated beyond weights, gradients and optimizer state (None: nobody counts)."""
+    """Bytes that one step takes.
+
+    Args:
+        activations: the maximum that autograd held for the backward pass, without parameters.
+        peak: the maximum that was allocated beyond weights, gradients and optimizer state; None if the device does
+            not count.
+    """
 
     activations: int
     peak: int | None
 
 
 def cases(num_layers: int) -> list[Case]:
-    """The steps that are compared; the first is the baseline of all steps of the whole model."""
+    """Return the steps that are compared; the first is the baseline of all steps of the whole model."""
     quarter, half = (num_layers - round(share * num_layers) for share in (0.25, 0.5))
     share = quarter / num_layers
     return [
@@ -133,7 +140,7 @@ class StepCases:
 
     def _search(self, case: Case, trainer: "_TimedTrainer") -> Callable[[int], None]:
         num_layers, gate = self._arch.num_layers, self._gates["search"]
-        # Another draw at every step, always of this many layers.
+        # A new sample at every step, always of this many layers.
         selector = GumbelTopK(
             torch.zeros(num_layers),
             Budget.of_layers(num_layers, case.kept_layers),
@@ -162,7 +169,7 @@ class StepCases:
         return make_objective("adaptive", "rest", self._shard, teacher)
 
     def _cached(self, teacher: Teacher) -> CachedTeacher:
-        """What a teacher says of the batch, through the disk."""
+        """Write the teacher's targets of the batch to a cache, and return the teacher that reads it."""
         windows = len(self._batch.sample_ids)
         key = CacheKey("model", "tokenizer", "data", self._engine.seq_length, windows, self._arch.vocab_size)
         plan = CachePlan(key, _TOP_K, "bf16" if self._engine.bf16 else "fp32")
@@ -172,11 +179,15 @@ class StepCases:
         for number in range(plan.num_shards):
             some = plan.windows_of(number)
             with ShardFile(folder, plan, number) as shard:
-                shard.add(some, found.map(lambda column, some=some: column[:, some.start : some.stop].cpu()))
+                shard.add(some, found.map(partial(_of_windows, some)))
                 shard.close()
         begin(folder, plan)
         finish(folder, folder.with_name(f"{folder.name}-cache"), plan)
         return CachedTeacher(TeacherCache(folder.with_name(f"{folder.name}-cache"), key, _TOP_K))
+
+
+def _of_windows(some: range, column: Tensor) -> Tensor:
+    return column[:, some.start : some.stop].cpu()
 
 
 def _optimizer_options(rounds: int) -> OptimizerOptions:
@@ -192,7 +203,7 @@ def _optimizer_options(rounds: int) -> OptimizerOptions:
 
 
 class Stepper:
-    """Takes a case's steps one by one."""
+    """The steps of a case, taken one by one."""
 
     def __init__(self, trainer: "_TimedTrainer", step: Callable[[int], Any]) -> None:
         self._trainer, self._step, self._number = trainer, step, 0
@@ -202,12 +213,14 @@ class Stepper:
         self._number += 1
 
     def timed_step(self) -> Sample:
+        """Take a step and time it."""
         self._trainer.seconds = 0.0
         with _stopwatch() as elapsed:
             self._next()
         return Sample(elapsed(), elapsed() - self._trainer.seconds)
 
     def measure_memory(self) -> Memory:
+        """Take a step and measure its memory."""
         saved = SavedActivations(self._trainer.model.parameters())
         with saved:
             peak = device.peak_memory_of(self._next)
@@ -215,7 +228,7 @@ class Stepper:
 
 
 class _TimedTrainer(Trainer):
-    """Adds up the time of clearing gradients and updating weights."""
+    """A trainer that adds up the time of clearing gradients and updating weights."""
 
     seconds = 0.0
 
@@ -233,16 +246,16 @@ class _TimedTrainer(Trainer):
 
 @contextmanager
 def _stopwatch() -> Iterator[Callable[[], float]]:
-    """Yields what, after the block, gives the seconds that the block and the device's work in it took."""
+    """A block that yields a function; after the block it returns the seconds of the block and the device's work."""
     device.synchronize()
-    start, end = time.perf_counter(), None
+    start = end = time.perf_counter()
     yield lambda: end - start
     device.synchronize()
     end = time.perf_counter()
 
 
 def _random_batch(vocab_size: int, micro_batch_size: int, seq_length: int) -> Batch:
-    """The same on all ranks of a replica."""
+    """A random batch, the same on all ranks of a replica."""
     generator = torch.Generator().manual_seed(parallel.data_parallel_rank())
     tokens = torch.randint(vocab_size, (micro_batch_size, seq_length + 1), generator=generator)
     return Batch(
@@ -256,7 +269,7 @@ def _random_batch(vocab_size: int, micro_batch_size: int, seq_length: int) -> Ba
 
 @torch.no_grad()
 def _initialize(model: torch.nn.Module) -> None:
-    """Weights as a new model's: normal(0, 0.02), norms 1."""
+    """Initialize weights as of a new model: normal(0, 0.02), norms 1."""
     generator = torch.Generator().manual_seed(parallel.tensor_parallel().rank)
     for parameter in model.parameters():
         if parameter.dim() == 1:

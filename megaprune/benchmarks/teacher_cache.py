@@ -77,7 +77,7 @@ def measure(options: TeacherCacheOptions) -> Result:
 
 
 def table(result: Result) -> str:
-    """The measured cases and encodings, for the terminal."""
+    """Return the measured cases and encodings as a table for the terminal."""
     rows = [("", "tokens/s", "time by the forward pass")] + [
         (record["case"], f"{record['tokens_per_second']:,.0f}", f"{record['ratio']:.3f}") for record in result["cases"]
     ]
@@ -127,7 +127,7 @@ def measure_caching(
             CACHING: lambda: _cache(Path(folder), plan, keep),
             READING: lambda: _read(Path(folder) / "cache", plan, micro_batch_size),
         }
-        cases[CACHING]()  # what is read
+        cases[CACHING]()  # the cache that is read
         samples = interleaved(cases, repeats, warmup=1)
     tokens = windows * dataset.seq_length
     return {
@@ -146,7 +146,7 @@ def measure_caching(
 
 
 def _cache(folder: Path, plan: CachePlan, keep: Callable[..., None]) -> float:
-    """Seconds of a pass whose targets are written, shard by shard."""
+    """Return the seconds of a pass whose targets are written, shard by shard."""
     work, final = folder / "work", folder / "cache"
     shutil.rmtree(final, ignore_errors=True)
     work.mkdir()
@@ -162,7 +162,7 @@ def _cache(folder: Path, plan: CachePlan, keep: Callable[..., None]) -> float:
 
 
 def _read(folder: Path, plan: CachePlan, micro_batch_size: int) -> float:
-    """Seconds in which all windows are read in another order, as a run would."""
+    """Return the seconds in which all windows are read in random order, as a run reads them."""
     order = torch.randperm(plan.key.windows, generator=torch.Generator().manual_seed(0)).split(micro_batch_size)
     start = time.perf_counter()
     cache = TeacherCache(folder, plan.key, plan.top_k)
@@ -172,7 +172,7 @@ def _read(folder: Path, plan: CachePlan, micro_batch_size: int) -> float:
 
 
 def _encodings(teacher: torch.nn.Module, batches: list, plan: CachePlan, shard: VocabShard) -> list[dict[str, Any]]:
-    """The error of the loss by encoding and student: of a token at most, and of the mean."""
+    """Return the error of the loss per encoding and student: the maximum over tokens, and of the mean."""
     errors: dict[tuple[str, str], list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
 
@@ -195,7 +195,7 @@ def _encodings(teacher: torch.nn.Module, batches: list, plan: CachePlan, shard: 
 
 
 def _encoded(targets: TeacherTargets, plan: CachePlan) -> Mapping[str, TeacherTargets]:
-    """The targets [s, b, ...] as each way to spend 16 bits a logit gives them back."""
+    """Return the targets [s, b, ...] after encoding and decoding, for each way to spend 16 bits a logit."""
     logits, logsumexp = targets.logits, targets.logsumexp.unsqueeze(-1)
     below = (logits - logits[..., :1]).half().float()
     top = (logits[..., :1] - logsumexp).half().float()

@@ -41,7 +41,7 @@ def measure(options: TrainStepOptions) -> Result:
 
 
 def table(result: Result) -> str:
-    """The measured steps, for the terminal."""
+    """Return the measured steps as a table for the terminal."""
     header = ("", "kept", "fwd+bwd s", "ratio", "ideal", "step s", "ratio", "tokens/s", "activations MiB", "ratio")
     rows = [header] + [
         (
@@ -74,11 +74,11 @@ def table(result: Result) -> str:
 def measure_steps(
     arch: Architecture, engine: EngineOptions, micro_batch_size: int, repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
-    """Times the steps of all cases, interleaved, then measures the memory of one more step of each. Collective.
+    """Time the steps of all cases, interleaved, then measure the memory of one more step of each. Collective.
 
-    The steps are the run's own (`megaprune.pruning.step`), with one micro-batch: gradients cleared, mask drawn,
-    teacher asked, forward, backward, reductions, weights and scores updated. The loss is cross-entropy, and with a
-    teacher the adaptive one. Recovery is of a model that lacks a quarter of the layers.
+    The steps are those of a run (`megaprune.pruning.step`) with one micro-batch: clear gradients, sample the mask, ask
+    the teacher, forward, backward, reductions, update weights and scores. The loss is cross-entropy, or adaptive KL
+    with a teacher. Recovery trains a model without a quarter of the layers.
 
     Args:
         arch: at least 4 layers, of which the first and the last are never masked.

@@ -12,7 +12,6 @@ from megaprune.distillation.losses import (
     full_kl,
     gather_logits,
     teacher_targets,
-    top1,
     vocab_logsumexp,
 )
 from megaprune.utils.errors import MegapruneError, UsageError
@@ -154,7 +153,6 @@ def test_equal_logits_rank_by_lower_index():
     targets = teacher_targets(logits.bfloat16(), 11, SHARD)
     assert targets.indices.tolist() == [1, 3, 10, 0, 6, 8, 4, 5, 2, 9, 7]
     assert targets.logits.tolist() == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -3.0]
-    assert top1(logits, SHARD).item() == 1
 
 
 @pytest.mark.parametrize("k", [1, 4, VOCAB - 1])
@@ -186,10 +184,6 @@ def test_targets_in_blocks_are_the_same(monkeypatch):
 def test_more_teacher_logits_than_vocabulary_are_refused():
     with pytest.raises(UsageError, match="--distill-top-k"):
         teacher_targets(TEACHER, VOCAB + 1, SHARD)
-
-
-def test_top1_is_the_argmax():
-    assert torch.equal(top1(TEACHER, SHARD), TEACHER[..., :VOCAB].argmax(-1))
 
 
 @pytest.mark.parametrize("tail", TAILS)
