@@ -79,11 +79,11 @@ def table(result: Result) -> str:
                     f"{record[f'{kind}_of_ideal']:.3f}",
                 )
             )
-    layers, environment = cases[0]["layers"], result["environment"]
+    layers, machine = cases[0]["layers"], result["environment"]
     head = (
         f"{layers['original']} -> {layers['pruned']} layers, ideal speed-up {cases[0]['ideal_speed_up']:.3f}; medians "
-        f"of {result['settings']['repeats']} rounds in {result['settings']['engine']} on {environment['device']}, "
-        f"{environment['threads']} threads"
+        f"of {result['settings']['repeats']} rounds in {result['settings']['engine']} on {machine['device']}, "
+        f"{machine['threads']} threads"
     )
     return "\n".join([head, *aligned(rows)])
 

@@ -62,8 +62,8 @@ def table(result: Result) -> str:
         peaks = ["peak MiB", *(f"{record['peak_bytes'] / 2**20:,.1f}" for record in result["cases"])]
         rows = [(*row, peak) for row, peak in zip(rows, peaks, strict=True)]
     lines = aligned(rows)
-    environment = result["environment"]
-    where = f"{environment['device']}, {environment['processes']} processes x {environment['threads']} threads"
+    machine = result["environment"]
+    where = f"{machine['device']}, {machine['processes']} processes x {machine['threads']} threads"
     head = (
         f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain, those beside a teacher to "
         "the same step with cross-entropy"

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from megaprune.report.run_report import measured_losses
 from megaprune.utils.files import whole_file
 
-BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
+BLUE, ORANGE, GRAY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
 MASK_COLORS = ListedColormap([PALE, BLUE])
 SMOOTHING = 1 / 30  # of a stage: the width of the loss curve's moving average
 DPI = 160
@@ -114,7 +114,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
             marker = "o" if len(x) == 1 else None
             axes.plot(x, _smooth(y), color=color, linewidth=1.8, marker=marker, label=stage)
     if search.any() and not search.all():
-        axes.axvline(iterations[search][-1] + 0.5, color=GREY, linestyle="--", linewidth=1)
+        axes.axvline(iterations[search][-1] + 0.5, color=GRAY, linestyle="--", linewidth=1)
     axes.set(xlabel="iteration", ylabel="training loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=PALE)
@@ -128,7 +128,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
 
 def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
     names, losses = list(points), list(points.values())
-    colors = {"teacher": GREY, "pruned": ORANGE, "recovered": BLUE}
+    colors = {"teacher": GRAY, "pruned": ORANGE, "recovered": BLUE}
     bars = axes.bar(names, losses, color=[colors[name] for name in names], width=0.65)
     axes.bar_label(bars, fmt="%.3f", padding=2)
     axes.set(title="validation (nats)", ylim=(0, max(losses) * 1.12))
@@ -221,7 +221,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
             x, y, yerr=spread, marker=marker, markersize=4, linestyle=line, linewidth=1.4, capsize=2, label=label
         )
     if rows and not np.isnan(rows[0]["teacher_loss"]):
-        axes.axhline(rows[0]["teacher_loss"], color=GREY, linestyle="--", linewidth=1, label="teacher")
+        axes.axhline(rows[0]["teacher_loss"], color=GRAY, linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="layers pruned", ylabel="recovered loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=PALE)
