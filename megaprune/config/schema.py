@@ -144,7 +144,7 @@ class DistillationConfig:
     distill_loss: Literal["adaptive", "kl", "ce"] = flag(
         "adaptive: KL on the teacher's top k, weighted by its entropy; kl: unweighted; ce: no teacher", "adaptive"
     )
-    distill_tail: Literal["renormalised", "rest", "full"] = flag(
+    distill_tail: Literal["renormalized", "rest", "full"] = flag(
         "the tokens beyond the teacher's top k: left out, one bucket of all of them, or the student's full softmax",
         "rest",
     )

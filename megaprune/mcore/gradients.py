@@ -16,8 +16,8 @@ from megaprune.mcore.layers.gated import transformer_layers
 def taylor_importance(
     model: torch.nn.Module,
     batches: Sequence[schedule.MicroBatch],
-    weights: Callable[[int], Tensor],
-    token_losses: Callable[[Tensor, int], Tensor],
+    weights: Callable[[schedule.LossTokens], Tensor],
+    token_losses: Callable[[Tensor, schedule.LossTokens], Tensor],
     num_layers: int,
 ) -> Tensor:
     """Return the importance of each layer: the sum of |weight x gradient| over its weights. Collective.

@@ -1,7 +1,8 @@
 """Forward and backward passes through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -10,36 +11,67 @@ from torch import Tensor
 from megaprune import device
 from megaprune.mcore import parallel
 
+T = TypeVar("T")
+
 
 class MicroBatch(Protocol):
-    """The tensors of a micro-batch that a pass reads, each [b, s]."""
+    """The inputs and labels of a pass, [b, s] each, and the numbers of the windows that the rows hold."""
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    position_ids: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def loss_mask(self) -> Tensor: ...
+
+    @property
+    def position_ids(self) -> Tensor: ...
+
+    @property
+    def sample_ids(self) -> Sequence[int]: ...
+
+
+class LossTokens:
+    """The tokens of a numbered micro-batch that this rank's logits [s, b, vocab / tp] predict.
+
+    Losses read labels and masks here alone; they are laid out as the logits are, and moved to the device once.
+    """
+
+    def __init__(self, batch: MicroBatch, number: int) -> None:
+        self.number = number
+        self._batch = batch
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The next tokens, int64 [s, b]."""
+        return self._batch.labels.t().to(device.torch_device())
+
+    @cached_property
+    def loss_mask(self) -> Tensor:
+        """1 for each token whose loss counts, float32 [s, b]."""
+        return self._batch.loss_mask.t().to(device.torch_device())
 
 
 def forward(
     model: torch.nn.Module,
     batches: Sequence[MicroBatch],
-    collect: Callable[[Tensor, int], Any],
-    before: Callable[[int], None] | None = None,
-) -> list[Any]:
-    """Run micro-batches forward without gradients. Collective.
+    collect: Callable[[Tensor, LossTokens], T],
+    before: Callable[[LossTokens], None] | None = None,
+) -> list[T]:
+    """Run micro-batches forward without gradients.
 
     Args:
-        model: this rank's part of the model, or a wrapper of it.
-        batches: micro-batches of this rank, all of one shape.
-        collect: called on the last pipeline stage with the logits [s, b, vocab / tp] and the micro-batch's number.
-        before: called on every stage with a micro-batch's number, before its pass and in order.
+        collect: on the last stage, takes the logits [s, b, vocab / tp] and the tokens that they predict.
+        before: called on every stage before a micro-batch's pass, in order.
 
     Returns:
-        The results of `collect` on the last pipeline stage; an empty list on the others.
+        The results of ``collect`` on the last pipeline stage; an empty list on the others.
     """
     training = model.training
     model.eval()
-    step = _forward_step(batches, lambda logits, number: lambda _, non_loss_data: collect(logits, number), before)
+    step = _forward_step(batches, lambda logits, tokens: lambda _, non_loss_data: collect(logits, tokens), before)
     with torch.no_grad():
         collected = _run(model, batches, step, forward_only=True, collect_non_loss_data=True)
     model.train(training)
@@ -47,23 +79,21 @@ def forward(
 
 
 def forward_backward(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, int], Tensor]
+    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
 ) -> list[Tensor]:
-    """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
+    """Run micro-batches forward and backward; gradients add up in the model's gradient buffers.
 
     Args:
-        model: this rank's part of the model in Megatron's DDP wrapper.
-        batches: micro-batches of this rank, all of one shape.
-        loss: called on the last pipeline stage with the logits [s, b, vocab / tp] and the micro-batch's number; returns
-            a scalar. The schedule takes the mean over micro-batches and replicas.
+        loss: on the last stage, the loss (a scalar) of the logits [s, b, vocab / tp] and the tokens that they
+            predict. The schedule takes the mean over micro-batches and replicas.
 
     Returns:
         The detached losses on the last pipeline stage; an empty list on the others.
     """
 
-    def with_copy(logits: Tensor, number: int) -> Any:
+    def with_copy(logits: Tensor, tokens: LossTokens) -> Any:
         def loss_func(_: Tensor) -> tuple[Tensor, Tensor]:
-            value = loss(logits, number)
+            value = loss(logits, tokens)
             return value, value.detach().clone()
 
         return loss_func
@@ -74,33 +104,32 @@ def forward_backward(
 def mean_token_loss(
     model: torch.nn.Module,
     batches: Sequence[MicroBatch],
-    weights: Callable[[int], Tensor],
-    token_losses: Callable[[Tensor, int], Tensor],
+    weights: Callable[[LossTokens], Tensor],
+    token_losses: Callable[[Tensor, LossTokens], Tensor],
 ) -> float:
-    """Run micro-batches forward and backward with the weighted mean of their tokens' losses. Collective.
+    """Run micro-batches forward and backward through the weighted mean of their tokens' losses. Collective.
 
-    The mean is taken over the global batch, so that the loss does not depend on the division into micro-batches.
+    Normalized over the global batch, not over a micro-batch: the same loss however the batch is cut.
 
     Args:
-        model: this rank's part of the model in Megatron's DDP wrapper.
-        batches: micro-batches of this rank, all of one shape.
-        weights: called on the last pipeline stage with a micro-batch's number; returns the tokens' weights [s, b].
-        token_losses: called on the last pipeline stage with the logits [s, b, vocab / tp] and the micro-batch's number;
-            returns the tokens' losses [s, b].
+        weights: on the last stage, the weights [s, b] of a micro-batch's tokens.
+        token_losses: on the last stage, the losses [s, b] of the logits [s, b, vocab / tp] of a micro-batch.
 
     Returns:
         The mean loss in nats per token, the same on every rank.
     """
+    tokens = [LossTokens(batch, number) for number, batch in enumerate(batches)]
     weighing: list[Tensor] = []
-    scale: float | Tensor = 0.0
+    scale: Tensor | float = 0.0
     if parallel.is_last_stage():
-        weighing = [weights(number) for number in range(len(batches))]
-        # The scale cancels the means that the schedule and DDP take over micro-batches and replicas.
+        weighing = [weights(of_batch) for of_batch in tokens]
+        # The schedule and DDP take means over micro-batches and replicas, which the scale undoes.
         total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weighing]).sum())
         scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
 
-    def loss(logits: Tensor, number: int) -> Tensor:
-        return (weighing[number] * token_losses(logits, number)).sum() * scale
+    def loss(logits: Tensor, given: LossTokens) -> Tensor:
+        of_batch = tokens[given.number]  # already on the device
+        return (weighing[given.number] * token_losses(logits, of_batch)).sum() * scale
 
     losses = forward_backward(model, batches, loss)
     mean = torch.zeros((), device=device.torch_device())
@@ -111,24 +140,25 @@ def mean_token_loss(
 
 def _forward_step(
     batches: Sequence[MicroBatch],
-    loss_func_for: Callable[[Tensor, int], Any],
-    before: Callable[[int], None] | None,
+    loss_func_for: Callable[[Tensor, LossTokens], Any],
+    before: Callable[[LossTokens], None] | None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
     """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
 
     def step(numbers: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
-        if before is not None:
-            before(number)
         batch = batches[number]
+        tokens = LossTokens(batch, number)
+        if before is not None:
+            before(tokens)
         output = model(
             input_ids=batch.tokens.to(target, non_blocking=True),
             position_ids=batch.position_ids.to(target, non_blocking=True),
             attention_mask=None,  # causal attention throughout
             labels=batch.labels,  # makes LogitsModel return the logits without a copy
         )
-        return output, loss_func_for(output, number)
+        return output, loss_func_for(output, tokens)
 
     return step
 

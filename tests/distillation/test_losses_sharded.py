@@ -11,7 +11,6 @@ from megaprune.distillation.losses import (
     full_kl,
     gather_logits,
     teacher_targets,
-    top1,
     vocab_logsumexp,
 )
 
@@ -30,9 +29,9 @@ def all_losses(student, teacher, labels, shard):
         "full_kl": lambda z: full_kl(teacher, z, shard),
     } | {
         tail: lambda z, tail=tail: distillation_loss(z, targets, shard, tail)
-        for tail in ("renormalised", "rest", "full")
+        for tail in ("renormalized", "rest", "full")
     }
-    exact = {"indices": targets.indices, "logits": targets.logits, "top1": top1(student, shard)}
+    exact = {"indices": targets.indices, "logits": targets.logits}
     close = {"teacher_logsumexp": targets.logsumexp, "entropy": targets.entropy}
     grads = {}
     for name, loss in losses.items():

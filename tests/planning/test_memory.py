@@ -176,8 +176,8 @@ class Step:
         self.trainer.zero_grad()
         schedule.forward_backward(self.trainer.ddp, [self.batch] * self.micro_batches, self.loss)
 
-    def loss(self, logits, number):
-        return cross_entropy(logits, self.batch.labels.t(), self.shard).mean()
+    def loss(self, logits, tokens):
+        return cross_entropy(logits, tokens.labels, self.shard).mean()
 
 
 @torch.no_grad()

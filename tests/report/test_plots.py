@@ -116,7 +116,7 @@ def test_smoothing_neither_lags_nor_trips_over_gaps():
     np.testing.assert_array_equal(plots._smooth(np.array([2.0, 4.0])), [2.0, 4.0])
 
 
-def test_an_outlying_score_leaves_the_others_their_colours(tmp_path, monkeypatch):
+def test_an_outlying_score_leaves_the_others_their_colors(tmp_path, monkeypatch):
     saved = figures(monkeypatch)
     records = run_records(5, 0, num_layers=9)
     for entry in records:
