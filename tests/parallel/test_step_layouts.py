@@ -21,7 +21,8 @@ def alone(source, tmp_path_factory):
 @pytest.mark.parametrize("layout", STEP_LAYOUTS)
 def test_step_is_the_same_at_every_layout(results, alone, layout):
     processes = STEP_LAYOUTS[layout][0]
-    found = [torch.load(f"{results(processes).step(layout)}.{rank}") for rank in range(processes)]
+    out = results(processes).path(f"step-{layout}")
+    found = [torch.load(f"{out}.{rank}") for rank in range(processes)]
     assert alone["mask"].abs().min() > 1e-4
     torch.testing.assert_close(found[0]["mask"], alone["mask"], atol=1e-6, rtol=1e-4)
     assert found[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
@@ -51,7 +52,8 @@ def gradient_of_own_masks(source):
 @pytest.mark.parametrize("layout", OWN_MASKS_LAYOUTS)
 def test_replicas_with_masks_of_their_own_learn_the_same_scores(results, gradient_of_own_masks, layout):
     processes = OWN_MASKS_LAYOUTS[layout][0]
-    found = [torch.load(f"{results(processes).step(f'own-{layout}')}.{rank}") for rank in range(processes)]
+    out = results(processes).path(f"step-own-{layout}")
+    found = [torch.load(f"{out}.{rank}") for rank in range(processes)]
     masks = {tuple(one["mask"].tolist()) for one in found}
     assert len(masks) == 2 and all(sum(mask) == 4 for mask in masks)
     for one in found:
