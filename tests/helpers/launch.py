@@ -72,9 +72,8 @@ def launch_cases(
             if not (notes / f"{number}.begun").exists():
                 break
             ended = (notes / f"{number}.ended").exists()
-            tracebacks = _tracebacks(notes, number)
-            if tracebacks or not ended:
-                found = tracebacks or f"a process ended without an exception:\n{log[-_LOG_SHOWN:]}"
+            found = _tracebacks(notes, number) + ("" if ended else f"processes were lost:\n{log[-_LOG_SHOWN:]}")
+            if found:
                 launched.failures[name] = f"{name} failed on {num_processes} processes:\n{found}"
             del left[name]
         attempt += 1
