@@ -22,10 +22,7 @@ def files(folder):
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
     """Fewer windows than other tests take."""
-    folder = tmp_path_factory.mktemp("data")
-    tiny.make_data(folder / "train.jsonl", rows=40, seed=1)
-    tiny.make_data(folder / "valid.jsonl", rows=2, seed=2)
-    return folder
+    return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=40, valid_rows=2)
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,9 @@ def test_the_export_holds_what_its_config_says(built):
 
 
 def test_the_checkpoint_is_one_that_a_run_takes(built):
-    built[1].check_tensors()
+    _, source, _ = built
+    source.check_tensors()
+    assert set(source.names) == expected_tensors(source.config).keys()
 
 
 @pytest.mark.parametrize("config", [DEEPSEEK_R1, OPENPANGU_ULTRA, OPENPANGU_VLLM_SPELLING])
