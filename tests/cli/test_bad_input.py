@@ -332,6 +332,7 @@ def test_good_runs_made_their_folders(outcomes):
         assert {f"{run}/hf/config.json", f"{run}/hf/model.safetensors", f"{run}/report.json"} <= after.keys()
 
 
+@pytest.mark.parallel
 def test_one_line_from_all_ranks(workshop, tmp_path):
     """The second rank alone meets the NaN, before and after which the first has made the run folder."""
     model = workshop.model_with_tensor("n4", KEY, lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]))

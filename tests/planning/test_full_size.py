@@ -21,6 +21,8 @@ from tests.helpers.hf_tensors import expected_tensors
 from tests.helpers.paper_source import PaperSource
 from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
+pytestmark = pytest.mark.slow
+
 OPENPANGU_VLLM_SPELLING = {
     {
         "attention_q_lora_dim": "q_lora_rank",

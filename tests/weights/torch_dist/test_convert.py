@@ -45,6 +45,7 @@ def test_round_trip_is_bit_equal(models, name, size, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parallel
 def test_result_does_not_depend_on_who_works(models, tmp_path):
     model = models("deepseek_v3")
     for workers in (1, 3):
