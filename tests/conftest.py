@@ -46,6 +46,22 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def stored_model(tiny_model, tmp_path_factory):
+    """Gives the folder of a model that is stored in another way, by its name in ``stored.MODELS``."""
+    from tests.helpers import stored
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            family, make = stored.MODELS[name]
+            made[name] = make(tiny_model(family), tmp_path_factory.mktemp(name) / "model")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A folder with train.jsonl and valid.jsonl."""
     from tests.helpers import tiny

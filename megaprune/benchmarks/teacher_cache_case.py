@@ -9,6 +9,8 @@ from typing import Any
 from megaprune.config.fields import flag
 from megaprune.utils.errors import UsageError
 
+_LONGEST_DEFAULT_WINDOW = 256
+
 
 @dataclass
 class TeacherCacheConfig:
@@ -16,7 +18,7 @@ class TeacherCacheConfig:
 
     hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
     data: list[str] = field(default_factory=list, metadata={"help": "text, as --train-data of prune.py"})
-    seq_length: int = flag("tokens in a window", 256)
+    seq_length: int | None = flag("tokens in a window (default: 256, or the model's positions if fewer)")
     micro_batch_size: int = flag("windows in a forward pass", 4)
     windows: int = flag("windows of a round", 64)
     repeats: int = flag("rounds that are measured", 5)
@@ -27,7 +29,7 @@ class TeacherCacheConfig:
 def check(config: TeacherCacheConfig) -> None:
     """Raises UsageError for flags out of range."""
     for name in ("seq_length", "micro_batch_size", "windows", "repeats"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than 1")
     if not (config.hf_model and config.data):
         raise UsageError("--hf-model and --data are required: a trained model, and text that it knows")
@@ -45,24 +47,33 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     from megaprune import device
     from megaprune.benchmarks.teacher_cache import measure_caching
     from megaprune.data.batches import prepare_dataset
+    from megaprune.data.tokenizer import tokenizer_in
     from megaprune.mcore import parallel
     from megaprune.mcore.builder import EngineOptions
-    from megaprune.pruning.prepare import tokenizer_in
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
 
     if parallel.world_size() > 1:
         raise UsageError("teacher-cache is for one process: start it without torchrun")
     source, sizes = HFSource(resolve_hf_model(config.hf_model)), parallel.ParallelSizes()
+    positions = source.family.architecture(source.config).max_position_embeddings
+    seq_length = config.seq_length or min(_LONGEST_DEFAULT_WINDOW, positions)
+    if seq_length > positions:
+        raise UsageError(f"--seq-length {seq_length} is more than the model's {positions} positions")
     source.check_tensors()
     parallel.initialize(sizes)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_in(source.folder, False)
         dataset = prepare_dataset(
-            config.data, tokenizer, seq_length=config.seq_length, cache_dir=Path(folder), flag="--data"
+            config.data,
+            tokenizer,
+            seq_length=seq_length,
+            cache_dir=Path(folder),
+            flag="--data",
+            vocab_size=source.family.architecture(source.config).vocab_size,
         )
         fused = device.use_transformer_engine("auto")
-        engine = EngineOptions(sizes, fused, config.bf16, seq_length=config.seq_length)
+        engine = EngineOptions(sizes, fused, config.bf16, seq_length=seq_length)
         windows = min(config.windows, len(dataset))
         measured = measure_caching(source, dataset, engine, windows, config.micro_batch_size, config.repeats)
     parallel.finish()

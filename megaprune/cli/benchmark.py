@@ -124,7 +124,7 @@ def convert_benchmark(argv: Sequence[str]) -> Result:
     import tempfile
 
     from megaprune.benchmarks.convert import measure, measure_fp8
-    from megaprune.weights.torch_dist.engine import check_room
+    from megaprune.utils.disk import check_room
 
     num_bytes = int(config.size_gb * 1e9)
     check_room(Path(config.folder or tempfile.gettempdir()), 3 * num_bytes)

@@ -43,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         MegapruneError or UsageError: as `evaluate_model` and `run_harness`, before anything is written.
     """
     # Imported here, so that --help doesn't wait for transformers.
+    from megaprune.data.tokenizer import tokenizer_in
     from megaprune.evaluation.harness import find_tasks, run_harness
     from megaprune.evaluation.perplexity import evaluate_model, resolve_device, resolve_dtype
 
@@ -52,6 +53,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, device)
     if tasks:
         find_tasks(tasks)  # a missing package or a wrong name shows now, not after the loss took its hour
+        if Path(config.hf_model).is_dir():
+            tokenizer_in(config.hf_model, config.trust_remote_code, "--hf-model")
     common = {
         "micro_batch_size": config.micro_batch_size,
         "device": device,

@@ -6,13 +6,17 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megaprune.utils import failure
+from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.ranks import rank
+from megaprune.utils.ranks import forget_stale_variables, rank, world_size
 
 VERBS = {
     "prune": "prune and heal a model",
@@ -25,8 +29,12 @@ VERBS = {
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
 
-# How long other ranks wait for the launcher to end them, once rank 0 has printed the error that all of them met.
-_WAIT_FOR_LAUNCHER_SECONDS = 60
+# Those whose processes may have been started by something other than torchrun.
+_JOBS = ("prune", "cache-teacher", "compare")
+
+# How long a rank that was refused before it joined the others waits for rank 0 to say the same, and the launcher to
+# end them all; and how long one waits to be ended once another has said why.
+_WAIT_FOR_FIRST_RANK_SECONDS, _WAIT_FOR_LAUNCHER_SECONDS = 15, 5
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -36,7 +44,13 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
         if not words or words[0] not in VERBS:
             _usage(words)
         verb = words.pop(0)
-    status, line = attempt(verb, words)
+    try:
+        status, line = attempt(verb, words)
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        line = f"{verb}: error: rank {rank()}: {type(error).__name__}: {' '.join(str(error).split())}"
+        _fail(1, line, traceback.format_exc())
     if line is not None:
         _fail(status, line)
 
@@ -45,10 +59,16 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
     _quieten()
     try:
+        forget_stale_variables(verb in _JOBS)
         module = importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}")
         module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+    except Exception as error:
+        met = disk_error(error)  # of what was written last: a report, a table
+        if met is None:
+            raise
+        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"
     return 0, None
 
 
@@ -62,14 +82,24 @@ def _usage(words: Sequence[str]) -> NoReturn:
     sys.exit(0)
 
 
-def _fail(status: int, line: str) -> NoReturn:
-    if rank() != 0:
-        # A launcher ends all processes when one fails: rank 0 must be the first, or its line is lost. It ends them by
-        # SIGTERM, which a run takes as a request to stop at the next iteration.
+def _fail(status: int, line: str, details: str = "") -> NoReturn:
+    """Exits, and ends the other ranks; one of them says why.
+
+    Args:
+        details: printed before the line; of a fault that nobody foresaw, and that this rank may be alone with.
+    """
+    first = failure.claim(status, line) if world_size() > 1 else True
+    if first is None:
+        # Nobody could be told: the launcher ends all processes when one is gone. What is refused before ranks join is
+        # refused on each, and rank 0 must be the first to go, or its line is lost.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if rank() != 0 and not details:
+            time.sleep(_WAIT_FOR_FIRST_RANK_SECONDS)
+    if first is False:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_FOR_LAUNCHER_SECONDS)
     else:
-        print(line, file=sys.stderr, flush=True)
+        print(details + line, file=sys.stderr, flush=True)
     # Not sys.exit: the process groups' threads could keep a failed rank waiting for the others.
     sys.stdout.flush()
     os._exit(status)
@@ -81,3 +111,10 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    threading.excepthook = _on_thread_error
+
+
+def _on_thread_error(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer raises a disk's error in its own thread, and again where it is next written to."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)

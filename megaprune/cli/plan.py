@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megaprune.cli.parser import parse_flags
 from megaprune.config.checks import check_for_plan
@@ -37,18 +38,29 @@ def run(argv: Sequence[str], command: str = "") -> None:
     from megaprune.planning.plan import make_plan
     from megaprune.planning.table import plan_record, plan_text
     from megaprune.utils.files import write_json
-    from megaprune.weights.hub import resolve_hf_model
-    from megaprune.weights.source import read_hf_config
-    from megaprune.weights.torch_dist.import_hf import HF_FOLDER
 
-    model = config.model
-    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.hf_model, config_only=True)
-    hf_config = read_hf_config(folder)
-    plan = make_plan(config, hf_config, settings.world_size)
+    plan = make_plan(config, _hf_config(config), settings.world_size)
     print(plan_text(plan, settings.device_memory_gib), flush=True)
     if settings.output:
         write_json(settings.output, plan_record(plan, settings.device_memory_gib))
         print(f"\nwritten to {settings.output}", flush=True)
+
+
+def _hf_config(config: Config) -> dict[str, Any]:
+    """The model's config; where it ties embeddings and weights are at hand, as these have it."""
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource, holds_weights, read_hf_config
+    from megaprune.weights.torch_dist.import_hf import HF_FOLDER
+    from megaprune.weights.torch_dist.source import CheckpointSource
+
+    model = config.model
+    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.hf_model, config_only=True)
+    found = read_hf_config(folder)
+    if not found.get("tie_word_embeddings"):
+        return found
+    if model.load:
+        return CheckpointSource(model.load).config if (Path(model.load) / ".metadata").is_file() else found
+    return HFSource(folder).config if holds_weights(folder) else found
 
 
 def _check(settings: PlanConfig) -> None:

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,11 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 def preprocess(config: PreprocessConfig) -> None:
     """As `run`, of checked flags."""
+    from megaprune.data.chat import argument_columns
     from megaprune.data.preprocess import Encoding, encode_rows, load_tokenizer
     from megaprune.data.sources import RowKeys, find_sources, read_rows
+    from megaprune.data.token_cache import end_of_text
+    from megaprune.data.tokenizer import model_vocabulary
     from megaprune.mcore.datasets import token_dtype
 
     try:
@@ -64,9 +67,14 @@ def preprocess(config: PreprocessConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer, template, config.trust_remote_code)
     # Ids may have gaps.
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    keys = RowKeys(config.text_key, config.messages_key)
+    keys = RowKeys(config.text_key, config.messages_key, argument_columns(tokenizer))
     dtype = token_dtype(vocab_size)
-    encoding = Encoding(config.tokenizer, template, config.trust_remote_code, keys, dtype.name)
+    # Of the model no more is known than lies beside its tokenizer; what is trained later looks at the tokens again.
+    folder = tokenizer.name_or_path  # of a hub id what was fetched, for all workers
+    encoding = Encoding(
+        folder, template, config.trust_remote_code, keys, dtype.name, vocab_size=model_vocabulary(folder)
+    )
+    end_of_text(tokenizer, encoding.vocab_size, "--input")
     rows = read_rows(sources, keys, "--input", hub_cache=None)
     batches = encode_rows(rows, encoding, tokenizer, config.workers or len(os.sched_getaffinity(0)))
     begin = time.perf_counter()
@@ -86,14 +94,24 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
     from tqdm import tqdm
 
     from megaprune.mcore.datasets import new_builder
+    from megaprune.utils.disk import disk_error, explain
     from megaprune.utils.files import whole_file
+    from megaprune.utils.locks import lock_beside, locked
 
     documents = tokens = 0
     masked = False
+    noted: set[str] = set()
     bin_path, idx_path = _outputs(config)
+    prefix = Path(config.output_prefix)
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", delay=_BAR_DELAY)
     try:
-        with _folder(bin_path.parent), whole_file(idx_path) as idx_aside, whole_file(bin_path) as bin_aside, bar:
+        with (
+            locked(lock_beside(prefix), f"--output-prefix {prefix}"),
+            whole_file(idx_path) as idx_aside,
+            whole_file(bin_path) as bin_aside,
+            bar,
+        ):
+            _check_free(config)  # again, now that no other process can come between
             builder = new_builder(bin_aside, dtype)
             for batch in batches:
                 start = 0
@@ -103,6 +121,10 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                     start += length
                 documents, tokens = documents + len(batch.lengths), tokens + start
                 masked |= batch.masked
+                for about, note in batch.notes.items():
+                    if about not in noted:
+                        bar.write(note)
+                noted |= batch.notes.keys()
                 bar.update(batch.bytes_read - bar.n)
                 elapsed = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
@@ -110,7 +132,9 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
                 raise MegapruneError(f"--input {' '.join(config.input)} holds no documents: every row is empty")
             builder.finalize(str(idx_aside))
     except OSError as error:
-        raise MegapruneError(f"--output-prefix {config.output_prefix} can't be written ({error.strerror})") from error
+        error = disk_error(error) or error
+        error.filename = None  # an unfinished file's, which the user has not named
+        raise MegapruneError(f"--output-prefix {explain(error, prefix)}") from error
     if masked:
         print(
             "note: the chat template marks the assistant's tokens, and an indexed dataset has no place for that: every "
@@ -118,20 +142,6 @@ def _write(config: PreprocessConfig, batches: Iterable, dtype: object, num_bytes
             flush=True,
         )
     return documents, tokens
-
-
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing; what was made goes again when the block fails."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # no longer empty
-            for parent in made:
-                parent.rmdir()
-        raise
 
 
 def _outputs(config: PreprocessConfig) -> tuple[Path, Path]:
@@ -148,6 +158,10 @@ def _check(config: PreprocessConfig) -> None:
         )
     if config.chat_template and not Path(config.chat_template).is_file():
         raise UsageError(f"--chat-template {config.chat_template} is no file")
+    _check_free(config)
+
+
+def _check_free(config: PreprocessConfig) -> None:
     for path in _outputs(config):
         if path.exists():
             raise MegapruneError(f"--output-prefix {config.output_prefix}: {path} is there already; remove it first")

@@ -17,6 +17,7 @@ from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
+from megaprune.utils.locks import LOCK_NAME, locked
 
 _EVALUATION = "evaluation.json"
 
@@ -28,8 +29,15 @@ def compare(comparison: Comparison, save: Path) -> None:
     Raises:
         MegapruneError: a run was refused; those before it are kept.
     """
-    runs = comparison.runs
     _check(comparison)
+    parallel.join()
+    with locked(save / LOCK_NAME, f"--save {save}"):
+        _compare(comparison, save)
+    parallel.leave()
+
+
+def _compare(comparison: Comparison, save: Path) -> None:
+    runs = comparison.runs
     for number, planned in enumerate(runs, start=1):
         if parallel.rank() == 0:
             print(f"\n[{number}/{len(runs)}] {planned.folder.name}", flush=True)
@@ -48,7 +56,6 @@ def compare(comparison: Comparison, save: Path) -> None:
             plot_recovery(records, save / f"recovery{ending}")
         print((save / "table.md").read_text(), flush=True)
         print(f"written to {save}", flush=True)
-    parallel.leave()
 
 
 @contextmanager
@@ -84,7 +91,7 @@ def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], 
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
         key = _masks_of(planned)
-        if key not in found and planned.config.prune.method != "manual":
+        if key not in found and not planned.config.method.names_layers:
             model, pruned, protected = key
             name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
             path = save / ("-".join(filter(None, name)) + ".json")

@@ -8,6 +8,8 @@ from typing import Any
 
 from megaprune.config.mapping import read_yaml
 from megaprune.config.schema import WHAT_TO_PRUNE, Config, pruned_layers_of
+from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import Method, find
 from megaprune.utils.errors import UsageError
 
 _KEYS = ("run", "models", "methods", "seeds", "rank_windows", *WHAT_TO_PRUNE)
@@ -43,8 +45,9 @@ def read_comparison(path: Path, save: Path) -> Comparison:
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
     `label`, and `seeds` of its own), `seeds`, and one of `num_layers_to_prune`, `prune_ratio`, `target_params` (a list
     of sizes). `models`, where there are several, maps their names to the flags of each. With `rank_windows` each mask
-    is ranked among all masks of its size. So that all recover alike, `clp` trains all layers here unless its mapping
-    says otherwise. `manual` runs once, with the `prune_layers` of its mapping.
+    is ranked among all masks of its size. So that all recover alike, methods such as `clp`, which train the layers
+    beside the cut by default, train all layers here unless their mapping says otherwise. `manual` runs once, with the
+    `prune_layers` of its mapping.
 
     Raises:
         UsageError: names the key or the run.
@@ -83,13 +86,14 @@ def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Itera
             label = _as_folder(path, "label", own.pop("label", own["method"]))
             seeds = _listed(path, own if "seeds" in own else asked, "seeds")
             own.pop("seeds", None)
-            if own["method"] == "clp":
+            chosen = _method(path, label, asked["run"] | flags_of_model | own)
+            if chosen.recovers != "all":
                 own.setdefault("recovery_layers", "all")
             sizes = _listed(path, asked, size_key)
-            if own["method"] == "manual":
+            if chosen.names_layers:
                 sizes = [len(pruned_layers_of(str(own.get("prune_layers", ""))))]
             for size, seed in itertools.product(sizes, seeds):
-                of_run = {"seed": seed} if own["method"] == "manual" else {"seed": seed, size_key: size}
+                of_run = {"seed": seed} if chosen.names_layers else {"seed": seed, size_key: size}
                 flags = asked["run"] | flags_of_model | own | of_run
                 flags["save"] = str(save / "runs" / "-".join(filter(None, [model, label, str(size), f"seed{seed}"])))
                 try:
@@ -97,6 +101,16 @@ def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Itera
                 except UsageError as error:
                     raise UsageError(f"--config {path}, {label}: {error}") from None
                 yield PlannedRun(label, size, config, model)
+
+
+def _method(path: Path, label: str, flags: dict[str, Any]) -> Method:
+    """The method of a run, from the modules that its flags name."""
+    modules = next((value for key, value in flags.items() if str(key).replace("-", "_") == "method_module"), None) or []
+    try:
+        load_modules([str(module) for module in (modules if isinstance(modules, list) else [modules])])
+        return find(flags["method"])
+    except UsageError as error:
+        raise UsageError(f"--config {path}, {label}: {error}") from None
 
 
 def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.config.schema import Config
-from megaprune.importance.evaluator import masks_of
 from megaprune.importance.measures import mask_losses
 from megaprune.mcore import parallel
 from megaprune.pruning.models import Models
 from megaprune.pruning.prepare import Setup, load_tokenizer, prepare, prepare_data
+from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
 

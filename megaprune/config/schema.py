@@ -1,21 +1,28 @@
 """The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
+from megaprune.selection import registry
+from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import Method
 from megaprune.utils.errors import UsageError
 
-SEARCHES = ("e3", "sheared")
-# Methods that look at calibration data, and do not train.
-CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
+_LONGEST_DEFAULT_WINDOW = 4096
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 # Of each of these one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
+
+
+def _methods() -> str:
+    """The methods, each with its line."""
+    lines = [f"{' or '.join([method.name, *method.aliases])}: {method.description}" for method in registry.methods()]
+    return "how layers are chosen (docs/methods.md). " + "; ".join(lines)
 
 
 @dataclass
@@ -47,7 +54,9 @@ class DataConfig:
     valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
-    seq_length: int = flag("tokens in a training window", 4096, least=1)
+    seq_length: int | None = flag(
+        "tokens in a training window (default: 4096, or the model's positions if fewer)", least=1
+    )
     calibration_samples: int = flag("training windows on which layers are scored before the search", 40, least=1)
     data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
 
@@ -57,21 +66,12 @@ class PruneConfig:
     """What to prune."""
 
     _argument_group_name = "what to prune"
-    method: Literal[
-        "e3",
-        "auto",
-        "clp",
-        "shortgpt",
-        "minitron",
-        "sheared",
-        "sleb",
-        "shortened",
-        "evolution",
-        "kl-init",
-        "exhaustive",
-        "random",
-        "manual",
-    ] = flag("how layers are chosen (docs/methods.md); random is a control, manual takes --prune-layers", "e3")
+    method: str = flag(_methods, "e3", choices=registry.names)
+    method_module: list[str] = flag(
+        "Python files or modules that register methods of your own with @megaprune.selection.register",
+        [],
+        loads=load_modules,
+    )
     num_layers_to_prune: int | None = flag("how many layers go", least=1)
     prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers", between=(0, 1))
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
@@ -95,11 +95,6 @@ class SearchConfig:
     )
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
-    )
-    mask_noise: Literal["shared", "replica"] = flag(
-        "whether all data-parallel replicas try the same mask in a step, or each one of its own, and the scores' "
-        "gradients are averaged",
-        "shared",
     )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0, above=0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9, least=0, below=1)
@@ -282,6 +277,45 @@ class Config:
         """Every setting under its flag's name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
+    def with_window(self, max_positions: int) -> "Config":
+        """This run with a window's length: the user's, or the default for a model of so many positions."""
+        if self.data.seq_length is not None:
+            return self
+        return replace(self, data=replace(self.data, seq_length=min(_LONGEST_DEFAULT_WINDOW, max_positions)))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers are judged on windows of the training data."""
+        return self.method.needs_data or self.stitches
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether any window of the training data is looked at."""
+        return bool(self.recovery.train_iters) or self.calibrates
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the model sees any window at all; surgery has no use for one."""
+        return self.reads_training_data or bool(self.data.valid_data)
+
+    @property
+    def method(self) -> Method:
+        """The method that chooses the layers."""
+        return registry.find(self.prune.method)
+
+    def method_options(self) -> dict[str, Any]:
+        """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
+
+        Raises:
+            MegapruneError: it takes a keyword that is no flag.
+        """
+        listed = self.prune.prune_layers
+        filled = {
+            "search_iters": self.search_iters if self.method.searches else self.gradient_steps,
+            "prune_layers": pruned_layers_of(listed) if listed is not None else None,
+        }
+        return self.method.options(self.flat() | filled)
+
     @property
     def distils(self) -> bool:
         """Whether the student learns from a teacher."""
@@ -290,13 +324,7 @@ class Config:
     @property
     def tunes_endpoints(self) -> bool:
         """Whether recovery trains only the layers beside the cut."""
-        chosen = self.recovery.recovery_layers
-        return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
-
-    @property
-    def own_masks(self) -> bool:
-        """Whether each replica tries a mask of its own in the search."""
-        return self.search.mask_noise == "replica"
+        return (self.recovery.recovery_layers or self.method.recovers) == "endpoints"
 
     @property
     def stitches(self) -> bool:
@@ -321,7 +349,7 @@ class Config:
     @property
     def search_iters(self) -> int:
         """Iterations of search: none for methods that don't search."""
-        if self.prune.method not in SEARCHES:
+        if not self.method.searches:
             return 0
         chosen = self.search.search_iters
         return self.tenth_of_training if chosen is None else chosen

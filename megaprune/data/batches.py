@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megaprune.data.sources import RowKeys
-from megaprune.data.token_cache import TokenStream, open_or_build
+from megaprune.data.token_cache import TokenStream, end_of_text, open_or_build
 from megaprune.utils.errors import MegapruneError, UsageError
 
 PADDING_ID = -1  # the sample id of a row that only fills up a batch
@@ -122,12 +122,12 @@ def prepare_dataset(
     """The windows of `paths`: .jsonl, .json (also .zst, .gz), .parquet, folders of these, or hub dataset ids; or of
     preprocessed datasets (prefixes of .bin and .idx), in the order of the files.
 
-    Preprocessed data is mapped as it is, and its tokens are held against `vocab_size` where that is given. The rest
-    is tokenised into `cache_dir` at the first call and mapped from there afterwards: rank 0 calls it alone, the others
-    after a barrier. Texts are tokenised with the tokenizer's own special tokens and end with its end-of-text token;
-    chats are what the chat template makes of them, and where it marks the assistant's tokens (a `{% generation %}`
-    block) only those carry loss. A hub dataset ("id" or "id:split") is fetched once: later calls use the cache and do
-    not ask whether the hub has a newer one.
+    Where `vocab_size`, the model's, is given, all tokens are held against it. Preprocessed data is mapped as it is. The
+    rest is tokenised into `cache_dir` at the first call and mapped from there afterwards: rank 0 calls it alone, the
+    others after a barrier. Texts are tokenised with the tokenizer's own special tokens and end with its end-of-text
+    token; chats are what the chat template makes of them, and where it marks the assistant's tokens (a
+    `{% generation %}` block) only those carry loss. A hub dataset ("id" or "id:split") is fetched once: later calls use
+    the cache and do not ask whether the hub has a newer one.
 
     Raises UsageError or MegapruneError, naming `flag` and the file and line, for data that cannot be used,
     and for fewer tokens than one window.
@@ -136,9 +136,10 @@ def prepare_dataset(
 
     blend = blend.find_blend(paths, flag)
     if blend is not None:
-        files = blend.open_blend(blend, flag, seq_length, vocab_size)
-        return blend.stored_windows(blend, files, seq_length, tokenizer.eos_token_id, pad_last, flag)
-    stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag)
+        pad_id = end_of_text(tokenizer, vocab_size, flag)
+        files = blend.open_blend(blend, flag, seq_length, vocab_size, whole=True)
+        return blend.stored_windows(blend, files, seq_length, pad_id, pad_last, flag)
+    stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag, vocab_size)
     dataset = PackedDataset(stream, seq_length, tokenizer.eos_token_id, pad_last)
     if not len(dataset):
         needed = 2 if pad_last else seq_length + 1

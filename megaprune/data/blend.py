@@ -76,7 +76,8 @@ def find_blend(words: Sequence[str], flag: str) -> Blend | None:
 
 def _kind(word: str, flag: str) -> str:
     path, stem = Path(word), _stem(word)
-    if any(Path(f"{stem}.{ending}").is_file() for ending in ("bin", "idx")):
+    pair = [Path(f"{stem}.{ending}") for ending in ("bin", "idx")]
+    if any(file.is_file() or file.is_symlink() for file in pair):
         if stem == word and path.exists():
             either = f"give {word}/ or {word}.idx" if path.is_dir() else f"give {word}.idx, or rename the file"
             raise UsageError(f"{flag} {word} is there and, as {word}.idx, a preprocessed dataset too: {either}")
@@ -92,8 +93,13 @@ def _stem(word: str) -> str:
     return word[:-4] if word.endswith((".bin", ".idx")) else word
 
 
-def open_blend(blend: Blend, flag: str, seq_length: int, vocab_size: int | None) -> list[IndexedFile]:
+def open_blend(
+    blend: Blend, flag: str, seq_length: int, vocab_size: int | None, whole: bool = False
+) -> list[IndexedFile]:
     """The checked files of a blend.
+
+    Args:
+        whole: looks through all tokens of large files too, as is needed where windows are not looked at when read.
 
     Raises:
         MegapruneError: one can't be used, is shorter than a window, or holds tokens that the model hasn't.
@@ -106,7 +112,7 @@ def open_blend(blend: Blend, flag: str, seq_length: int, vocab_size: int | None)
                 "more data or a smaller --seq-length"
             )
         if vocab_size is not None:
-            check_vocabulary(file, vocab_size, flag)
+            check_vocabulary(file, vocab_size, flag, whole)
     return files
 
 

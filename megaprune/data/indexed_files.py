@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megaprune.utils.errors import MegapruneError
+from megaprune.weights.hub import check_link
 
 # Header, version, code of the dtype, number of sequences, number of documents and one; then, end to end, the
 # sequences' lengths (int32), where each begins in the .bin (int64, bytes), and the documents' first sequences (int64).
@@ -51,6 +52,8 @@ def open_indexed(prefix: str, flag: str) -> IndexedFile:
         MegapruneError: a file is missing, cut off, no index, or not of the other's size; names it.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for path in (bin_path, idx_path):
+        check_link(path, f"{flag} {prefix}: {path}")
     for path, other in ((bin_path, idx_path), (idx_path, bin_path)):
         if not path.is_file():
             raise MegapruneError(f"{flag} {prefix}: {path} is missing beside {other.name}; write both again")
@@ -93,26 +96,36 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
     return IndexedFile(prefix, dtype, num_tokens, starts)
 
 
-def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str) -> None:
-    """Looks through the tokens, or from 4 GiB on through a sample of them.
+def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bool = False) -> None:
+    """Looks through the tokens, or from 4 GiB on, unless `whole`, through a sample of them.
 
     Raises:
         MegapruneError: one is none of the model's.
     """
     tokens = indexed.tokens()
     chunks = -(-len(tokens) // _CHUNK_TOKENS)
-    step = max(1, -(-tokens.nbytes // _SCANNED_BYTES))
+    step = 1 if whole else max(1, -(-tokens.nbytes // _SCANNED_BYTES))
     for chunk in range(0, chunks, step):
-        check_tokens(
-            tokens[chunk * _CHUNK_TOKENS : (chunk + 1) * _CHUNK_TOKENS], vocab_size, f"{flag} {indexed.prefix}"
+        start = chunk * _CHUNK_TOKENS
+        part = tokens[start : start + _CHUNK_TOKENS]
+        token = _beyond(part, vocab_size)
+        if token is not None:
+            place = (start + int(np.argmax(part == token))) * indexed.dtype.itemsize
+            document = int(np.searchsorted(indexed.starts, place, side="right"))
+            check_tokens(part, vocab_size, f"{flag} {indexed.prefix}", f"; see document {document:,}")
+
+
+def _beyond(tokens: np.ndarray, vocab_size: int) -> int | None:
+    """The token that is farthest outside the vocabulary, if there is one."""
+    outside = [token for token in (int(tokens.max()), int(tokens.min())) if not 0 <= token < vocab_size]
+    return outside[0] if outside else None
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, name: str, place: str = "") -> None:
+    """Raises MegapruneError for tokens that are not in [0, vocab_size); `place` ends the message."""
+    token = _beyond(tokens, vocab_size)
+    if token is not None:
+        raise MegapruneError(
+            f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with the "
+            f"model's own tokenizer, or give the model embeddings for the tokens that were added{place}"
         )
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, name: str) -> None:
-    """Raises MegapruneError for tokens that are not in [0, vocab_size)."""
-    for token in (int(tokens.max()), int(tokens.min())):
-        if not 0 <= token < vocab_size:
-            raise MegapruneError(
-                f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with "
-                "the model's own tokenizer"
-            )

@@ -16,8 +16,8 @@ import numpy as np
 
 from megaprune.data.sources import Document, Row, RowKeys, document_of
 from megaprune.data.token_cache import Encoder
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.text import first_line
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 1 << 20
@@ -31,7 +31,7 @@ _CLOSING_TOKENS = 8
 class Encoding:
     """What decides the tokens of a row.
 
-    dtype: of the tokens, numpy's name for it.
+    dtype: of the tokens, numpy's name for it. vocab_size: the model's, where it is known.
     """
 
     tokenizer: str
@@ -39,19 +39,22 @@ class Encoding:
     trust_remote_code: bool
     keys: RowKeys
     dtype: str
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The documents of a batch: their tokens end to end, and each one's number. bytes_read: as a row's.
 
-    masked: whether the chat template says which tokens are the assistant's; the tokens don't.
+    masked: whether the chat template says which tokens are the assistant's; the tokens don't. notes: what else there is
+    to say, by what it is about.
     """
 
     tokens: np.ndarray
     lengths: list[int]
     bytes_read: int
     masked: bool
+    notes: dict[str, str]
 
 
 def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bool) -> Any:
@@ -60,14 +63,7 @@ def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bo
     Raises:
         MegapruneError: there is none that can be loaded, or it has no end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds; all mean the same here
-        raise MegapruneError(
-            f"--tokenizer {folder} holds no tokenizer that can be loaded: {first_line(error)}"
-        ) from None
+    tokenizer = tokenizer_in(folder, trust_remote_code, "--tokenizer")
     if tokenizer.eos_token_id is None:
         raise MegapruneError(
             f"--tokenizer {folder} has no end-of-text token to part documents: set eos_token in its "
@@ -85,7 +81,7 @@ class DocumentEncoder:
 
     def __init__(self, encoding: Encoding, tokenizer: Any) -> None:
         self.encoding, self.tokenizer = encoding, tokenizer
-        self.encoder = Encoder(tokenizer, np.dtype(encoding.dtype))
+        self.encoder = Encoder(tokenizer, np.dtype(encoding.dtype), encoding.vocab_size)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """Raises MegapruneError at the first row that is no document."""
@@ -101,7 +97,8 @@ class DocumentEncoder:
                 encoded += [self._closed(d, tokens) for d, (tokens, _) in zip(batch, found, strict=True)]
                 masked |= any(mask is not None for _, mask in found)
         tokens = np.concatenate(encoded) if encoded else self._array([])
-        return Encoded(tokens, [len(document) for document in encoded], rows[-1].bytes_read, masked)
+        lengths = [len(document) for document in encoded]
+        return Encoded(tokens, lengths, rows[-1].bytes_read, masked, self.encoder.take_notes())
 
     def _closed(self, document: Document, tokens: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id

@@ -7,15 +7,17 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from megaprune.data.chat import ARGUMENTS, as_written, checked_messages, template_arguments
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.text import first_line
+from megaprune.weights.hub import check_link
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -52,10 +54,15 @@ Source = FileSource | HubSource
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a chat as a list of messages; `where` names its file and row for error messages."""
+    """A text, or a chat as a list of messages; `where` names its file and row for error messages.
+
+    arguments: what the chat template gets beside the messages. unread: columns of a chat's row that are neither.
+    """
 
     where: str
     content: str | list[dict[str, Any]]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -66,20 +73,24 @@ class Document:
 class Row:
     """A row as read: a JSON line not yet parsed, or what the other formats give; `where` as in `Document`.
 
-    bytes_read: of all files so far, as stored; a hub dataset's count none.
+    bytes_read: of all files so far, as stored; a hub dataset's count none. columns: all that its file has, where
+    not all were read.
     """
 
     where: str
     content: Any
     bytes_read: int
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RowKeys:
-    """The keys under which a row holds its text or its chat. A row that has both counts as text."""
+    """The keys under which a row holds its text or its chat, and the arguments of a chat's template. A row that has
+    both counts as text."""
 
     text: str = "text"
     messages: str = "messages"
+    arguments: tuple[str, ...] = ARGUMENTS
 
 
 def find_sources(paths: Sequence[str], flag: str) -> list[Source]:
@@ -95,6 +106,8 @@ def find_sources(paths: Sequence[str], flag: str) -> list[Source]:
 
 def _expand(given: str, flag: str) -> list[Source]:
     path = Path(given)
+    if _looks_like_path(given):
+        check_link(path, f"{flag} {given}")
     if path.is_dir():
         files = sorted(found for found in path.rglob("*") if _is_data_file(found.relative_to(path), found))
         if not files:
@@ -109,6 +122,7 @@ def _expand(given: str, flag: str) -> list[Source]:
         dataset_id, _, split = given.partition(":")
         return [HubSource(dataset_id, split or "train")]
     for file in files:
+        check_link(file, f"{flag} {file}")
         if file.stat().st_size == 0:
             raise UsageError(f"{flag} {file} is empty (0 bytes): remove it or write it again")
     return [FileSource(file, str(file.relative_to(path)) if path.is_dir() else file.name) for file in files]
@@ -116,7 +130,8 @@ def _expand(given: str, flag: str) -> list[Source]:
 
 def _is_data_file(relative: Path, path: Path) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
-    return not hidden and relative.name.endswith(SUFFIXES) and path.is_file()
+    # A link to nothing is data that is missing, not nothing.
+    return not hidden and relative.name.endswith(SUFFIXES) and (path.is_file() or not path.exists())
 
 
 def _looks_like_path(given: str) -> bool:
@@ -162,14 +177,17 @@ def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Pa
     done = 0
     for source in sources:
         if isinstance(source, HubSource):
-            for where, row in _hub_rows(source, flag, hub_cache):
+            for where, row in _hub_rows(source, keys, flag, hub_cache):
                 yield Row(where, row, done)
             continue
         place = f"{flag} {source.path}"
         try:
-            rows = _parquet_rows(source.path, keys, place) if source.path.suffix == ".parquet" else None
-            for where, row, position in rows or _json_rows(source.path, place):
-                yield Row(where, row, done + position)
+            if source.path.suffix == ".parquet":
+                for row in _parquet_rows(source.path, keys, place):
+                    yield replace(row, bytes_read=done + row.bytes_read)
+            else:
+                for where, content, position in _json_rows(source.path, place):
+                    yield Row(where, content, done + position)
             done += source.path.stat().st_size
         except (OSError, pyarrow.ArrowException) as error:
             raise MegapruneError(f"{place} cannot be read ({first_line(error)}): write or fetch it again") from error
@@ -180,7 +198,7 @@ def document_of(row: Row, keys: RowKeys) -> Document:
     content = row.content
     if isinstance(content, bytes):
         content = _json(_utf8(content, row.where), row.where)
-    return _document(row.where, content, keys)
+    return _document(row.where, content, keys, row.columns)
 
 
 def _json_rows(path: Path, place: str) -> Iterator[tuple[str, Any, int]]:
@@ -213,18 +231,22 @@ def _json(text: str, where: str) -> Any:
         raise MegapruneError(f"{where} is not valid JSON: {error.msg} ({line}column {error.colno})") from error
 
 
-def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[tuple[str, Any, int]]:
+def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[Row]:
     number, size = 0, path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
         # Only the columns that matter are decoded; where there is neither, all, for the message to name them.
-        wanted = [name for name in (keys.text, keys.messages) if name in file.schema_arrow.names] or None
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
+        names = file.schema_arrow.names
+        wanted = [name for name in (keys.text, keys.messages) if name in names]
+        if keys.messages in wanted:
+            wanted += [name for name in keys.arguments if name in names and name not in wanted]
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted or None):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{place}, row {number}", row, size * number // file.metadata.num_rows
+                position = size * number // file.metadata.num_rows
+                yield Row(f"{place}, row {number}", as_written(row, keys.messages), position, tuple(names))
 
 
-def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
     # Imported here: both take seconds to load, and local data needs neither.
     import datasets
     import huggingface_hub
@@ -241,7 +263,7 @@ def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[
         kept = {"cache_dir": str(hub_cache)} if hub_cache else {}
         rows = datasets.load_dataset(source.dataset_id, split=source.split, streaming=True, **kept)
         for number, row in enumerate(rows, start=1):
-            yield f"{place}, row {number} of split {source.split}", row
+            yield f"{place}, row {number} of split {source.split}", as_written(row, keys.messages)
     except Exception as error:  # as above
         raise MegapruneError(
             f"{place}: split {source.split!r} cannot be read from the hub ({first_line(error)}); "
@@ -249,13 +271,17 @@ def _hub_rows(source: HubSource, flag: str, hub_cache: Path | None) -> Iterator[
         ) from error
 
 
-def _document(where: str, row: Any, keys: RowKeys) -> Document:
+def _document(where: str, row: Any, keys: RowKeys, columns: Sequence[str]) -> Document:
     if not isinstance(row, Mapping):
         raise MegapruneError(f'{where} is no JSON object: each row must be one, as {{"{keys.text}": "..."}}')
     if row.get(keys.text) is not None:
         return Document(where, _checked_text(row[keys.text], where, keys))
     if row.get(keys.messages) is not None:
-        return Document(where, _checked_messages(row[keys.messages], where, keys))
+        messages = checked_messages(row[keys.messages], where, keys.messages)
+        arguments = template_arguments(row, keys.arguments, where)
+        read = {keys.text, keys.messages, *keys.arguments}
+        unread = tuple(name for name in columns or row if name not in read)
+        return Document(where, messages, arguments, unread)
     if keys.text in row or keys.messages in row:
         held = keys.text if keys.text in row else keys.messages
         raise MegapruneError(f"{where}: {held!r} is null; remove the row, or name another key with --text-key")
@@ -279,19 +305,3 @@ def _checked_text(text: Any, where: str, keys: RowKeys) -> str:
             f"{where}: {keys.text!r} holds an unpaired surrogate escape (\\ud800 to \\udfff)"
         ) from error
     return text
-
-
-def _checked_messages(messages: Any, where: str, keys: RowKeys) -> list[dict[str, Any]]:
-    # Templates render what they do not know (ShareGPT's "from" and "value") as nothing: refuse it here.
-    def fail(problem: str) -> NoReturn:
-        raise MegapruneError(f'{where}: {keys.messages!r} {problem}; chat is a list of {{"role": ..., "content": ...}}')
-
-    if not isinstance(messages, list):
-        fail(f"holds a {type(messages).__name__}")
-    for message in messages:
-        if not isinstance(message, Mapping):
-            fail(f"holds a {type(message).__name__} as a message")
-        speaks = message.get("content") is not None or message.get("tool_calls")
-        if not isinstance(message.get("role"), str) or not speaks:
-            fail(f"has a message without role or content (its keys: {', '.join(map(str, message)) or 'none'})")
-    return messages

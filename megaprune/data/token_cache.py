@@ -15,14 +15,17 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from megaprune.data.chat import TOOLS, IgnoredFields, argument_columns
 from megaprune.data.sources import (
     Document,
     RowKeys,
@@ -33,7 +36,7 @@ from megaprune.data.sources import (
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.text import first_line
 
-_FORMAT = 1  # raise it when the same sources would give other tokens or other files
+_FORMAT = 2  # raise it when the same sources would give other tokens or other files
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4_000_000
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
@@ -49,26 +52,27 @@ class TokenStream:
 
     tokens: [t] uint16 or uint32. loss_mask: [t] uint8, or None where every token carries loss.
     document_offsets: [documents + 1] int64. fingerprint: hex digest of the tokens and their mask, whatever
-    files or machine they came from.
+    files or machine they came from. largest_token: the highest id in it, 0 where it is not known.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray | None
     document_offsets: np.ndarray
     fingerprint: str
+    largest_token: int = 0
 
 
-def open_or_build(paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir: Path, flag: str) -> TokenStream:
+def open_or_build(
+    paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir: Path, flag: str, vocab_size: int | None = None
+) -> TokenStream:
     """The token stream of `paths`, from the cache where it is there and whole, else tokenised into it.
 
     Appears whole or not at all; safe to call again, and from several processes where folders are not shared.
-    Raises MegapruneError (or UsageError) for paths and rows that cannot be used, and for an unwritable cache.
+    Raises MegapruneError (or UsageError) for paths and rows that cannot be used, for an unwritable cache, and, where
+    `vocab_size` is given, for the first document with a token that the model hasn't.
     """
-    if tokenizer.eos_token_id is None:
-        raise MegapruneError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-text token to part the "
-            f"documents of {flag}: set eos_token in its tokenizer_config.json"
-        )
+    end_of_text(tokenizer, vocab_size, flag)
+    keys = replace(keys, arguments=argument_columns(tokenizer))
     try:
         sources = find_sources(paths, flag)
         identity = source_identity(sources)
@@ -78,17 +82,52 @@ def open_or_build(paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir
     described = [_FORMAT, identity, _tokenizer_identity(tokenizer), dtype.str, keys.text, keys.messages]
     folder = cache_dir / hashlib.sha256(json.dumps(described).encode()).hexdigest()
     stream = _open(folder)
-    if stream is None:
+
+    def encoded() -> Iterator[_Encoded]:
         documents = read_documents(sources, keys, flag, hub_cache=cache_dir / "hub")
-        encoded = Encoder(tokenizer, dtype).encode(documents, flag)
+        return Encoder(tokenizer, dtype, vocab_size).encode(documents, flag)
+
+    if stream is not None and vocab_size is not None and stream.largest_token >= vocab_size:
+        deque(encoded(), maxlen=0)  # the cache is another model's with this tokenizer: raises at the document
+    if stream is None:
         try:
-            _build(encoded, folder, dtype, name=f"{flag} {' '.join(paths)}")
+            _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
-            raise MegapruneError(f"the token cache cannot be written under {cache_dir} ({error})") from error
+            raise MegapruneError(
+                f"the token cache cannot be written under {cache_dir} ({error}): make room there, or name another "
+                "folder with --data-cache-path"
+            ) from error
         stream = _open(folder)
         if stream is None:
             raise MegapruneError(f"the token cache {folder} does not read back as written: check that disk")
     return stream
+
+
+def end_of_text(tokenizer: Any, vocab_size: int | None, flag: str) -> int:
+    """The token between documents, which also pads windows.
+
+    Raises:
+        MegapruneError: the tokenizer has none, or one that the model hasn't.
+    """
+    token = tokenizer.eos_token_id
+    if token is None:
+        name = tokenizer.name_or_path or "the model"
+        raise MegapruneError(
+            f"the tokenizer of {name} has no end-of-text token to part the documents of {flag}: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    if vocab_size is not None and token >= vocab_size:
+        raise MegapruneError(_beyond("the tokenizer's end-of-text token", tokenizer, token, vocab_size))
+    return token
+
+
+def _beyond(where: str, tokenizer: Any, token: int, vocab_size: int) -> str:
+    name = tokenizer.convert_ids_to_tokens(int(token))
+    return (
+        f"{where}: the token {name!r} has id {token}, and the model's vocabulary has {vocab_size} (vocab_size in its "
+        "config.json): give the model's own tokenizer, leave that token out of the data, or give the model an "
+        "embedding for it (transformers' resize_token_embeddings)"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -117,9 +156,11 @@ def _tokenizer_identity(tokenizer: Any) -> list[Any]:
 class Encoder:
     """Documents to tokens, in order, a batch at a time."""
 
-    def __init__(self, tokenizer: Any, dtype: np.dtype) -> None:
+    def __init__(self, tokenizer: Any, dtype: np.dtype, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.vocab_size = vocab_size
+        self._ignored = IgnoredFields(tokenizer)
 
     def encode(self, documents: Iterable[Document], flag: str) -> Iterator[_Encoded]:
         """Raises MegapruneError where the tokenizer or its chat template refuses a document."""
@@ -128,18 +169,32 @@ class Encoder:
                 for tokens, loss_mask in self.encode_batch(batch):
                     yield tokens, loss_mask
                     bar.update(len(tokens))
+                for note in self.take_notes().values():
+                    bar.write(note)
+
+    def take_notes(self) -> dict[str, str]:
+        """What there is to say of the batches since the last call: by its field, a line."""
+        notes, self._ignored.notes = self._ignored.notes, {}
+        return notes
 
     def encode_batch(self, batch: list[Document]) -> list[_Encoded]:
         """The tokens of neighbours of one kind. Raises MegapruneError, naming the document, where one is refused."""
         encode = self._encode_chats if batch[0].is_chat else self._encode_texts
         try:
-            return encode(batch)
+            encoded = encode(batch)
         except MegapruneError:
             raise
         except Exception as error:  # templates and custom tokenizers raise what they like
             if len(batch) == 1:
                 what = "chat template" if batch[0].is_chat else "tokenizer"
                 raise MegapruneError(f"{batch[0].where}: the {what} refuses it ({first_line(error)})") from error
+        else:
+            for document, (tokens, _) in zip(batch, encoded, strict=True):
+                if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
+                    raise MegapruneError(_beyond(document.where, self.tokenizer, tokens.max(), self.vocab_size))
+                if document.is_chat:
+                    self._ignored.look(document.where, document.content, document.arguments, document.unread)
+            return encoded
         # One at a time, to name the document at fault.
         return [encoded for document in batch for encoded in self.encode_batch([document])]
 
@@ -162,7 +217,13 @@ class Encoder:
                 f"{batch[0].where} is chat, but the tokenizer has no chat template: take a model "
                 "whose tokenizer has one, or give the conversations as text"
             )
-        marks_assistant = bool(_GENERATION_BLOCK.search(self.tokenizer.get_chat_template()))
+        # A call has one set of arguments.
+        groups = groupby(batch, lambda document: document.arguments)
+        return [encoded for arguments, group in groups for encoded in self._encode_alike(list(group), arguments)]
+
+    def _encode_alike(self, batch: list[Document], arguments: dict[str, Any]) -> list[_Encoded]:
+        template = self.tokenizer.get_chat_template(None, arguments.get(TOOLS))
+        marks_assistant = bool(_GENERATION_BLOCK.search(template))
         encoded = self.tokenizer.apply_chat_template(
             [document.content for document in batch],
             tokenize=True,
@@ -173,6 +234,7 @@ class Encoder:
                 "return_token_type_ids": False,
                 "verbose": False,
             },
+            **arguments,
         )
         tokens = [np.asarray(ids, dtype=self.dtype) for ids in encoded["input_ids"]]
         if not marks_assistant:
@@ -219,13 +281,14 @@ def _build(encoded: Iterable[_Encoded], folder: Path, dtype: np.dtype, name: str
 
 def _write_streams(encoded: Iterable[_Encoded], aside: Path, dtype: np.dtype) -> dict[str, Any]:
     offsets = [0]
-    loss_tokens = 0
+    loss_tokens = largest = 0
     with (aside / "tokens.bin").open("wb") as token_file, (aside / "loss_mask.bin").open("wb") as mask_file:
         tokens_out, mask_out = _HashedFile(token_file), _HashedFile(mask_file)
         for tokens, loss_mask in encoded:
             loss_mask = np.ones(len(tokens), np.uint8) if loss_mask is None else loss_mask
             tokens_out.write(tokens.tobytes())
             mask_out.write(loss_mask.tobytes())
+            largest = max(largest, int(tokens.max(initial=0)))
             offsets.append(offsets[-1] + len(tokens))
             loss_tokens += int(loss_mask.sum())
     if loss_tokens == offsets[-1]:
@@ -236,6 +299,7 @@ def _write_streams(encoded: Iterable[_Encoded], aside: Path, dtype: np.dtype) ->
         "tokens": offsets[-1],
         "loss_tokens": loss_tokens,
         "documents": len(offsets) - 1,
+        "largest_token": largest,
         "dtype": dtype.str,
         "fingerprint": hashlib.sha256(digests.encode()).hexdigest(),
     }
@@ -280,8 +344,9 @@ def _open(folder: Path) -> TokenStream | None:
             del files["loss_mask.bin"]
         if any((folder / name).stat().st_size != kind.itemsize * n for name, (kind, n) in files.items()):
             return None
-        fingerprint = str(meta["fingerprint"])
+        fingerprint, largest = str(meta["fingerprint"]), int(meta["largest_token"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     maps = {name: np.memmap(folder / name, dtype=kind, mode="r") for name, (kind, _) in files.items()}
-    return TokenStream(maps["tokens.bin"], maps.get("loss_mask.bin"), maps["document_offsets.bin"], fingerprint)
+    tokens, loss_mask, offsets = (maps.get(name) for name in ("tokens.bin", "loss_mask.bin", "document_offsets.bin"))
+    return TokenStream(tokens, loss_mask, offsets, fingerprint, largest)

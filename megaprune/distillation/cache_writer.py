@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from megaprune.distillation.cache_format import (
 )
 from megaprune.distillation.cache_reader import map_shard
 from megaprune.distillation.losses import TeacherTargets
+from megaprune.utils.disk import explain
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
 
@@ -86,7 +88,7 @@ class ShardFile:
     """One shard in the making. Packs and writes in the background, in the order in which windows come."""
 
     def __init__(self, folder: Path, plan: CachePlan, shard: int) -> None:
-        self._path, self._plan = folder / shard_name(shard), plan
+        self._path, self._plan, self._shard = folder / shard_name(shard), plan, shard
         self._aside = self._path.with_name(self._path.name + ".tmp")
         self._left = iter(plan.windows_of(shard))
         self._checksums: list[int] = []
@@ -114,7 +116,7 @@ class ShardFile:
             os.replace(self._aside, self._path)
         except OSError as error:
             raise MegapruneError(
-                f"{self._aside} can't be written ({error.strerror}): mend that, and give the same command to go on"
+                explain(error, self._aside, "give the same command to go on", self._plan.shard_bytes(self._shard))
             ) from None
 
     def __enter__(self) -> "ShardFile":
@@ -123,7 +125,10 @@ class ShardFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is left to write has no room either
+                self._file.close()
+            if error is not None:
+                self._aside.unlink(missing_ok=True)
 
     def _write(self, windows: list[int], targets: TeacherTargets) -> None:
         if self._file is None:

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaprune.data.batches import Batch, eval_batches, prepare_dataset
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.report.model_card import read_seq_length
 from megaprune.report.run_report import perplexity
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.text import first_line
+from megaprune.weights.hub import check_links, resolve_hf_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_DEFAULT_WINDOW = 2048
@@ -70,7 +72,7 @@ def evaluate_model(
     if teacher:
         _check_vocabulary(config, hf_model, teacher, trust_remote_code)
     seq_length = _window(config, hf_model, seq_length)
-    tokenizer = _load("--hf-model", hf_model, AutoTokenizer, trust_remote_code)
+    tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     with tempfile.TemporaryDirectory(prefix="megaprune-evaluate-") as cache:
         dataset = prepare_dataset(
             data,
@@ -188,7 +190,8 @@ def _window(config: Any, hf_model: str, seq_length: int | None) -> int:
     context = getattr(config, "max_position_embeddings", None)
     if seq_length is None:
         default = min(context or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
-        return read_seq_length(hf_model) or default
+        trained_with = read_seq_length(hf_model)
+        return min(trained_with, context or trained_with) if trained_with else default
     if context and seq_length > context:
         raise UsageError(f"--seq-length {seq_length} is beyond the {context} positions of {hf_model}: lower it")
     return seq_length
@@ -205,7 +208,7 @@ def _check_vocabulary(config: Any, hf_model: str, teacher: str, trust_remote_cod
 
 def _load(flag: str, path: str, auto_class: Any, trust_remote_code: bool, **options: Any) -> Any:
     """`auto_class.from_pretrained`, with its long-winded errors turned into one line."""
-    _check_exists(flag, path)
+    path = _located(flag, path)
     try:
         return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -216,13 +219,18 @@ def _load(flag: str, path: str, auto_class: Any, trust_remote_code: bool, **opti
         raise MegapruneError(f"{flag} {path}: {remedy}") from error
 
 
-def _check_exists(flag: str, path: str) -> None:
-    """Refuses what is plainly no model before transformers asks the hub for it."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
+def _located(flag: str, path: str) -> str:
+    """The path, for transformers to load from, or an id for it to ask the hub for. Refuses what is plainly no model
+    before the hub is asked."""
+    folder = Path(path)
+    if folder.is_dir():
+        check_links(folder)
+        if not (folder / "config.json").is_file():
             raise MegapruneError(f"{flag} {path}: no config.json there; a finished run's model is in RUN_DIR/hf")
-        return
+        return path
     try:
         validate_repo_id(path)
     except HFValidationError:
         raise MegapruneError(f"{flag} {path}: no such folder, and no model id either; check the path") from None
+    # transformers would take a file of that name for a config
+    return str(resolve_hf_model(path, flag=flag)) if folder.exists() else path

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +11,9 @@ from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.layers.gated import LayerGate, frozen, layers_of
 from megaprune.mcore.layers.linear_patch import hadamard
+from megaprune.selection.evaluator import LossKind
+from megaprune.selection.masks import shared_order
 from megaprune.utils.errors import MegapruneError
-
-# KL(original || masked model), or cross-entropy with the data.
-LossOfMasks = Literal["kl", "ce"]
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> float:
@@ -46,7 +44,7 @@ def mask_losses(
     batches: Sequence[schedule.MicroBatch],
     masks: Tensor,
     shard: VocabShard,
-    loss: LossOfMasks,
+    loss: LossKind,
 ) -> Tensor:
     """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
     rank. Collective.
@@ -89,23 +87,6 @@ def mask_losses(
     found = torch.empty(len(masks), dtype=torch.float64)
     found[order] = sums[:, 0] / sums[:, 1]
     return parallel.of_first_rank(found).float()
-
-
-def shared_order(masks: Tensor) -> list[int]:
-    """The order in which masks [n, num_layers] share the most layers with the one before: the whole model first."""
-    return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
-
-
-def shared_cost(masks: Tensor, loss: LossOfMasks) -> float:
-    """What `mask_losses` computes of hard masks [n, num_layers], in passes through the whole model's layers."""
-    layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
-    layers += len(before)
-    for i in shared_order(masks):
-        mask = masks[i].tolist()
-        same = next((j for j, pair in enumerate(zip(mask, before, strict=False)) if pair[0] != pair[1]), len(before))
-        layers += sum(value != 0 for value in mask[same:])
-        before = mask
-    return layers / masks.shape[1]
 
 
 def mask_gradient(

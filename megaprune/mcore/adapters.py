@@ -20,8 +20,9 @@ from megaprune.mcore.hf_weights import (
     source_name,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialise_adapter
-from megaprune.mcore.parallel import raise_together
+from megaprune.mcore.parallel import on_first_rank, raise_together
 from megaprune.models import Architecture, Shard, WeightRule
+from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.shards import merge_shards
 from megaprune.weights.source import HFSource
@@ -81,16 +82,19 @@ def export_adapter(
                     writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
         mine = (writer.close(), targets)
     except OSError as met:
-        error = MegapruneError(f"{folder} can't be written: {met}")
+        error = MegapruneError(explain(met, folder))
     raise_together(error)
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    if dist.get_rank() == 0:
-        join_shards(folder, [shard for shards, _ in gathered for shard in shards], _WEIGHTS)
+
+    def finish() -> None:
         targets = set().union(*(targets for _, targets in gathered))
         config = _peft_config(targets, options, base_model, _stacks_experts(source))
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    dist.barrier()
+        with one_line(folder):
+            join_shards(folder, [shard for shards, _ in gathered for shard in shards], _WEIGHTS)
+            (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    on_first_rank(finish)
 
 
 def _hf_adapters(

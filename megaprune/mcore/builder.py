@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -22,7 +21,8 @@ from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProd
 from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
-from megaprune.models import Architecture, RopeScaling
+from megaprune.mcore.rotary import scale_rope, softmax_scale
+from megaprune.models import Architecture
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.shards import padded_vocab_size
 
@@ -134,6 +134,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        softmax_scale=softmax_scale(arch),
         # Every weight is loaded: drawing random ones would waste time. Without the initialization as such
         # (perform_initialization) 0.16.1 does not mark which weights are split over tensor-parallel ranks, and the
         # gradient's norm counts the first rank's parts alone.
@@ -144,7 +145,8 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=fused,
-        apply_rope_fusion=fused,
+        # 0.16.1 refuses to fuse latent attention's RoPE without YaRN
+        apply_rope_fusion=fused and (not arch.mla or arch.transformer["rope_type"] == "yarn"),
         gradient_accumulation_fusion=False,
         persist_layer_norm=fused,
         transformer_impl="transformer_engine" if options.transformer_engine else "local",
@@ -197,8 +199,9 @@ def build_model(
         rotary_base=arch.rotary_base,
         scatter_embedding_sequence_parallel=options.sizes.sequence_parallel,
     )
-    if arch.rope_scaling is not None:
-        _scale_rope(model.rotary_pos_emb, arch.rope_scaling)
+    scale_rope(model, arch)
+    if arch.latent_norm_epsilon is not None:
+        _set_latent_epsilon(model, arch.latent_norm_epsilon)
     expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
     if len(model.decoder.layers) != expected:
         raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
@@ -214,6 +217,16 @@ def build_model(
             # is not TP.
             parameter.allreduce = False
     return model.to(device.torch_device())
+
+
+def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
+    """The core gives the norms within latent attention the epsilon of all others."""
+    for layer in model.decoder.layers:
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            # Transformer Engine's norms are part of the projections behind them
+            part = getattr(layer.self_attention, name, None)
+            if hasattr(part, "eps"):
+                part.eps = epsilon
 
 
 def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: torch.Tensor) -> None:
@@ -240,8 +253,22 @@ def train_only(model: GPTModel, layers: Collection[int]) -> None:
 
 
 def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:
-    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself."""
-    return Float16Module(model.config, model) if options.bf16 else model
+    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself.
+
+    Only parameters become bf16. The wrapper would round buffers too, among them the routers' biases, which the core
+    and transformers keep in fp32: the core widens them again, but what rounding took is gone by then.
+    """
+    if not options.bf16:
+        return model
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    wrapped = Float16Module(model.config, model)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
+    return wrapped
 
 
 # by whether layers are gated, and sandwiched between norms
@@ -270,17 +297,3 @@ def _block_spec(config: TransformerConfig, transformer_engine: bool, layer_class
     if not transformer_engine:
         spec.layer_norm = RMSNorm
     return spec
-
-
-def _scale_rope(rope: RotaryEmbedding, scaling: RopeScaling) -> None:
-    """Sets the scaled frequencies: GPTModel itself takes the factor only, with LLaMA 3.1's other numbers."""
-    if scaling.rope_type == "linear":
-        rope.inv_freq = rope.inv_freq / scaling.factor
-        return
-    rope.inv_freq = rope._apply_scaling(
-        rope.inv_freq,
-        factor=scaling.factor,
-        low_freq_factor=scaling.low_freq_factor,
-        high_freq_factor=scaling.high_freq_factor,
-        original_max_position_embeddings=scaling.original_max_position_embeddings,
-    )

@@ -23,12 +23,20 @@ def make_loadable() -> None:
 
 
 def _with_states(self: DistributedOptimizer) -> dict[str, Any]:
-    """A fresh optimizer's state dict, which loading starts from: the core asserts that there is a step count."""
+    """The core asserts that there is a step count: a fresh optimizer's state dict, which loading starts from, gets one
+    of 0, and that of an optimizer without weights on this rank the one that the others have."""
     if not self.optimizer.state:
         self.init_state_fn(self.optimizer, self.config)
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(0.0)
-    return _state_dict(self)
+    if self.optimizer.state:
+        return _state_dict(self)
+    inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+    for group in inner["param_groups"]:
+        del group["params"]
+        group["step"] = float(getattr(self, "steps_made", 0))
+    scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+    return {"optimizer": inner} | scaler
 
 
 def _with_counts_of_their_own(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from megatron.core.models.gpt import GPTModel
 
 from megaprune.mcore.builder import uses_transformer_engine
 from megaprune.mcore.layers.lora import is_adapter
-from megaprune.mcore.parallel import expert_tensor_parallel, raise_together, tensor_parallel
+from megaprune.mcore.parallel import expert_tensor_parallel, on_first_rank, raise_together, tensor_parallel
 from megaprune.models import Shard, WeightRule
+from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
 from megaprune.weights.source import HFSource
@@ -83,11 +84,11 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
             shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
-                    f"{source.folder}: {hf_name} has the wrong shape: its part for {name} is {tuple(shard.shape)}, "
-                    f"config.json makes it {tuple(parameter.shape)}"
+                    f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
+                    f"{tuple(shard.shape)}, config.json makes it {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
-                culprit = next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all())
+                culprit = source.shown(next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all()))
                 raise MegapruneError(f"{source.folder}: {culprit} holds values that are not finite (NaN or infinity)")
             parameter.copy_(shard)
     except MegapruneError as met:
@@ -107,6 +108,8 @@ def export_weights(
 ) -> None:
     """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
 
+    A weight stored in fp32 that a bf16 run did not train keeps its bits.
+
     Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
     them), into a folder that all can see.
 
@@ -114,13 +117,17 @@ def export_weights(
         kept_layers: source layers that are exported.
         whole: the model still holds the other layers, too.
         keep_mtp: carry the source's MTP layers along, which no training here touches, behind the kept layers; their
-            copies of embedding and output layer are written anew.
+            copies of embedding and output layer are written anew, as that of a tied embedding is.
     """
     model_layers = None if whole else kept_layers
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error, shards = None, []
-    writer = ShardWriter(folder, max_shard_bytes, dist.get_rank())
+    writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
+
+    def add(hf_name: str, tensor: torch.Tensor) -> None:
+        writer.add(layout.written_name(source.renamed(hf_name, kept_layers)), tensor)
+
     try:
         for name, parameter in global_weights(model):
             rule = rules[source_name(name, model_layers)]
@@ -130,22 +137,35 @@ def export_weights(
             if not (rule.export and is_first_holder(rule)):
                 continue
             for hf_name, tensor in merge_shards(rule, parts, arch).items():
-                tensor = tensor.to(source.dtype(hf_name))
-                writer.add(source.renamed(hf_name, kept_layers), tensor)
-                for copy in source.mtp_copies(hf_name) if keep_mtp else ():
-                    writer.add(source.renamed(copy, kept_layers), tensor.clone())
+                tensor = _as_stored(tensor, source, hf_name)
+                add(hf_name, tensor)
+                for copy in source.copies(hf_name, keep_mtp):
+                    add(copy, tensor.clone())
         if dist.get_rank() == 0 and keep_mtp:
             for hf_name in source.mtp_own():
-                writer.add(source.renamed(hf_name, kept_layers), source.read(hf_name))
+                add(hf_name, source.read(hf_name))
         shards = writer.close()
     except OSError as met:
-        error = MegapruneError(f"{folder} can't be written: {met}")
+        error = MegapruneError(explain(met, folder))
     raise_together(error)
     gathered: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, shards)
-    if dist.get_rank() == 0:
-        finish_shards(folder, [shard for by_rank in gathered for shard in by_rank])
-    dist.barrier()
+
+    def finish() -> None:
+        with one_line(folder):
+            finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
+
+    on_first_rank(finish)
+
+
+def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:
+    """The weight in the source's dtype; the source's own bits where nothing but the run's coarser dtype changed it."""
+    dtype = source.dtype(hf_name)
+    if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
+        stored = source.read(hf_name)
+        if torch.equal(stored.to(tensor.dtype), tensor.cpu()):
+            return stored
+    return tensor.to(dtype)
 
 
 @torch.no_grad()

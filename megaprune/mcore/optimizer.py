@@ -90,6 +90,15 @@ class Trainer:
             The learning rate used, and the gradient's norm before clipping (None without clipping).
         """
         self._schedule.num_steps = 0
-        self._schedule.step(increment=iteration + 1)
+        self._schedule.step(increment=self._steps_into_schedule(iteration))
         _, grad_norm, _ = self.optimizer.step()
         return self._schedule.get_lr(self.optimizer.param_groups[0]), grad_norm
+
+    def _steps_into_schedule(self, iteration: int) -> int:
+        """Where in the schedule an iteration (from 0) is made.
+
+        As in Megatron-LM, an iteration behind the warm-up uses the value that holds when it begins: the decay starts at
+        the highest rate, and reaches the lowest when all iterations are done. An iteration of the warm-up uses the
+        value at its end, for at its beginning the first one would have a rate of 0.
+        """
+        return iteration + 1 if iteration < self._options.lr_warmup_iters else iteration

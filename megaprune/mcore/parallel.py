@@ -13,8 +13,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megaprune import device
+from megaprune.utils import failure
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.ranks import raise_together, rank, world_size
+from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
 from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
@@ -37,7 +38,14 @@ class ParallelSizes:
 
 
 def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
-    """Joins the process group (alone where there is no launcher) and sets up Megatron's groups."""
+    """Joins the process group and sets up Megatron's groups."""
+    join(timeout_minutes)
+    set_up_groups(sizes)
+
+
+def join(timeout_minutes: int = 60) -> None:
+    """Joins the process group, unless this process is in it; alone where there is no launcher."""
+    forget_stale_variables()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     device.bind_local_device(int(os.environ["LOCAL_RANK"]))
@@ -51,7 +59,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    set_up_groups(sizes)
+    failure.watch()
 
 
 def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
@@ -86,6 +94,7 @@ def finish() -> None:
 
 def leave() -> None:
     """Leaves the process group and Megatron's groups, if this process is in any."""
+    failure.stop()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -185,7 +194,7 @@ def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     return of_first_rank(value)
 
 
-def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_replicas: bool = True) -> torch.Tensor:
+def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
     """The gradient of the mask over the whole run, bit for bit the same on every rank.
 
     A layer's entry is non-zero only on its pipeline stage (sum over PP). Under sequence parallelism each
@@ -195,21 +204,13 @@ def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_repli
 
     Args:
         grad: [num_layers] on this rank.
-        over_replicas: False where each replica has a mask of its own, and gets the gradient of that one.
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    group = dist.group.WORLD if over_replicas else parallel_state.get_model_parallel_group()
-    replicas = dist.get_world_size(group) // (tp * pp)
+    replicas = dist.get_world_size() // (tp * pp)
     total = grad.to(torch.float64)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     total = total / (replicas * (1 if sequence_parallel else tp))
     # Backends promise equal sums, not equal bits, on all ranks; the scores must never drift apart.
-    dist.broadcast(total, src=dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(total, src=0)
     return total.float().cpu()
-
-
-def mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor that all ranks of a replica have alike, on the CPU, the same bits on every rank."""
-    total = sum_over_all(value.to(device.torch_device(), torch.float64))
-    return (total / dist.get_world_size()).to(value.dtype)

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megaprune.models.mla import EXPERT_BIAS_RULE, SHARED_EXPERT_RULES, mla_fields, mla_rules, sigmoid_router_fields
+from megaprune.models.mla import (
+    EXPERT_BIAS_RULE,
+    SHARED_EXPERT_RULES,
+    mla_fields,
+    mla_rules,
+    rope_fields,
+    sigmoid_router_fields,
+)
+from megaprune.models.rope import read_rope
+from megaprune.models.settings import flag, text, whole, whole_or_none
 from megaprune.models.tables import (
     EXPERT_RULES,
     MLP_RULES,
@@ -15,59 +24,57 @@ from megaprune.models.tables import (
     WeightRule,
     mlp_norm_rule,
     prune_dense_prefix,
-    require,
-    rope_dict,
 )
 from megaprune.utils.errors import MegapruneError
 
 # Megatron-Core scores a group by the sum of its best (topk // topk_group) experts, DeepSeek by that of its best two.
 _SCORED_PER_GROUP = 2
+# transformers' class and the makers' own code leave these norms at it, whatever rms_norm_eps is
+_LATENT_NORM_EPSILON = 1e-6
 
 
 def _architecture(config: HFConfig) -> Architecture:
-    fields = mla_fields(config) | _rope_fields(config)
-    fields |= sigmoid_router_fields(config, fields["num_layers"]) | _group_fields(config)
     name = config.get("model_type")
-    if config.get("moe_layer_freq", 1) != 1:
+    fields = mla_fields(config)
+    fields |= sigmoid_router_fields(config, fields["num_layers"]) | _group_fields(config)
+    if whole(config, "moe_layer_freq", 1) != 1:
         raise MegapruneError(f"{name}: moe_layer_freq {config['moe_layer_freq']} is not supported, only 1")
-    if config.get("topk_method", "noaux_tc") != "noaux_tc":
-        raise MegapruneError(f"{name}: topk_method {config['topk_method']!r} is not supported, only 'noaux_tc'")
+    text(config, "topk_method", "noaux_tc", only="noaux_tc")
+    if not flag(config, "rope_interleave", True):
+        raise MegapruneError(
+            f"{name}: rope_interleave false is not supported: Megatron-Core's latent attention rotates neighboring "
+            "dimensions, as rope_interleave true does"
+        )
+    rope_dim = fields["qk_pos_emb_head_dim"]
+    if whole_or_none(config, "head_dim", None) not in (None, rope_dim):
+        raise MegapruneError(f"{name}: head_dim {config['head_dim']} is not qk_rope_head_dim {rope_dim}")
+    positions = whole(config, "max_position_embeddings", 4096)
+    theta, scaling = read_rope(config, positions, also_read=("rope_interleave",))
     return Architecture(
-        transformer=fields | dict(moe_router_enable_expert_bias=True),
-        vocab_size=require(config, "vocab_size"),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
-        rotary_base=fields["rotary_base"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        mla=True,
-    )
-
-
-def _rope_fields(config: HFConfig) -> dict[str, Any]:
-    rope, theta = rope_dict(config)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type == "default":
-        return dict(rope_type="rope", rotary_base=theta, rotary_scaling_factor=1.0, mscale_all_dim=0.0)
-    if rope_type != "yarn":
-        raise MegapruneError(f"{config.get('model_type')}: RoPE scaling {rope_type!r} is not supported, only 'yarn'")
-    return dict(
-        rope_type="yarn",
+        transformer=fields | rope_fields(theta, scaling) | dict(moe_router_enable_expert_bias=True),
+        vocab_size=whole(config, "vocab_size"),
+        max_position_embeddings=positions,
         rotary_base=theta,
-        rotary_scaling_factor=rope["factor"],
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
-        beta_fast=rope.get("beta_fast", 32),
-        beta_slow=rope.get("beta_slow", 1),
-        mscale=rope.get("mscale", 1.0),
-        mscale_all_dim=rope.get("mscale_all_dim", 0.0),
+        rope_scaling=scaling,
+        tied=flag(config, "tie_word_embeddings", False),
+        mla=True,
+        latent_norm_epsilon=_LATENT_NORM_EPSILON,
     )
 
 
 def _group_fields(config: HFConfig) -> dict[str, Any]:
-    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
-    if groups == 1:
-        return {}
-    if require(config, "num_experts_per_tok") // chosen != _SCORED_PER_GROUP:
+    name, experts, per_token = config.get("model_type"), config["n_routed_experts"], config["num_experts_per_tok"]
+    groups, chosen = whole(config, "n_group"), whole(config, "topk_group")
+    size = experts // groups
+    if chosen > groups or experts % groups or size < _SCORED_PER_GROUP or per_token > size * chosen:
         raise MegapruneError(
-            f"{config.get('model_type')}: num_experts_per_tok {config['num_experts_per_tok']} with topk_group {chosen} "
+            f"{name}: n_group {groups} and topk_group {chosen} don't fit {experts} experts with {per_token} a token"
+        )
+    if groups == chosen:  # no group is left out
+        return {}
+    if per_token // chosen != _SCORED_PER_GROUP:
+        raise MegapruneError(
+            f"{name}: num_experts_per_tok {per_token} with topk_group {chosen} "
             f"can't be expressed: Megatron-Core scores a group as DeepSeek does only where their ratio is "
             f"{_SCORED_PER_GROUP}"
         )

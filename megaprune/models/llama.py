@@ -14,7 +14,7 @@ from megaprune.models.tables import (
 
 def _architecture(config: HFConfig) -> Architecture:
     refuse_attention_bias(config)
-    return gqa_architecture(config)
+    return gqa_architecture(config, max_positions=2048)
 
 
 FAMILY = Family(

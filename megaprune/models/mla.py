@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from megaprune.models.rope import RopeScaling
+from megaprune.models.settings import flag, layer_types, number, text, whole, whole_or_none
 from megaprune.models.tables import (
     ATTENTION,
     HF,
@@ -12,7 +14,6 @@ from megaprune.models.tables import (
     Shard,
     WeightRule,
     refuse_attention_bias,
-    require,
 )
 from megaprune.utils.errors import MegapruneError
 
@@ -75,23 +76,25 @@ def mla_fields(config: HFConfig) -> dict[str, Any]:
     Raises:
         MegapruneError: config.json lacks a key, or asks for something that can't be expressed.
     """
-    name = config.get("model_type")
-    if config.get("hidden_act", "silu") != "silu":
-        raise MegapruneError(f"{name}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+    text(config, "hidden_act", "silu", only="silu")
     refuse_attention_bias(config)
+    num_layers, rope_dim = whole(config, "num_hidden_layers"), whole(config, "qk_rope_head_dim")
+    layer_types(config, num_layers)
+    if rope_dim % 2:
+        raise MegapruneError(f"{config.get('model_type')}: RoPE needs an even qk_rope_head_dim, not {rope_dim}")
     return dict(
         multi_latent_attention=True,
-        num_layers=require(config, "num_hidden_layers"),
-        hidden_size=require(config, "hidden_size"),
-        ffn_hidden_size=require(config, "intermediate_size"),
-        num_attention_heads=require(config, "num_attention_heads"),
-        layernorm_epsilon=require(config, "rms_norm_eps"),
+        num_layers=num_layers,
+        hidden_size=whole(config, "hidden_size"),
+        ffn_hidden_size=whole(config, "intermediate_size"),
+        num_attention_heads=whole(config, "num_attention_heads"),
+        layernorm_epsilon=number(config, "rms_norm_eps"),
         qk_layernorm=True,
-        q_lora_rank=config.get("q_lora_rank"),
-        kv_lora_rank=require(config, "kv_lora_rank"),
-        qk_head_dim=require(config, "qk_nope_head_dim"),
-        qk_pos_emb_head_dim=require(config, "qk_rope_head_dim"),
-        v_head_dim=require(config, "v_head_dim"),
+        q_lora_rank=whole_or_none(config, "q_lora_rank"),
+        kv_lora_rank=whole(config, "kv_lora_rank"),
+        qk_head_dim=whole(config, "qk_nope_head_dim"),
+        qk_pos_emb_head_dim=rope_dim,
+        v_head_dim=whole(config, "v_head_dim"),
     )
 
 
@@ -102,21 +105,43 @@ def sigmoid_router_fields(config: HFConfig, num_layers: int) -> dict[str, Any]:
         MegapruneError: Megatron-Core's router can't express the config.
     """
     name = config.get("model_type")
-    if not config.get("norm_topk_prob", True):
+    text(config, "scoring_func", "sigmoid", only="sigmoid")
+    if not flag(config, "norm_topk_prob", True):
         raise MegapruneError(
-            f"{name}: norm_topk_prob false with sigmoid routing can't be expressed: Megatron-Core always normalises "
+            f"{name}: norm_topk_prob false with sigmoid routing can't be expressed: Megatron-Core always normalizes "
             "the chosen scores"
         )
-    dense = require(config, "first_k_dense_replace")
-    expert_size = require(config, "moe_intermediate_size")
+    experts, chosen = whole(config, "n_routed_experts"), whole(config, "num_experts_per_tok")
+    if chosen > experts:
+        raise MegapruneError(f"{name}: num_experts_per_tok {chosen} is more than the {experts} routed experts")
+    if chosen == 1:
+        raise MegapruneError(
+            f"{name}: num_experts_per_tok 1 with sigmoid routing can't be expressed: Megatron-Core does not normalize "
+            "the score of a single expert"
+        )
+    dense = min(whole(config, "first_k_dense_replace", least=0), num_layers)
+    expert_size = whole(config, "moe_intermediate_size")
     fields = dict(
-        num_moe_experts=require(config, "n_routed_experts"),
+        num_moe_experts=experts,
         moe_ffn_hidden_size=expert_size,
-        moe_router_topk=require(config, "num_experts_per_tok"),
+        moe_router_topk=chosen,
         moe_router_score_function="sigmoid",
-        moe_router_topk_scaling_factor=config.get("routed_scaling_factor", 1.0),
+        moe_router_topk_scaling_factor=number(config, "routed_scaling_factor"),
         moe_layer_freq=[0] * dense + [1] * (num_layers - dense),
     )
-    if config.get("n_shared_experts"):
-        fields["moe_shared_expert_intermediate_size"] = expert_size * config["n_shared_experts"]
+    if shared := whole_or_none(config, "n_shared_experts", None, least=0):
+        fields["moe_shared_expert_intermediate_size"] = expert_size * shared
     return fields
+
+
+def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """Keyword arguments of ``MLATransformerConfig`` for RoPE. The softmax's scale follows from the factor and
+    ``mscale_all_dim``; the frequencies of a scaled RoPE are set on the built model."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return dict(rope_type="rope", rotary_base=theta, rotary_scaling_factor=1.0, mscale_all_dim=0.0)
+    return dict(
+        rope_type="yarn",
+        rotary_base=theta,
+        rotary_scaling_factor=scaling.factor,
+        mscale_all_dim=scaling.mscale_all_dim,
+    )

@@ -5,7 +5,9 @@ Its config.json comes in two spellings, the remote code's and vLLM's. Both are r
 
 from collections.abc import Sequence
 
-from megaprune.models.mla import EXPERT_BIAS_RULE, SHARED_EXPERT_RULES, mla_fields, mla_rules, sigmoid_router_fields
+from megaprune.models.mla import SHARED_EXPERT_RULES, mla_fields, mla_rules, rope_fields, sigmoid_router_fields
+from megaprune.models.rope import read_rope
+from megaprune.models.settings import flag, whole, whole_or_none
 from megaprune.models.tables import (
     EXPERT_RULES,
     HF,
@@ -19,8 +21,8 @@ from megaprune.models.tables import (
     WeightRule,
     mlp_norm_rule,
     prune_dense_prefix,
-    require,
 )
+from megaprune.utils.errors import MegapruneError
 
 # the remote code's spelling to vLLM's
 _SPELLINGS = {
@@ -41,11 +43,23 @@ _SANDWICH_RULES = tuple(
     for name in ("post_attention_layernorm", "post_mlp_layernorm")
 )
 
+# beside the gate, not within it as in DeepSeek's checkpoints
+_EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + "mlp.e_score_correction_bias",), Shard.COPY)
+
 
 def _both_spellings(config: HFConfig) -> HFConfig:
-    """The config with each setting under both names."""
+    """The config with each setting under both names.
+
+    Raises:
+        MegapruneError: the two names of a setting hold different values.
+    """
     full = dict(config)
     for ours, theirs in _SPELLINGS.items():
+        if ours in config and theirs in config and config[ours] != config[theirs]:
+            raise MegapruneError(
+                f"{config.get('model_type')}: {ours!r} and {theirs!r} in config.json are one setting, but hold "
+                f"{config[ours]!r} and {config[theirs]!r}"
+            )
         if ours in config:
             full.setdefault(theirs, config[ours])
         elif theirs in config:
@@ -54,21 +68,29 @@ def _both_spellings(config: HFConfig) -> HFConfig:
 
 
 def _architecture(config: HFConfig) -> Architecture:
-    config = _both_spellings(config)
+    name, config = config.get("model_type"), _both_spellings(config)
     fields = mla_fields(config)
     fields |= sigmoid_router_fields(config, fields["num_layers"])
-    theta = float(config.get("rope_theta", 1e4))
-    fields |= dict(rope_type="rope", rotary_base=theta, rotary_scaling_factor=1.0, mscale_all_dim=0.0)
-    if config.get("router_enable_expert_bias"):
+    if sinks := whole(config, "param_sink_number", 0, least=0):
+        raise MegapruneError(f"{name}: param_sink_number {sinks} is not supported: attention has no sinks here, only 0")
+    if (groups := whole_or_none(config, "n_group", 1)) not in (None, 1):
+        raise MegapruneError(f"{name}: n_group {groups} is not supported: this family's router has no groups, only 1")
+    positions = whole(config, "max_position_embeddings")
+    theta, scaling = read_rope(config, positions, theta=None)
+    if scaling is not None:
+        raise MegapruneError(
+            f"{name}: RoPE scaling {scaling.rope_type!r} is not supported: the model's own code has none"
+        )
+    if flag(config, "router_enable_expert_bias", False):
         fields["moe_router_enable_expert_bias"] = True
     return Architecture(
-        transformer=fields,
-        vocab_size=require(config, "vocab_size"),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
+        transformer=fields | rope_fields(theta, None),
+        vocab_size=whole(config, "vocab_size"),
+        max_position_embeddings=positions,
         rotary_base=theta,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings", False),
         mla=True,
-        sandwich_norm=bool(config.get("sandwich_norm", True)),
+        sandwich_norm=flag(config, "sandwich_norm", False),
     )
 
 
@@ -81,7 +103,7 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
         rules = mla_rules(arch) + (mlp_norm_rule("post_attention_layernorm", moe),)
     if not moe:
         return rules + MLP_RULES
-    bias = (EXPERT_BIAS_RULE,) if arch.transformer.get("moe_router_enable_expert_bias") else ()
+    bias = (_EXPERT_BIAS_RULE,) if arch.transformer.get("moe_router_enable_expert_bias") else ()
     shared = SHARED_EXPERT_RULES if "moe_shared_expert_intermediate_size" in arch.transformer else ()
     return rules + EXPERT_RULES + bias + shared
 

@@ -11,7 +11,7 @@ from megaprune.models.tables import (
 
 FAMILY = Family(
     model_type="qwen2",
-    architecture=lambda config: gqa_architecture(config, add_qkv_bias=True),
+    architecture=lambda config: gqa_architecture(config, max_positions=32768, groups=32, add_qkv_bias=True),
     model_rules=MODEL_RULES,
     layer_rules=lambda arch, layer: DENSE_LAYER_RULES + QKV_BIAS_RULES,
     prune_config=prune_dense_config,

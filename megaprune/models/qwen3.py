@@ -15,7 +15,7 @@ from megaprune.models.tables import (
 
 def _architecture(config: HFConfig) -> Architecture:
     refuse_attention_bias(config)
-    return gqa_architecture(config, qk_layernorm=True)
+    return gqa_architecture(config, max_positions=32768, head_dim=128, groups=32, qk_layernorm=True)
 
 
 FAMILY = Family(

@@ -1,7 +1,9 @@
 """Qwen3 mixture-of-experts models (``model_type: qwen3_moe``): softmax routing, no shared experts."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from megaprune.models.settings import flag, text, whole, whole_list
 from megaprune.models.tables import (
     EXPERT_RULES,
     GQA_RULES,
@@ -16,28 +18,48 @@ from megaprune.models.tables import (
     mlp_norm_rule,
     prune_dense_config,
     refuse_attention_bias,
-    require,
 )
+from megaprune.utils.errors import MegapruneError
 
 
 def _architecture(config: HFConfig) -> Architecture:
     refuse_attention_bias(config)
-    num_layers = require(config, "num_hidden_layers")
+    num_layers = whole(config, "num_hidden_layers")
     return gqa_architecture(
         config,
+        max_positions=32768,
+        groups=4,
         qk_layernorm=True,
-        num_moe_experts=config.get("num_experts") or require(config, "num_local_experts"),
-        moe_ffn_hidden_size=require(config, "moe_intermediate_size"),
-        moe_router_topk=require(config, "num_experts_per_tok"),
-        moe_router_score_function="softmax",
-        moe_router_pre_softmax=not config.get("norm_topk_prob", False),
+        moe_ffn_hidden_size=whole(config, "moe_intermediate_size"),
         moe_layer_freq=[int(_is_moe(config, layer)) for layer in range(num_layers)],
+        **_router_fields(config),
+    )
+
+
+def _router_fields(config: HFConfig) -> dict[str, Any]:
+    name = config.get("model_type")
+    # transformers 5 writes the second name
+    experts = whole(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    chosen, normalized = whole(config, "num_experts_per_tok"), flag(config, "norm_topk_prob", False)
+    if chosen > experts:
+        raise MegapruneError(f"{name}: num_experts_per_tok {chosen} is more than the {experts} experts")
+    if chosen == 1 and normalized:
+        raise MegapruneError(
+            f"{name}: norm_topk_prob true with num_experts_per_tok 1 can't be expressed: Megatron-Core does not "
+            "normalize the score of a single expert"
+        )
+    text(config, "scoring_func", "softmax", only="softmax")
+    return dict(
+        num_moe_experts=experts,
+        moe_router_topk=chosen,
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=not normalized,
     )
 
 
 def _is_moe(config: HFConfig, layer: int) -> bool:
-    step = config.get("decoder_sparse_step") or 1
-    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+    step = whole(config, "decoder_sparse_step", 1)
+    return layer not in whole_list(config, "mlp_only_layers") and (layer + 1) % step == 0
 
 
 def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
@@ -49,7 +71,7 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
     """Dense layers are listed by their new numbers, since a step between MoE layers does not survive pruning."""
     pruned = prune_dense_config(config, kept)
-    if config.get("mlp_only_layers") or (config.get("decoder_sparse_step") or 1) != 1:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         pruned["mlp_only_layers"] = [new for new, layer in enumerate(kept) if not _is_moe(config, layer)]
         pruned["decoder_sparse_step"] = 1
     return pruned

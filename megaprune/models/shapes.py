@@ -38,6 +38,7 @@ _SHAPES = {
     "mlp.down_proj.weight": ("hidden", "mlp"),
     "mlp.gate.weight": ("experts", "hidden"),
     "mlp.gate.e_score_correction_bias": ("experts",),
+    "mlp.e_score_correction_bias": ("experts",),
     "mlp.experts.gate_proj.weight": ("expert", "hidden"),
     "mlp.experts.up_proj.weight": ("expert", "hidden"),
     "mlp.experts.down_proj.weight": ("hidden", "expert"),

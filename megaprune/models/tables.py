@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from megaprune.models.rope import RopeScaling, read_rope
+from megaprune.models.settings import HFConfig, flag, layer_types, number, text, whole, whole_or_none
 from megaprune.utils.errors import MegapruneError
-
-HFConfig = dict[str, Any]
 
 
 class Shard(Enum):
@@ -54,17 +54,6 @@ class WeightRule:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of RoPE's inverse frequencies: ``llama3`` (four numbers) or ``linear`` (the factor alone)."""
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True)
 class Architecture:
     """A model in Megatron-Core's terms.
 
@@ -77,6 +66,7 @@ class Architecture:
         tied: the output layer shares the embedding's weight.
         mla: multi-head latent attention (``transformer`` then holds keyword arguments of ``MLATransformerConfig``).
         sandwich_norm: attention and MLP have a norm behind them too.
+        latent_norm_epsilon: of the norms within latent attention, where it is not the other norms'.
     """
 
     transformer: dict[str, Any]
@@ -87,6 +77,7 @@ class Architecture:
     tied: bool = False
     mla: bool = False
     sandwich_norm: bool = False
+    latent_norm_epsilon: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -238,97 +229,74 @@ QK_NORM_RULES = (
 )
 
 
-def require(config: HFConfig, key: str) -> Any:
-    """A number that the family can't do without.
-
-    Raises:
-        MegapruneError: config.json lacks it, or has something else in its place.
-    """
-    value = config.get(key)
-    if value is None:
-        raise MegapruneError(f"{config.get('model_type')}: config.json lacks the key {key!r}")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-        raise MegapruneError(f"{config.get('model_type')}: {key!r} in config.json is {value!r}, where a number belongs")
-    return value
-
-
 def refuse_attention_bias(config: HFConfig) -> None:
     """Some families may carry biases that their Megatron layers would not.
 
     Raises:
         MegapruneError: this one does.
     """
-    if config.get("attention_bias"):
-        raise MegapruneError(f"{config.get('model_type')}: attention_bias true is not supported")
+    refuse_true(config, "attention_bias")
 
 
-def gqa_architecture(config: HFConfig, **transformer: Any) -> Architecture:
+def refuse_true(config: HFConfig, key: str) -> None:
+    """Checks that a switch is off, or absent.
+
+    Raises:
+        MegapruneError: it is on.
+    """
+    if flag(config, key, False):
+        raise MegapruneError(f"{config.get('model_type')}: {key} true is not supported")
+
+
+def gqa_architecture(
+    config: HFConfig, max_positions: int, head_dim: int | None = None, groups: int | None = None, **transformer: Any
+) -> Architecture:
     """Grouped-query attention, RMSNorm, SwiGLU and RoPE: what the GQA families share.
+
+    Args:
+        max_positions, head_dim, groups: transformers' defaults for what config.json may leave out; without one, the
+            head dimension follows from the hidden size, and each attention head has a key-value head of its own.
 
     Raises:
         MegapruneError: the config asks for something that this can't express, or lacks a key.
     """
     name = config.get("model_type")
-    if config.get("hidden_act", "silu") != "silu":
-        raise MegapruneError(f"{name}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
-    if config.get("mlp_bias"):
-        raise MegapruneError(f"{name}: mlp_bias true is not supported")
-    sliding = {t for t in config.get("layer_types") or () if t != "full_attention"}
-    if config.get("use_sliding_window") or sliding:
+    text(config, "hidden_act", "silu", only="silu")
+    for switch in ("mlp_bias", "use_mrope"):
+        refuse_true(config, switch)
+    num_layers = whole(config, "num_hidden_layers")
+    sliding = {t for t in layer_types(config, num_layers) if t != "full_attention"}
+    if flag(config, "use_sliding_window", False) or sliding:
         raise MegapruneError(f"{name}: sliding-window attention is not supported; set use_sliding_window to false")
-    heads, hidden = require(config, "num_attention_heads"), require(config, "hidden_size")
+    heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+    query_groups = whole_or_none(config, "num_key_value_heads", groups) or heads
+    if head_dim is not None:
+        channels = whole(config, "head_dim", head_dim)
+    else:
+        channels = whole_or_none(config, "head_dim", None) or hidden // heads
+    if heads % query_groups:
+        raise MegapruneError(f"{name}: {heads} attention heads can't share {query_groups} key-value heads evenly")
+    if channels % 2 or not channels:
+        raise MegapruneError(f"{name}: RoPE needs an even head dimension, not {channels}")
     fields = dict(
-        num_layers=require(config, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden,
-        ffn_hidden_size=require(config, "intermediate_size"),
+        ffn_hidden_size=whole(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or hidden // heads,
-        layernorm_epsilon=require(config, "rms_norm_eps"),
+        num_query_groups=query_groups,
+        kv_channels=channels,
+        layernorm_epsilon=number(config, "rms_norm_eps"),
     )
-    theta, scaling = rope_parameters(config)
+    positions = whole(config, "max_position_embeddings", max_positions)
+    theta, scaling = read_rope(config, positions)
     return Architecture(
         transformer=fields | transformer,
-        vocab_size=require(config, "vocab_size"),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
+        vocab_size=whole(config, "vocab_size"),
+        max_position_embeddings=positions,
         rotary_base=theta,
         rope_scaling=scaling,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings", False),
     )
-
-
-def rope_dict(config: HFConfig) -> tuple[dict[str, Any], float]:
-    """RoPE's settings and its theta, from either spelling: ``rope_parameters``, or ``rope_theta`` and
-    ``rope_scaling``.
-
-    Raises:
-        MegapruneError: the settings are no mapping.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise MegapruneError(f"{config.get('model_type')}: rope_scaling {rope!r} in config.json is not a mapping")
-    return rope, float(rope.get("rope_theta") or config.get("rope_theta") or 1e4)
-
-
-def rope_parameters(config: HFConfig) -> tuple[float, RopeScaling | None]:
-    """RoPE's theta and scaling.
-
-    Raises:
-        MegapruneError: the scaling is neither llama3 nor linear.
-    """
-    rope, theta = rope_dict(config)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type == "default":
-        return theta, None
-    if rope_type not in ("llama3", "linear"):
-        raise MegapruneError(
-            f"{config.get('model_type')}: RoPE scaling {rope_type!r} is not supported, only 'default', 'linear' and "
-            "'llama3'; remove the scaling from config.json if the model is used within its original context"
-        )
-    if "factor" not in rope:
-        raise MegapruneError(f"{config.get('model_type')}: RoPE scaling {rope_type!r} lacks the key 'factor'")
-    known = {k: rope[k] for k in RopeScaling.__dataclass_fields__ if k in rope and k != "rope_type"}
-    return theta, RopeScaling(rope_type=rope_type, **known)
 
 
 def prune_dense_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megaprune.config.schema import SEARCHES, WHAT_TO_PRUNE, Config
+from megaprune.config.schema import WHAT_TO_PRUNE, Config
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
@@ -137,12 +137,14 @@ def make_plan(config: Config, hf_config: HFConfig, world_size: int) -> Plan:
 
 class _Planner:
     def __init__(self, config: Config, hf_config: HFConfig, world_size: int) -> None:
-        self._config, self._hf_config = config, hf_config
         family = family_of(hf_config)
         self._arch: Architecture = family.architecture(hf_config)
+        config = config.with_window(self._arch.max_position_embeddings)
+        self._config, self._hf_config = config, hf_config
         self._sizes = parallel_sizes(config, self._arch, world_size)
         check_parallel_sizes(self._arch, self._sizes, world_size)
-        check_sequence(config, self._arch, self._sizes)
+        trains = config.recovery.train_iters != 0
+        check_sequence(config, self._arch, self._sizes, trains or config.reads_windows)
         self._lora = lora_options(config, family, self._arch)
         self._cluster = Cluster(
             world_size,
@@ -161,7 +163,7 @@ class _Planner:
         self._state = TrainingState(
             config.recovery.bf16, *(shards if config.engine.use_distributed_optimizer else (1, 1))
         )
-        self._trains = config.recovery.train_iters != 0
+        self._trains = trains
         taught = self._trains and config.distillation.distill_loss != "ce"
         self._teacher = config.distillation.teacher if taught else None
 
@@ -188,7 +190,7 @@ class _Planner:
         every, config = list(range(self._arch.num_layers)), self._config
         if all(getattr(config.prune, name) is None for name in WHAT_TO_PRUNE):
             return [self._phase("training", every, None)]
-        searching = config.prune.method in SEARCHES
+        searching = config.method.searches
         first = self._phase("search", every, None) if searching else self._phase("original", every, None, False)
         kept, assumed = self._kept_layers()
         return [first, self._phase("recovery", kept, assumed)]

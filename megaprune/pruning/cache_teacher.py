@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megaprune import device
 from megaprune.config.schema import Config
 from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for, prepare_dataset
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
@@ -25,12 +26,13 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
 from megaprune.models import Architecture
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.prepare import check_sequence, check_top_k, open_source, parallel_sizes, tokenizer_in
+from megaprune.pruning.prepare import check_sequence, check_top_k, open_source, parallel_sizes
 from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.teacher_cache import cache_key, check_cacheable
+from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.locks import lock_beside, locked
 from megaprune.weights.source import HFSource
-from megaprune.weights.torch_dist.engine import check_room
 from megaprune.weights.writer import aside_folder
 
 _FLAG = "--output"
@@ -66,18 +68,26 @@ def cache_teacher(config: Config, output: Path) -> None:
     """
     setup = _prepare(config, output)
     parallel.initialize(setup.sizes)
+    with locked(lock_beside(output), f"{_FLAG} {output}"):
+        _cache(setup)
+    parallel.finish()
+
+
+def _cache(setup: _Setup) -> None:
+    config = setup.config
     # What is refused before the first window is computed leaves the disk as it was.
     with setup.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(setup)
         if setup.output.exists():
             parallel.on_first_rank(lambda: _check_finished(setup.output, plan))
             _say(f"{setup.output} holds the finished cache already")
-            return _leave(setup)
+            _clear_data(setup)
+            return
         parallel.on_first_rank(lambda: cache_writer.check_plan(setup.work.path, plan))
         parallel.on_first_rank(lambda: check_room(setup.output, plan.num_bytes - _bytes_in(setup.work.path)))
         _say(_size_of(plan))
         if config.run.dry_run:
-            return _leave(setup)
+            return _clear_data(setup)
         model = build_model(setup.arch, setup.stages, setup.engine)
         import_weights(model, setup.source)
         teacher = in_half_precision(model, setup.engine).requires_grad_(False)
@@ -85,15 +95,13 @@ def cache_teacher(config: Config, output: Path) -> None:
     _Caching(setup, plan, dataset, teacher).run()
     parallel.on_first_rank(lambda: _finish(setup, plan))
     _say(f"written to {setup.output}: {plan.num_bytes / 1e6:,.1f} MB")
-    parallel.finish()
 
 
-def _leave(setup: _Setup) -> None:
-    """Ends where there is nothing to do. Collective."""
+def _clear_data(setup: _Setup) -> None:
+    """Leaves nothing where nothing is to be done. Collective."""
     parallel.barrier()
     if parallel.rank() == 0 and not cache_writer.is_begun(setup.work.path):
         shutil.rmtree(setup.work.path, ignore_errors=True)  # nothing but the data that were tokenised to know this
-    parallel.finish()
 
 
 def _prepare(config: Config, output: Path) -> _Setup:
@@ -104,6 +112,7 @@ def _prepare(config: Config, output: Path) -> _Setup:
     source = open_source(config)
     source.check_tensors()
     arch = source.family.architecture(source.config)
+    config = config.with_window(arch.max_position_embeddings)
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
     fused = device.use_transformer_engine(config.engine.transformer_impl)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprune import device
-from megaprune.config.schema import CALIBRATED, Config, num_layers_to_prune, pruned_layers_of
+from megaprune.config.schema import Config, num_layers_to_prune
 from megaprune.data.batches import (
     Batch,
     Windows,
@@ -18,9 +18,10 @@ from megaprune.data.batches import (
 )
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.data.indexed_files import IndexedFile
+from megaprune.data.sources import find_sources
+from megaprune.data.token_cache import end_of_text
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.importance.auto import HELD_OUT_WINDOWS
-from megaprune.importance.methods import check_method
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
@@ -32,10 +33,10 @@ from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_
 from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.teacher_cache import check_cacheable, open_cache
 from megaprune.selection.budget import Budget
-from megaprune.selection.one_shot import manual_layers
+from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.errors import UsageError
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.torch_dist.source import CheckpointSource
@@ -128,24 +129,22 @@ def prepare(config: Config) -> Setup:
         MegapruneError: what was asked can't be done.
         UsageError: flags that don't fit the model or the processes.
     """
-    run_dir = RunDir(Path(config.run.save))
-    run_dir.check(config)
     parse_size(config.run.max_shard_size)
     source = open_source(config)
-    source.check_tensors()
     arch = source.family.architecture(source.config)
+    config = config.with_window(arch.max_position_embeddings)
+    run_dir = RunDir(Path(config.run.save))
+    run_dir.check(config)
+    source.check_tensors()
     sizes = parallel_sizes(config, arch, parallel.world_size())
     check_parallel_sizes(arch, sizes, parallel.world_size())
-    if config.own_masks and arch.num_experts and sizes.expert * sizes.expert_tensor > sizes.tensor:
-        raise UsageError(
-            "--mask-noise replica: replicas that share out experts must run the same layers; lower "
-            "--expert-model-parallel-size, or leave it at shared"
-        )
     transformer_engine = _uses_transformer_engine(config)
-    check_sequence(config, arch, sizes)
-    check_top_k(config, arch)
+    check_sequence(config, arch, sizes, config.reads_windows)
+    if config.distils:
+        check_top_k(config, arch)
     manual, protected, budget = layers_in_question(config, source.config)
-    check_method(config.prune.method, budget, protected)
+    if config.method.check is not None:
+        config.method.check(budget, protected)
     if manual is not None and config.needs_one_cut:
         behind = cut_position(manual, arch.num_layers)
         if config.stitches and behind == len(manual):
@@ -213,6 +212,10 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
     # A cached teacher knows windows as they lie in the files, which are then shuffled as those of text are.
     cached = config.distillation.teacher == "cached"
     blend = None if cached else find_blend(config.data.train_data, "--train-data")
+    if config.data.train_data and not config.reads_training_data:
+        if not blend:
+            find_sources(config.data.train_data, "--train-data")  # nothing is read, but a wrong path is wrong
+        blend = None
     cache = Path(config.data.data_cache_path or setup.run_dir.data_cache)
     if cached:
         check_cacheable(config)
@@ -230,8 +233,9 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
         )
         train, valid, files = None, None, []
         if blend:
+            end_of_text(tokenizer, vocab_size, "--train-data")
             files = open_blend(blend, "--train-data", config.data.seq_length, vocab_size)
-        elif config.data.train_data:
+        elif config.data.train_data and config.reads_training_data:
             train = prepare_dataset(config.data.train_data, tokenizer, flag="--train-data", **common)
         if config.data.valid_data:
             valid = prepare_dataset(config.data.valid_data, tokenizer, flag="--valid-data", pad_last=True, **common)
@@ -241,12 +245,12 @@ def prepare_data(setup: Setup, tokenizer: Any) -> Data:
     calibration = train
     if blend:
         train, calibration = _blended(setup, blend, files, tokenizer.eos_token_id, cache)
-    if calibration and _calibrates(config):
+    if calibration and config.calibrates:
         calibration_ids(len(calibration), config.data.calibration_samples, config.recovery.seed)
-        if config.prune.method == "auto" and len(calibration) < 1 + HELD_OUT_WINDOWS:
+        if config.method.needs_held_out and len(calibration) < 1 + HELD_OUT_WINDOWS:
             raise UsageError(
-                f"--method auto judges on other windows than it chooses by, and needs {1 + HELD_OUT_WINDOWS}: "
-                f"--train-data has {len(calibration)}; give more data, or lower --seq-length"
+                f"--method {config.prune.method} judges on other windows than it chooses by, and needs "
+                f"{1 + HELD_OUT_WINDOWS}: --train-data has {len(calibration)}; give more data, or lower --seq-length"
             )
     teacher_cache = open_cache(config, setup.source, tokenizer, train) if cached else None
     return Data(config, train, valid, calibration, teacher_cache)
@@ -266,7 +270,7 @@ def _blended(
         cache_dir=cache,
     )
     train = calibration = None
-    if _calibrates(config):
+    if config.calibrates:
         most = config.data.calibration_samples * (1 + HELD_OUT_WINDOWS)
         calibration = calibration_windows(blend, files, most=most, **common)
     num_samples = config.recovery.train_iters * setup.global_batch_size
@@ -275,28 +279,15 @@ def _blended(
     return train, calibration
 
 
-def _calibrates(config: Config) -> bool:
-    return config.prune.method in ("e3", *CALIBRATED) or config.stitches
-
-
 def load_tokenizer(setup: Setup) -> Any:
-    """The model's own tokenizer.
+    """The model's own tokenizer; None where the run reads no text.
 
     Raises:
         MegapruneError: the folder holds none that transformers can load.
     """
+    if not setup.config.reads_windows:
+        return None
     return tokenizer_in(setup.source.folder, setup.config.model.trust_remote_code)
-
-
-def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of an HF folder. Raises as `load_tokenizer`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds; all mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
 
 
 def _uses_transformer_engine(config: Config) -> bool:
@@ -336,8 +327,9 @@ def layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] |
         UsageError: the flags don't fit the model.
     """
     num_layers = len(layer_sizes(hf_config))
-    if config.prune.method == "manual":
-        manual = manual_layers(num_layers, pruned_layers_of(config.prune.prune_layers))
+    if config.method.names_layers:
+        whole = Budget.of_layers(num_layers, num_layers)
+        manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
     if config.prune.target_params is not None:
         budget = _parameter_budget(config.prune.target_params, hf_config)
@@ -358,19 +350,21 @@ def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
     return Budget(costs, target - (total - sum(costs)))
 
 
-def check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes) -> None:
-    """Checks that the model and the ranks can take the training windows.
+def check_sequence(config: Config, arch: Architecture, sizes: ParallelSizes, reads_windows: bool = True) -> None:
+    """Checks that the model and the ranks can take the windows, where any are read.
 
     Raises:
         UsageError: they can't.
     """
+    if sizes.context > 1:
+        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
+    if not reads_windows:
+        return
     seq_length = config.data.seq_length
     if seq_length > arch.max_position_embeddings:
         raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
     if sizes.sequence_parallel and seq_length % sizes.tensor:
         raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
-    if sizes.context > 1:
-        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
 
 
 def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> int:
@@ -382,6 +376,8 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
     replicas = world_size // sizes.model
     per_step = config.recovery.micro_batch_size * replicas
     size = config.recovery.global_batch_size or per_step
+    if size % per_step and config.recovery.train_iters == 0:
+        return per_step  # no batch is made
     if size % per_step:
         raise UsageError(
             f"--global-batch-size {size} is not a multiple of --micro-batch-size "

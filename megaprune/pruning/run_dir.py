@@ -10,6 +10,7 @@ from pathlib import Path
 from megaprune.config.schema import Config, EngineConfig, ParallelConfig, RunConfig
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
+from megaprune.utils.locks import LOCK_NAME
 
 # How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
 # optimizer's kind: Megatron-Core saves the state of each in a form of its own.
@@ -17,7 +18,7 @@ _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits"),
+    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
 } - {"use_distributed_optimizer"}
 
 
@@ -54,6 +55,10 @@ class RunDir:
         return self.path / "data-cache"
 
     @property
+    def lock(self) -> Path:
+        return self.path / LOCK_NAME
+
+    @property
     def _settings(self) -> Path:
         return self.path / "run.json"
 
@@ -68,7 +73,7 @@ class RunDir:
         if not self.path.is_dir():
             raise MegapruneError(f"--save {self.path} is a file: choose a folder")
         if not self._settings.is_file():
-            if any(self.path.iterdir()):
+            if any(path != self.lock for path in self.path.iterdir()):
                 raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
             return
         try:
@@ -86,8 +91,11 @@ class RunDir:
         """Makes the folder and marks it as this run's.
 
         Raises:
-            MegapruneError: the folder can't be made or written to.
+            MegapruneError: the folder can't be made or written to, or became another's since it was checked.
         """
+        self.check(config)
+        if self.hf.exists():
+            raise MegapruneError(f"--save {self.path}: another process has finished this run meanwhile: {self.hf}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, _fixed_settings(config))

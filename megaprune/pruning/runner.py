@@ -2,19 +2,18 @@
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megaprune.config.schema import CALIBRATED, SEARCHES, Config
+from megaprune.config.schema import Config
 from megaprune.data.batches import Batch, train_batches
 from megaprune.distillation.teachers import Teacher
-from megaprune.importance.auto import HELD_OUT_WINDOWS, choose_automatically, num_windows
-from megaprune.importance.evaluator import Judge
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.importance.measures import mean_loss
-from megaprune.importance.methods import Choice, choose_layers, make_selector
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.adapters import export_adapter
 from megaprune.mcore.builder import in_half_precision
@@ -32,11 +31,16 @@ from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.selection.initial_scores import scores_from_kl
-from megaprune.selection.one_shot import random_layers
+from megaprune.selection.masks import masks_of
+from megaprune.selection.registry import HELD_OUT_WINDOWS, Method
 from megaprune.selection.segments import cut_position
-from megaprune.utils.errors import UsageError
+from megaprune.utils.disk import one_line
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.locks import locked
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.writer import aside_folder, parse_size
+
+GO_ON = "give the same command to go on from the last checkpoint"
 
 
 def run(config: Config, command: str) -> None:
@@ -57,12 +61,25 @@ def run(config: Config, command: str) -> None:
     if config.run.dry_run:
         say(describe(setup))
     else:
-        with setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-            parallel.on_first_rank(lambda: setup.run_dir.begin(config))
+        undoing = setup.run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
+        with locked(setup.run_dir.lock, f"--save {setup.run_dir.path}"), undoing, one_line(setup.run_dir.path, GO_ON):
+            parallel.on_first_rank(lambda: setup.run_dir.begin(setup.config))
             pruning_run = PruningRun(setup, prepare_data(setup, tokenizer), command)
-            with closing(pruning_run.metrics):
+            with _closing(pruning_run.metrics):
                 pruning_run.execute()
     parallel.finish()
+
+
+@contextmanager
+def _closing(metrics: MetricsLogger) -> Iterator[None]:
+    """A block behind which the metrics are closed; where it fails, what closing them meets is not what went wrong."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            metrics.close()
+        raise
+    metrics.close()
 
 
 def say(text: str) -> None:
@@ -121,7 +138,7 @@ class PruningRun:
     def _select(self) -> tuple[Trainer | None, Teacher | None]:
         """Chooses the layers that stay. Returns what recovery can go on with: the searched student if it stays whole,
         and the teacher."""
-        searching = self.config.prune.method in SEARCHES
+        searching = self.config.method.searches
         if not searching and not self._needs_original():
             self.progress.kept_layers = self._named_layers()
             return None, None
@@ -140,80 +157,100 @@ class PruningRun:
     def _needs_original(self) -> bool:
         """Whether a method without a search has a use for the original model."""
         taught = self.config.distils and self.config.distillation.teacher != "cached"
-        return taught or bool(self.valid) or self.config.stitches or self.config.prune.method in CALIBRATED
+        return taught or bool(self.valid) or self.config.stitches or self.config.method.calibrated
 
     def _measure_original(self, original: torch.nn.Module) -> None:
         """Measures the model's validation loss and, where they are wanted, its layers' scores."""
         model = in_half_precision(original, self.setup.engine)
         self._validate("teacher", model)
-        method, setup = self.config.prune.method, self.setup
-        if method == "e3":
-            judge = self._judge(model, self.config.data.calibration_samples)
-            with self.progress.timed("importance"):
-                kl = judge.without_each(setup.protected)
-            scale = self.config.search.mask_init_scale
-            self.progress.scores = scores_from_kl(kl, setup.protected, scale, setup.budget.costs).tolist()
-            self.progress.spend("importance", 0.0, judge.tokens)
-        elif method in CALIBRATED:
-            with self.progress.timed("importance"):
-                choice = self._choose(model)
-            self.progress.spend("importance", 0.0, choice.tokens)
-            self.progress.kept_layers, self.progress.scores = choice.kept_layers, choice.scores
-            self.progress.candidates = choice.candidates
-        elif method not in SEARCHES:
+        method, setup = self.config.method, self.setup
+        if method.needs_scores:
+            self._score_layers(model)
+        elif method.calibrated:
+            self._choose(model)
+        elif not method.searches:
             self.progress.kept_layers = self._named_layers()
         if self.config.stitches:
-            judge = self._judge(model, self.config.data.calibration_samples)
+            evaluator = self._evaluator(model, self.config.data.calibration_samples)
             hidden_size = setup.arch.transformer["hidden_size"]
             with self.progress.timed("importance"):
-                self.progress.stitch = judge.jump_across(self.progress.kept_layers, hidden_size).tolist()
-            self.progress.spend("importance", 0.0, judge.tokens)
+                self.progress.stitch = evaluator.jump_across(self.progress.kept_layers, hidden_size).tolist()
+            self.progress.spend("importance", 0.0, evaluator.tokens)
 
-    def _choose(self, model: torch.nn.Module) -> Choice:
-        """The choice of a method that looks at calibration data."""
-        config, setup = self.config, self.setup
-        if config.prune.method != "auto":
-            scale, seed = config.search.mask_init_scale, config.recovery.seed
-            judge = self._judge(model, config.data.calibration_samples)
-            steps, criterion = config.gradient_steps, config.search.criterion
-            return choose_layers(
-                config.prune.method, judge, setup.budget, setup.protected, scale, seed, steps, criterion
-            )
-        tokens, count = self._auto_budget()
-        held_out = self._judge(model, HELD_OUT_WINDOWS * count, skip=count)
-        judge, seed = self._judge(model, count), config.recovery.seed
-        return choose_automatically(judge, held_out, setup.budget, setup.protected, tokens, seed)
+    def _score_layers(self, model: torch.nn.Module) -> None:
+        """Gives the layers the scores that a search starts from."""
+        setup, scale = self.setup, self.config.search.mask_init_scale
+        evaluator = self._evaluator(model, self.config.data.calibration_samples)
+        with self.progress.timed("importance"):
+            kl = evaluator.without_each(setup.protected)
+        self.progress.scores = scores_from_kl(kl, setup.protected, scale, setup.budget.costs).tolist()
+        self.progress.spend("importance", 0.0, evaluator.tokens)
 
-    def _auto_budget(self) -> tuple[int, int]:
-        """The tokens that `auto` may spend, and how many calibration windows each of its passes sees for them.
+    def _choose(self, model: torch.nn.Module) -> None:
+        """Lets a method that looks at calibration data choose."""
+        method, setup, held_out = self.config.method, self.setup, None
+        options, count = self._calibration(method)
+        evaluator = self._evaluator(model, count)
+        if method.needs_held_out:
+            held_out = self._evaluator(model, HELD_OUT_WINDOWS * count, skip=count)
+        with self.progress.timed("importance"):
+            choice = method.choose(setup.budget, setup.protected, options, evaluator, held_out)
+        self.progress.spend("importance", 0.0, evaluator.tokens + (held_out.tokens if held_out else 0))
+        self.progress.kept_layers, self.progress.scores = self._agreed(choice.kept_layers), choice.scores
+        self.progress.candidates = choice.candidates
+
+    def _calibration(self, method: Method) -> tuple[dict[str, Any], int]:
+        """The flags that a method takes, and how many calibration windows each of its passes sees.
 
         Raises:
-            UsageError: the budget is too small.
+            UsageError: --selection-budget is too small.
         """
-        config, asked = self.config, self.config.search.selection_budget
-        # A search's iteration is a forward and a backward pass, which costs two.
-        tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
-        count = num_windows(
-            self.setup.budget, self.setup.protected, tokens, config.data.seq_length, asked=asked is not None
-        )
-        most = min(config.data.calibration_samples, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
-        return tokens, max(1, min(count, most))
+        config, options = self.config, self.config.method_options()
+        count, asked = config.data.calibration_samples, config.search.selection_budget
+        if "selection_budget" in method.flags:
+            # A search's iteration is a forward and a backward pass, which costs two.
+            tokens = asked or 3 * config.tenth_of_training * self.setup.tokens_per_iteration
+            options["selection_budget"] = tokens
+            if method.windows is not None:
+                budget, protected = self.setup.budget, self.setup.protected
+                affordable = method.windows(budget, protected, tokens, config.data.seq_length, asked is not None)
+                count = min(count, affordable)
+        if method.needs_held_out:
+            count = min(count, self.data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
+        return options, max(1, count)
 
-    def _judge(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> Judge:
+    def _agreed(self, kept: list[int]) -> list[int]:
+        """The kept layers, which must be the same on every rank. Collective.
+
+        Raises:
+            MegapruneError: they are not; on every rank.
+        """
+        mask = masks_of([kept], self.setup.arch.num_layers)
+        error = None
+        if not torch.equal(mask, parallel.of_first_rank(mask.clone())):
+            error = MegapruneError(f"--method {self.config.prune.method} chose other layers on other ranks")
+        parallel.raise_together(error)
+        return kept
+
+    def _evaluator(self, model: torch.nn.Module, num_windows: int, skip: int = 0) -> LayerEvaluator:
         def windows(count: int, behind: int) -> Sequence[Batch]:
             return self.data.calibration_batches(count, skip + behind)
 
-        return Judge(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
+        return LayerEvaluator(model, self.models.gate, windows, num_windows, self.setup.budget, self.models.shard)
 
     def _named_layers(self) -> list[int]:
-        """The user's own choice, or the control's."""
+        """The choice of a method that looks at no data."""
         if self.setup.manual is not None:
             return self.setup.manual
-        return random_layers(self.setup.budget, self.setup.protected, self.config.recovery.seed)
+        method, setup = self.config.method, self.setup
+        return self._agreed(method.choose(setup.budget, setup.protected, self.config.method_options()).kept_layers)
 
     def _search(self, student: Trainer, teacher: Teacher | None) -> None:
         config = self.config
-        selector = make_selector(config, self.setup.budget, self.setup.protected, self.progress.scores)
+        scores = torch.tensor(self.progress.scores) if config.method.needs_scores else None
+        selector = config.method.selector(
+            self.setup.budget, self.setup.protected, config.search_iters, config.method_options(), scores
+        )
         if self.resume_from is not None:
             selector.load_state_dict(self.progress.selector)
         objective = self._objective(teacher)
@@ -227,14 +264,14 @@ class PruningRun:
                 selector,
                 self.models.gate,
                 train_weights=config.search.search_weights == "trained",
-                own_masks=config.own_masks,
             )
             self.progress.selector = selector.state_dict()
             self.progress.scores = selector.scores.tolist()
             extra = {"temperature": selector.temperature(iteration), "scores": self.progress.scores}
             self._done(iteration, "search", result, time.perf_counter() - start, extra)
             if iteration + 1 == config.search_iters:
-                self.progress.kept_layers = selector.kept_layers()
+                kept = config.method.checked(selector.kept_layers(), self.setup.budget, self.setup.protected)
+                self.progress.kept_layers = self._agreed(kept)
             self._save_if_due(student, force=iteration + 1 == config.search_iters)
 
     @property
@@ -349,12 +386,21 @@ class PruningRun:
 
     def _export(self, student: Trainer | None) -> None:
         """Report, plots and the HF folder, which gets its name last."""
+        aside = aside_folder(self.setup.run_dir.hf)
+        try:
+            _emptied(aside)
+            with self.progress.timed("export"):
+                self._export_weights(student, aside)
+            parallel.on_first_rank(lambda: self._finish_export(aside))
+        except MegapruneError:
+            if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside_folder(self.setup.run_dir.adapter), ignore_errors=True)
+            raise
+
+    def _finish_export(self, aside: Path) -> None:
         setup, kept = self.setup, self.progress.kept_layers
-        final, first = setup.run_dir.hf, parallel.rank() == 0
-        aside = _emptied(aside_folder(final))
-        with self.progress.timed("export"):
-            self._export_weights(student, aside)
-        if first:
+        with one_line(aside, GO_ON):
             write_pruned_config(setup.source, kept, aside, self.config.model.mtp == "keep")
             report = self._report()
             write_report(setup.run_dir.report, report)
@@ -368,10 +414,9 @@ class PruningRun:
                 adapter=self.config.lora.export_adapter,
             )
             (aside / CARD_NAME).write_text(card)
-            aside.rename(final)
             self.metrics.close()
-            print(result_table(report, setup.run_dir.path), flush=True)
-        parallel.barrier()
+            aside.rename(setup.run_dir.hf)
+        print(result_table(report, setup.run_dir.path), flush=True)
 
     def _export_weights(self, student: Trainer | None, folder: Path) -> None:
         """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
@@ -382,14 +427,16 @@ class PruningRun:
             adapter = setup.run_dir.adapter
             aside = _emptied(aside_folder(adapter))
             export_adapter(student.model, setup.source, kept, aside, setup.lora, str(setup.run_dir.hf), whole)
-            if parallel.rank() == 0:
-                shutil.rmtree(adapter, ignore_errors=True)
-                aside.rename(adapter)
+            parallel.on_first_rank(lambda: _replace(adapter, aside))
         elif trained:
             export_weights(student.model, setup.source, kept, folder, size, whole, keep_mtp)
-        if parallel.rank() == 0 and (self.config.lora.export_adapter or not trained):
-            # no weight has changed: the stored bits are the export
-            write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+        if self.config.lora.export_adapter or not trained:
+
+            def write() -> None:
+                with one_line(folder, GO_ON):
+                    write_pruned_weights(setup.source, kept, folder, size, keep_mtp)
+
+            parallel.on_first_rank(write)  # no weight has changed: the stored bits are the export
 
     def _report(self) -> Report:
         setup, kept = self.setup, self.progress.kept_layers
@@ -411,8 +458,17 @@ class PruningRun:
 
 def _emptied(folder: Path) -> Path:
     """The folder, made anew by rank 0. Collective."""
-    if parallel.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    parallel.barrier()
+
+    def make() -> None:
+        with one_line(folder, GO_ON):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    parallel.on_first_rank(make)
     return folder
+
+
+def _replace(folder: Path, by: Path) -> None:
+    with one_line(folder, GO_ON):
+        shutil.rmtree(folder, ignore_errors=True)
+        by.rename(folder)

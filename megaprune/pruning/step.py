@@ -66,13 +66,11 @@ def search_step(
     selector: Selector,
     gate: LayerGate,
     train_weights: bool = True,
-    own_masks: bool = False,
 ) -> StepResult:
     """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
 
     Args:
         train_weights: False leaves the weights as they are, and spares their gradients.
-        own_masks: each replica's selector draws a mask of its own; the result has this replica's.
 
     Raises:
         MegapruneError: the loss is not finite.
@@ -82,8 +80,7 @@ def search_step(
     gate.set(mask, device.torch_device())
     with nullcontext() if train_weights else frozen(trainer.model):
         loss = _forward_backward(trainer, batches, objective, iteration)
-    sequence_parallel = trainer.model.config.sequence_parallel
-    mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), sequence_parallel, over_replicas=not own_masks)
+    mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), trainer.model.config.sequence_parallel)
     gate.set(None)
     selector.update(mask_grad, iteration)
     lr, grad_norm = trainer.step(iteration) if train_weights else (0.0, None)

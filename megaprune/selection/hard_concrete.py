@@ -31,6 +31,19 @@ def expected_open(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 
+def never_all_open(gates: Tensor) -> Tensor:
+    """The gates, the lowest one lowered until they are closed by one layer in all (ours).
+
+    A search begins with open gates. A step with all of them open would distil the model from itself: its gradient is
+    rounding noise, which Adam scales up to full steps.
+    """
+    if not len(gates):
+        return gates
+    missing = (1 - (1 - gates.detach()).sum()).clamp(min=0)
+    lowest = torch.nn.functional.one_hot(gates.detach().argmin(), len(gates))
+    return (gates - missing * lowest).clamp(min=0)
+
+
 class HardConcrete:
     """A Selector: learns log alpha of each layer's gate; gates are soft in the forward pass.
 
@@ -123,7 +136,7 @@ class HardConcrete:
 
     def _draw(self, step: int) -> Tensor:
         uniform = uniform_noise(self.num_layers, self._seed, step)[self._free]
-        gates = hard_concrete(self._log_alpha, uniform)
+        gates = never_all_open(hard_concrete(self._log_alpha, uniform))
         return torch.ones(self.num_layers).index_copy(0, self._free, gates)
 
     def _settings(self) -> dict[str, Any]:

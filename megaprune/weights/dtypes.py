@@ -12,10 +12,15 @@ _KNOWN = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }
 TORCH_NAMES: dict[str, str] = {name: torch_name for name, (torch_name, _) in _KNOWN.items()}
 OF_TORCH: dict[str, str] = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 ITEM_BYTES: dict[str, int] = {name: num_bytes for name, (_, num_bytes) in _KNOWN.items()}
+# What a model may be stored in; matrices also in FP8, under scales of its blocks.
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+FP8 = "F8_E4M3"
+SCALE_DTYPES = (*WEIGHT_DTYPES, "F8_E8M0")
 
 
 def is_float(name: str) -> bool:

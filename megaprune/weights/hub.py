@@ -1,35 +1,84 @@
-"""Where a model is: a folder, or on the hub."""
+"""Models and tokenizers by name: a folder, or an id on the Hugging Face hub."""
 
+import os
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from megaprune.utils.errors import MegapruneError
 
+# Pickles, other frameworks' weights and the original layout of weights that are there in Hugging Face's as well.
+_UNREAD = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+# As the hub checks ids: owner and name, of letters, digits, '-', '_' and '.', none of the last three at an end.
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![-.])", re.ASCII)
 
-def resolve_hf_model(name: str, config_only: bool = False) -> Path:
-    """The folder of ``--hf-model``: itself, or the download of a hub id.
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name. Folders go first: ask for those before."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".git")
+
+
+def resolve_hf_model(
+    name: str, config_only: bool = False, flag: str = "--hf-model", tokenizer_only: bool = False
+) -> Path:
+    """The folder that a flag names: itself, or the download of a hub id. An id is one unless there is that very folder.
 
     Args:
         config_only: config.json is all that is wanted.
+        tokenizer_only: everything but weights is wanted.
 
     Raises:
-        MegapruneError: there is neither.
+        MegapruneError: there is neither, or a file of it is a link to nothing.
     """
     folder = Path(name)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
-    if folder.is_dir() or looks_like_path:
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise MegapruneError(f"--hf-model {name} {what}: give an HF model folder or a hub id (owner/name)")
-        return folder
+    if not folder.is_dir():
+        # Models without an owner are of no family that is pruned, but their tokenizers are used.
+        if not looks_like_hub_id(name if "/" in name or not tokenizer_only else f"owner/{name}"):
+            raise MegapruneError(f"{flag} {name} {_state(folder)}: give an HF model folder or a hub id (owner/name)")
+        folder = _download(name, config_only, tokenizer_only, flag)
+    check_links(folder, config_only, tokenizer_only)
+    return folder
+
+
+def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if config_only:
         wanted = {"allow_patterns": ["config.json"]}
     else:
-        wanted = {"ignore_patterns": ["*.bin", "*.pth", "*.gguf", "original/*"]}
+        wanted = {"ignore_patterns": [*_UNREAD, *(_WEIGHTS if tokenizer_only else ())]}
     try:
         # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
         return Path(snapshot_download(name, **wanted))
     except Exception as error:  # no network, no such model, no access: the hub's own word says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MegapruneError(f"--hf-model {name} is no folder here, and the hub does not give it: {reason}") from None
+        here = "is no folder here" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
+        raise MegapruneError(f"{flag} {name} {here}, and the hub does not give it: {reason}") from None
+
+
+def _state(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    return "is not a folder" if path.exists() else "does not exist"
+
+
+def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = False) -> None:
+    """Refuses a folder in which a file that would be read is a link to nothing, as in a hub cache without its blobs.
+
+    Raises:
+        MegapruneError: there is one; names it.
+    """
+    unread = [*_UNREAD, ".*", *(_WEIGHTS if tokenizer_only else ())]
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name == "config.json" or not (config_only or any(fnmatch(path.name, each) for each in unread)):
+            check_link(path)
+
+
+def check_link(path: Path, name: str | None = None) -> None:
+    """Raises MegapruneError where the path is a link to nothing; `name` is what the message calls it."""
+    if path.is_symlink() and not path.exists():
+        raise MegapruneError(
+            f"{name or path} is a link to {os.readlink(path)}, which does not exist (a hub cache that was cleaned, or "
+            "copied without its blobs?): fetch it again"
+        )

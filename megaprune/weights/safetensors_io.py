@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import ITEM_BYTES, OF_TORCH, TORCH_NAMES
+from megaprune.weights.stored_layout import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,28 +94,27 @@ class TensorFiles:
         self._files[path].seek(start)
         return self._files[path].read(length)
 
-    def where(self, path: Path, name: str) -> Range:
+    def where(self, path: Path, place: Place) -> Range:
         """Where a tensor's bytes are."""
-        begin, end = self.place(path, name)
-        return Range(self._files[path], begin, end - begin)
+        begin, end = self.place(path, place.stored)
+        return Range(self._files[path], begin, end - begin).part(*place.span(end - begin))
 
-    def prefetch(self, path: Path, name: str) -> None:
+    def prefetch(self, path: Path, place: Place) -> None:
         """Has the system read a tensor ahead."""
-        begin, end = self.place(path, name)
+        found = self.where(path, place)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._files[path].fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(found.file.fileno(), found.start, found.num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read(self, path: Path, name: str, buffer: Buffer) -> Tensor:
-        """A tensor as it is stored.
+    def read(self, path: Path, place: Place, shape: Sequence[int], buffer: Buffer) -> Tensor:
+        """A tensor of this shape, in the dtype in which it is stored.
 
         Raises:
             MegapruneError: the file ends before the tensor does.
         """
-        begin, _ = self.place(path, name)
-        entry = self._header(path)[0][name]
-        tensor = buffer.tensor(entry["shape"], entry["dtype"])
-        if not read_into(self._files[path], begin, tensor):
-            raise MegapruneError(f"{path} is truncated: it ends within {name}; fetch it again")
+        found = self.where(path, place)
+        tensor = buffer.tensor(shape, self.describe(path, place.stored)[0])
+        if not read_into(found.file, found.start, tensor):
+            raise MegapruneError(f"{path} is truncated: it ends within {place.stored}; fetch it again")
         return tensor
 
     def close(self) -> None:
@@ -203,6 +203,7 @@ def write_safetensors(
     contents: Iterable[Tensor | Sequence[Range]],
     advance: Callable[[int], Any] = lambda count: None,
     threads: int = 1,
+    stored: Mapping[str, tuple[Sequence[int], str]] | None = None,
 ) -> None:
     """Writes a file tensor by tensor.
 
@@ -211,16 +212,18 @@ def write_safetensors(
         contents: the tensors in this order, or where their bytes are, made as they are asked for.
         advance: told how many bytes are written.
         threads: that copy ranges while tensors are made.
+        stored: the same of the tensors that the file holds, where these are made of several of the others, one behind
+            the other.
 
     Raises:
         MegapruneError: a tensor is not what was announced.
     """
+    spans = _spans(shapes)
+    held = shapes if stored is None else stored
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (shape, dtype) in shapes.items():
-        end = at + math.prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+    for name, span in _spans(held).items():
+        shape, dtype = held[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
@@ -228,7 +231,7 @@ def write_safetensors(
         first = file.tell()
         copies: dict[Future, str] = {}
         for content, (name, (shape, dtype)) in zip(contents, shapes.items(), strict=True):
-            begin, end = header[name]["data_offsets"]
+            begin, end = spans[name]
             if isinstance(content, Sequence):
                 num_bytes = sum(found.num_bytes for found in content)
                 if num_bytes != end - begin:
@@ -245,6 +248,15 @@ def write_safetensors(
         for copy, truncated in copies.items():
             if not copy.result():
                 raise MegapruneError(truncated)
+
+
+def _spans(shapes: Mapping[str, tuple[Sequence[int], str]]) -> dict[str, list[int]]:
+    """The first byte of each tensor and the one behind its last, one behind the other."""
+    spans, at = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        spans[name], at = [at, end], end
+    return spans
 
 
 def write_all(file: BinaryIO, view: memoryview) -> None:

@@ -44,8 +44,8 @@ def read_shard(rule: WeightRule, source: HFSource, arch: Architecture, tp: Tenso
         return _read_vocab(source, rule.hf[0], arch, tp)
     if rule.shard is Shard.QKV and arch.query_groups % tp.size:
         raise MegapruneError(
-            f"{rule.hf[1]} has {arch.query_groups} heads, which {tp.size} tensor-parallel ranks can't share: choose a "
-            "--tensor-model-parallel-size that divides them"
+            f"{source.shown(rule.hf[1])} has {arch.query_groups} heads, which {tp.size} tensor-parallel ranks can't "
+            "share: choose a --tensor-model-parallel-size that divides them"
         )
     parts = [_read_cut(source, name, 0, tp) for name in rule.hf]
     if rule.shard is Shard.GATED:
@@ -75,8 +75,8 @@ def _read_cut(source: HFSource, name: str, dim: int, tp: TensorParallel) -> torc
     length = source.shape(name)[dim]
     if length % tp.size:
         raise MegapruneError(
-            f"{name} has {length} {'rows' if dim == 0 else 'columns'}, which {tp.size} tensor-parallel ranks can't "
-            "share: choose a --tensor-model-parallel-size that divides it"
+            f"{source.shown(name)} has {length} {'rows' if dim == 0 else 'columns'}, which {tp.size} tensor-parallel "
+            "ranks can't share: choose a --tensor-model-parallel-size that divides it"
         )
     part = length // tp.size
     return source.read(name, dim, tp.rank * part, (tp.rank + 1) * part)
@@ -85,7 +85,9 @@ def _read_cut(source: HFSource, name: str, dim: int, tp: TensorParallel) -> torc
 def _read_vocab(source: HFSource, name: str, arch: Architecture, tp: TensorParallel) -> torch.Tensor:
     rows, hidden = source.shape(name)
     if rows != arch.vocab_size:
-        raise MegapruneError(f"{name} has {rows} rows where config.json says vocab_size {arch.vocab_size}")
+        raise MegapruneError(
+            f"{source.shown(name)} has {rows} rows where config.json says vocab_size {arch.vocab_size}"
+        )
     part = padded_vocab_size(rows, tp.size) // tp.size
     start, stop = tp.rank * part, min((tp.rank + 1) * part, rows)
     shard = torch.zeros(part, hidden, dtype=source.dtype(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megaprune.models import Family, HFConfig, family_of
-from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.dtypes import TORCH_NAMES
-from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from megaprune.weights.dtypes import FP8, TORCH_NAMES
+from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
+from megaprune.weights.hub import check_links
+from megaprune.weights.stored_layout import PLAIN, Place, StoredLayout
+from megaprune.weights.tied import same_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +30,17 @@ _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 class HFSource:
     """The weights and the config of an HF folder. Opening it reads headers only, and does not load torch.
 
+    Tensors go by their names in the families' tables, however the folder stores them. Embeddings that config.json ties,
+    but that are stored with another output layer, are not tied: transformers computes with both. ``config`` says so;
+    ``stored_config`` is the file's.
+
     Raises:
         MegapruneError: no config, no safetensors, a shard that is missing or truncated, or an index that lies.
     """
+
+    layout: StoredLayout = PLAIN
+    # of those tensors that are not stored under their own names
+    _places: Mapping[str, Place] = {}
 
     def __init__(self, folder: str | Path) -> None:
         self._begin(Path(folder))
@@ -43,11 +53,36 @@ class HFSource:
         for name, path in self._files.items():
             if name not in self._stored[path]:
                 raise MegapruneError(f"{self.folder / INDEX} places {name} in {path.name}, which does not hold it")
+        self.stored_files = dict(self._files)
+        self._arrange()
+        outputs = [name for name in (EMBEDDING, OUTPUT) if name in self._files]
+        places = [(self.file(name), self.place(name).stored) for name in outputs]
+        if self.config.get("tie_word_embeddings") and len(places) == 2 and not same_tensor(*places):
+            self._untie()
 
     def _begin(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_hf_config(folder)
+        check_links(folder)
+        self.config = self.stored_config = read_hf_config(folder)
         self.family: Family = family_of(self.config)
+
+    def _untie(self) -> None:
+        self.config = self.config | {"tie_word_embeddings": False}
+
+    def _arrange(self) -> None:
+        """Names the stored tensors as the families' tables do."""
+        self.layout = StoredLayout.of(self.stored_files, bool(self.config.get("tie_word_embeddings")))
+        if self.layout == PLAIN:
+            return
+        self._files, self._places = {}, {}
+        for stored, path in self.stored_files.items():
+            shape = self._headers[path].get_slice(stored).get_shape()
+            places = self.layout.places(stored, shape[0] if shape else 0)
+            twice = next((name for name in places if name in self._files), None)
+            if twice:
+                raise MegapruneError(f"{self.folder} holds both {stored} and {self.place(twice).stored}, which are one")
+            self._files |= dict.fromkeys(places, path)
+            self._places |= places
 
     @property
     def names(self) -> list[str]:
@@ -55,15 +90,28 @@ class HFSource:
         return [name for name in self._files if not name.endswith(SCALE_SUFFIX)]
 
     @property
-    def stored_names(self) -> list[str]:
-        """Every stored tensor's name, scales too."""
+    def all_names(self) -> list[str]:
+        """The same, with the scales."""
         return list(self._files)
+
+    def place(self, name: str) -> Place:
+        """Where a tensor lies in what is stored."""
+        return self._places.get(name) or Place(name)
+
+    def shown(self, name: str) -> str:
+        """A tensor as the folder names it, for messages."""
+        return self.layout.stored_name(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape."""
+        """The shape, in a stack its own."""
+        shape, place = self.stored_shape(name), self.place(name)
+        return shape if place.parts is None else (place.at(shape)[2], *shape[2:])
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what a tensor is stored in."""
         return tuple(self._described(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
@@ -74,11 +122,13 @@ class HFSource:
 
     def dtype_name(self, name: str) -> str:
         """The same as safetensors names it."""
-        if self._is_fp8(name):
+        if self.is_fp8(name):
             return "BF16"
         stored = self.stored_dtype_name(name)
         if stored not in TORCH_NAMES:
-            raise MegapruneError(f"{self.folder}: {name} is stored as {stored}, which megaprune does not read")
+            raise MegapruneError(
+                f"{self.file(name)}: {self.shown(name)} is stored as {stored}, which megaprune does not read"
+            )
         return stored
 
     def stored_dtype_name(self, name: str) -> str:
@@ -87,15 +137,24 @@ class HFSource:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
-        if stop is None and start == 0:
-            tensor = self._handle(name).get_tensor(name)
-        else:
-            stored = self._handle(name).get_slice(name)
-            tensor = stored[start:stop] if dim == 0 else stored[:, start:stop]
-        if not self._is_fp8(name):
+        tensor = self._read_stored(name, dim, start, stop)
+        if not self.is_fp8(name):
             return tensor
-        scale = self._handle(name + SCALE_SUFFIX).get_tensor(name + SCALE_SUFFIX)
+        scale = self._read_stored(name + SCALE_SUFFIX)
         return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
+
+    def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        place = self.place(name)
+        if place.parts is None and stop is None and start == 0:
+            return self._handle(name).get_tensor(place.stored)
+        stored = self._handle(name).get_slice(place.stored)
+        if place.parts is None:
+            return stored[start:stop] if dim == 0 else stored[:, start:stop]
+        expert, first, rows = place.at(stored.get_shape())
+        if dim == 0:
+            stop = rows if stop is None else stop
+            return stored[expert : expert + 1, first + start : first + stop].squeeze(0)
+        return stored[expert : expert + 1, first : first + rows, start:stop].squeeze(0)
 
     @cached_property
     def mtp_layers(self) -> list[int]:
@@ -109,10 +168,19 @@ class HFSource:
         copies = [f"model.layers.{layer}.{suffix}" for layer in self.mtp_layers]
         return [copy for copy in copies if copy in self._files]
 
+    def copies(self, name: str, keep_mtp: bool = True) -> list[str]:
+        """Other tensors that are stored copies of the embedding or the output layer: the MTP layers', and of a tied
+        embedding the output layer."""
+        ties = name == EMBEDDING and self.config.get("tie_word_embeddings")
+        found = [OUTPUT] if ties and OUTPUT in self._files else []
+        for original in ((name, OUTPUT) if ties else (name,)) if keep_mtp else ():
+            found += self.mtp_copies(original)
+        return found
+
     def mtp_own(self) -> list[str]:
         """The MTP layers' tensors that are no copies."""
         copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
-        return [name for name in self.names if self._belongs_to_mtp(name) and name not in copies]
+        return [name for name in self.names if self.belongs_to_mtp(name) and name not in copies]
 
     @cached_property
     def num_layers(self) -> int:
@@ -123,83 +191,38 @@ class HFSource:
         behind = [layer for layer in self.mtp_layers if keep_mtp]
         return renamed(name, [*kept_layers, *behind])
 
+    def pruned_layout(self, kept_layers: Sequence[int], keep_mtp: bool = True) -> StoredLayout:
+        """How a pruned model is stored: as the source is."""
+        return self.layout.renamed(lambda name: self.renamed(name, kept_layers, keep_mtp))
+
     def check_tensors(self) -> None:
-        """Checks that the folder holds each tensor of its family, in the shape that the config gives it, and nothing
-        that is not understood.
+        """Checks that the folder holds each tensor of its family, in the shape that the config gives it and in a dtype
+        that is read, and nothing that is not understood.
 
         Raises:
-            MegapruneError: a tensor is missing, has another shape or is unknown.
+            MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantised.
         """
-        self._check_quantisation()
-        names = {name for rule in self.family.rules(self.config) for name in rule.hf}
-        missing = sorted(names - set(self._files)) or self._missing_scales()
-        if missing:
-            raise MegapruneError(f"{self.folder} lacks {missing[0]}{_and_more(missing)}: the checkpoint is incomplete")
-        self._check_shapes(names)
-        self._check_scales()
-        tied = {OUTPUT} if self.config.get("tie_word_embeddings") else set()
-        unknown = [
-            name
-            for name in sorted(set(self.names) - names - tied)
-            if not self._belongs_to_mtp(name) and not any(re.search(pattern, name) for pattern in self.family.ignored)
-        ]
-        if unknown:
-            raise MegapruneError(
-                f"{self.folder} holds {unknown[0]}{_and_more(unknown)}, which the {self.family.model_type} family "
-                "does not know: it would be lost on export"
-            )
+        from megaprune.weights.checks import check_source
 
-    def _check_quantisation(self) -> None:
-        quantisation = self.config.get("quantization_config")
-        if not quantisation:
-            return
-        method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
-        if method != "fp8" or block != [BLOCK, BLOCK]:
-            raise MegapruneError(
-                f"{self.folder} is quantised ({method}, blocks {block}): only FP8 in blocks of [{BLOCK}, {BLOCK}] is "
-                "read; give the model before its quantisation"
-            )
+        check_source(self)
 
-    def _check_shapes(self, names: Iterable[str]) -> None:
-        for name, expected in sorted(hf_shapes(names, self.family.architecture(self.config)).items()):
-            if self.shape(name) != expected:
-                raise MegapruneError(
-                    f"{self.folder}: {name} is stored as {list(self.shape(name))}, where config.json makes it "
-                    f"{list(expected)}: the weights and the config are of different models"
-                )
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored in FP8."""
+        return self.stored_dtype_name(name) == FP8
 
-    def _check_scales(self) -> None:
-        for scale in (name for name in self._files if name.endswith(SCALE_SUFFIX)):
-            weight = scale.removesuffix(SCALE_SUFFIX)
-            if weight not in self._files or not self._is_fp8(weight):
-                raise MegapruneError(f"{self.folder} holds {scale}, but no FP8 weight that it scales")
-            expected = scale_shape(self.shape(weight))
-            if self.shape(scale) != expected:
-                raise MegapruneError(
-                    f"{self.folder}: {scale} is stored as {list(self.shape(scale))}, where the weight's blocks are "
-                    f"{list(expected)}"
-                )
-
-    def _is_fp8(self, name: str) -> bool:
-        return self.stored_dtype_name(name) == "F8_E4M3"
-
-    def _missing_scales(self) -> list[str]:
-        return sorted(
-            name + SCALE_SUFFIX for name in self.names if self._is_fp8(name) and name + SCALE_SUFFIX not in self._files
-        )
-
-    def _belongs_to_mtp(self, name: str) -> bool:
+    def belongs_to_mtp(self, name: str) -> bool:
+        """Whether a tensor is a multi-token-prediction layer's."""
         match = _LAYER.match(name)
         return bool(match and self.family.mtp_keys and int(match[2]) >= self.num_layers)
 
     def file(self, name: str) -> Path:
         """The file that a tensor is stored in."""
         if name not in self._files:
-            raise MegapruneError(f"{self.folder} lacks the tensor {name}: the checkpoint is incomplete")
+            raise MegapruneError(f"{self.folder} lacks the tensor {self.shown(name)}: the checkpoint is incomplete")
         return self._files[name]
 
     def _described(self, name: str) -> Any:
-        return self._headers[self.file(name)].get_slice(name)
+        return self._headers[self.file(name)].get_slice(self.place(name).stored)
 
     def _handle(self, name: str) -> Any:
         path = self.file(name)
@@ -247,6 +270,14 @@ def read_hf_config(folder: Path) -> HFConfig:
     return config
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds the files of its weights, and not config.json alone."""
+    try:
+        return all(path.is_file() for path in _tensor_files(folder).values())
+    except MegapruneError:
+        return False
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to file, from the one file there is or from the index; where there are both, transformers too reads
     the one file."""
@@ -254,9 +285,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(_open_safetensors(single).keys(), single)
     if not index.is_file():
-        pickled = any(path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-        hint = ", only pickled weights: convert them to safetensors first" if pickled else ""
-        raise MegapruneError(f"{folder} holds neither model.safetensors nor {INDEX}{hint}")
+        raise MegapruneError(f"{folder} holds neither model.safetensors nor {INDEX}{_other_weights(folder)}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
@@ -264,12 +293,20 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise MegapruneError(f"{index} is not a safetensors index: fetch it again") from None
 
 
+def _other_weights(folder: Path) -> str:
+    """What a folder without weights that are read holds instead, as the end of a sentence."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return ", only a LoRA adapter: merge it into its base model first"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f", only {others[0]}: give the model as transformers saves it, with the index of its files"
+    if any(path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")):
+        return ", only pickled weights: convert them to safetensors first"
+    return ", only GGUF: give the model before its conversion" if any(folder.glob("*.gguf")) else ""
+
+
 def _open_safetensors(path: Path, framework: str = "np") -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -6,23 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.models import HFConfig
+from megaprune.weights.beside import files_beside
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
-
-_TEMPLATES = "additional_chat_templates"
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab", ".bpe")
 
 
 def write_pruned_weights(
     source: HFSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
 ) -> None:
-    """Copies every tensor that stays, bit for bit (FP8 dequantised), under its new name."""
-    writer = ShardWriter(folder, max_shard_bytes)
+    """Copies every tensor that stays, bit for bit (FP8 dequantised), under its new name, stored as the source is."""
+    writer, layout = ShardWriter(folder, max_shard_bytes), source.pruned_layout(kept_layers, keep_mtp)
     for name in source.names:
         new_name = source.renamed(name, kept_layers, keep_mtp)
         if new_name is not None:
-            writer.add(new_name, source.read(name))
-    finish_shards(folder, writer.close())
+            writer.add(layout.written_name(new_name), source.read(name))
+    finish_shards(folder, writer.close(), layout, max_shard_bytes)
 
 
 def write_pruned_config(source: HFSource, kept_layers: Sequence[int], folder: Path, keep_mtp: bool = True) -> None:
@@ -42,17 +40,9 @@ def write_config(config: HFConfig, folder: Path) -> None:
 
 
 def copy_beside(source_folder: Path, folder: Path) -> None:
-    """Copies what an HF folder holds beside config and weights: tokenizer, generation config, chat template, code."""
-    for path in sorted(source_folder.iterdir()):
-        if path.is_file() and _belongs_beside(path):
-            shutil.copyfile(path, folder / path.name)
-    templates = source_folder / _TEMPLATES
-    if templates.is_dir():
-        shutil.copytree(templates, folder / _TEMPLATES, dirs_exist_ok=True)
-
-
-def _belongs_beside(path: Path) -> bool:
-    # an index of the source names files that the result does not have, in either format of weights
-    if path.name in ("config.json", "README.md") or path.name.endswith(".index.json") or path.name.startswith("."):
-        return False
-    return path.suffix in _BESIDE or path.name.startswith("LICENSE")
+    """Copies what an HF folder holds beside config and weights and what is true of the result too: tokenizer,
+    generation config, chat templates, code, license."""
+    for path in files_beside(source_folder):
+        target = folder / path.relative_to(source_folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

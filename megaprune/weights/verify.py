@@ -13,13 +13,14 @@ _BLOCK_BYTES = 32 * 2**20
 
 def verify(first: HFSource, second: HFSource) -> tuple[int, list[str]]:
     """How many tensors are equal bit for bit in both folders, and a line for each that is not."""
-    differences = [f"{name} is in {first.folder} only" for name in first.stored_names if name not in second]
-    differences += [f"{name} is in {second.folder} only" for name in second.stored_names if name not in first]
+    names = (first.stored_files, second.stored_files)
+    differences = [f"{name} is in {first.folder} only" for name in names[0] if name not in names[1]]
+    differences += [f"{name} is in {second.folder} only" for name in names[1] if name not in names[0]]
     files = TensorFiles()
-    common = [name for name in first.stored_names if name in second]
+    common = [name for name in names[0] if name in names[1]]
     equal = 0
     for name in tqdm(common, unit=" tensors", dynamic_ncols=True):
-        places = [(source.file(name), name) for source in (first, second)]
+        places = [(source.stored_files[name], name) for source in (first, second)]
         described = [files.describe(*place) for place in places]
         if described[0] != described[1]:
             shown = " and ".join(f"{dtype} {shape}" for dtype, shape in described)

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaprune.utils.disk import disk_error
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.weights.source import INDEX
+from megaprune.weights.stacking import stack_experts
+from megaprune.weights.stored_layout import PLAIN, StoredLayout
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +77,14 @@ class ShardWriter:
     def close(self) -> list[WrittenShard]:
         """Writes what is pending, and returns every file so far."""
         if self._pending:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
-            save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            try:
+                save_file(self._pending, self.folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise disk_error(error) or error from error
             _apply_umask(self.folder / file)
             self.written.append(WrittenShard(file, sorted(self._pending), self._pending_bytes))
             self._pending, self._pending_bytes = {}, 0
@@ -91,12 +98,20 @@ def _apply_umask(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def finish_shards(folder: Path, shards: list[WrittenShard]) -> None:
+def finish_shards(
+    folder: Path, shards: list[WrittenShard], layout: StoredLayout = PLAIN, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Names the files as transformers does, and writes the index where there are several.
+
+    Args:
+        layout: its stacks are put together.
+        max_shard_bytes: of the files that this takes.
 
     Raises:
         MegapruneError: two files hold the same tensor.
     """
+    if layout.stacks:
+        shards = stack_experts(folder, shards, layout, max_shard_bytes)
     if len(shards) == 1:
         os.replace(folder / shards[0].file, folder / "model.safetensors")
         return

@@ -90,7 +90,8 @@ def with_value(value):
     return edit
 
 
-TWO, SIX = {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "6"}
+# As torchrun's processes have it.
+TWO, SIX = ({"TORCHELASTIC_RUN_ID": "a-run", "RANK": "0", "WORLD_SIZE": size} for size in ("2", "6"))
 MANUAL = dict(method="manual", num_layers_to_prune=None, search_iters=None)
 SURGERY = MANUAL | dict(prune_layers="3,4", train_iters=0, train_data=None)
 KEY = "model.layers.3.self_attn.k_proj.weight"
@@ -194,7 +195,7 @@ CASES = {
     "TensorBoard in a file": lambda w: bad("--tensorboard-dir", "board.txt", tensorboard_dir=w.file("board.txt") / "x"),
     # processes
     "TP does not divide the heads": lambda w: bad(
-        "--tensor-model-parallel-size 3", "heads", status=2, env={"WORLD_SIZE": "3"}, tensor_model_parallel_size=3
+        "--tensor-model-parallel-size 3", "heads", status=2, env=TWO | {"WORLD_SIZE": "3"}, tensor_model_parallel_size=3
     ),
     "processes do not fit": lambda w: bad(
         "6 processes",
@@ -255,6 +256,35 @@ CASES = {
     # so that each of the above is refused for its own reason
     "good run": lambda w: good(save=w.folder / "good/parent/run"),
     "good surgery": lambda w: good(save=w.folder / "good/surgery", **SURGERY),
+    # what a run has no use for refuses nothing
+    "surgery of a model of few positions": lambda w: good(save=w.folder / "good/surgery1", seq_length=None, **SURGERY),
+    "surgery with flags of training": lambda w: good(
+        save=w.folder / "good/surgery2",
+        seq_length=512,
+        distill_top_k=332,
+        global_batch_size=3,
+        micro_batch_size=2,
+        min_lr=1,
+        **SURGERY,
+    ),
+    "surgery with too little data": lambda w: good(
+        save=w.folder / "good/surgery3", **SURGERY | dict(train_data=w.file("few.jsonl", '{"text": "a b"}\n'))
+    ),
+    "surgery without a tokenizer": lambda w: good(
+        save=w.folder / "good/surgery4", hf_model=w.model_without("t2", "tokenizer.json"), **SURGERY
+    ),
+    "cross-entropy with a top k": lambda w: good(
+        save=w.folder / "good/ce",
+        distill_loss="ce",
+        distill_top_k=332,
+        **MANUAL | dict(prune_layers="3", train_iters=1),
+    ),
+    "surgery with data that is not there": lambda w: bad(
+        "--train-data", "none.jsonl", status=2, **SURGERY | dict(train_data=w.folder / "none.jsonl")
+    ),
+    "validated surgery with long windows": lambda w: bad(
+        "--seq-length 512", "256", status=2, seq_length=512, valid_data=w.data / "valid.jsonl", **SURGERY
+    ),
 }
 
 
@@ -326,10 +356,16 @@ def test_nothing_is_left_behind(outcomes):
     assert {path: body for path, body in after.items() if path.split("/")[0] != "good"} == before
 
 
-def test_good_runs_made_their_folders(outcomes):
-    _, _, _, after = outcomes
-    for run in ("good/parent/run", "good/surgery"):
+def test_good_runs_made_their_folders(outcomes, workshop):
+    cases, _, _, after = outcomes
+    for case in (case for case in cases.values() if case.status == 0):
+        run = case.flags["save"].relative_to(workshop.folder)
         assert {f"{run}/hf/config.json", f"{run}/hf/model.safetensors", f"{run}/report.json"} <= after.keys()
+
+
+def test_window_of_a_model_of_few_positions(outcomes):
+    _, _, _, after = outcomes
+    assert json.loads(after["good/surgery1/report.json"])["seq_length"] == 256
 
 
 @pytest.mark.parallel

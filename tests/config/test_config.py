@@ -146,6 +146,14 @@ def test_what_to_prune():
     assert manual.search_iters == 0
 
 
+def test_window_is_the_users_or_fits_the_model():
+    def window(positions, *words):
+        return parse_config([*E3, *words]).with_window(positions).data.seq_length
+
+    assert (window(2048), window(4096), window(131_072)) == (2048, 4096, 4096)
+    assert (window(2048, "--seq-length", "128"), window(2048, "--seq-length", "8192")) == (128, 8192)
+
+
 def test_search_takes_a_tenth_of_the_iterations():
     def search_iters(*words):
         return parse_config(["--hf-model", "m", "--save", "s", "--train-data", "d", *words]).search_iters
@@ -291,7 +299,6 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
         (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--method", "clp", "--mask-noise", "replica"], "--mask-noise replica is for --method e3, not clp"),
         (E3 + ["--stitch", "linear-patch"], "--stitch linear-patch needs one contiguous cut, which --method e3"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         # iterations

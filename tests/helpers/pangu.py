@@ -48,10 +48,10 @@ CONFIG = dict(
 REMOTE_CODE = ("configuration_openpangu_moe.py", "modeling_openpangu_moe.py")
 
 
-def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, config: dict = CONFIG) -> Path:
     """Saves a random model, with files in the place of its remote code."""
     folder.mkdir(parents=True)
-    c, generator = CONFIG, torch.Generator().manual_seed(0)
+    c, generator = config, torch.Generator().manual_seed(0)
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     nope, rope, value = c["attention_qk_dim"], c["attention_qk_rope_dim"], c["attention_v_dim"]
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden), "model.norm.weight": (hidden,)}
@@ -63,7 +63,8 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
     for layer in range(c["num_hidden_layers"]):
         at = f"model.layers.{layer}"
-        for norm in ("input", "post_attention", "pre_mlp", "post_mlp"):
+        sandwiched = ("pre_mlp", "post_mlp") if c.get("sandwich_norm") else ()
+        for norm in ("input", "post_attention", *sandwiched):
             shapes[f"{at}.{norm}_layernorm.weight"] = (hidden,)
         shapes[f"{at}.self_attn.q_a_proj.weight"] = (c["attention_q_lora_dim"], hidden)
         shapes[f"{at}.self_attn.q_a_layernorm.weight"] = (c["attention_q_lora_dim"],)
@@ -76,6 +77,8 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
             mlp(f"{at}.mlp", c["intermediate_size"])
             continue
         shapes[f"{at}.mlp.gate.weight"] = (c["num_routed_experts"], hidden)
+        if c.get("router_enable_expert_bias"):
+            shapes[f"{at}.mlp.e_score_correction_bias"] = (c["num_routed_experts"],)
         mlp(f"{at}.mlp.shared_experts", c["moe_intermediate_size"] * c["num_shared_experts"])
         for expert in range(c["num_routed_experts"]):
             mlp(f"{at}.mlp.experts.{expert}", c["moe_intermediate_size"])
@@ -85,7 +88,7 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         scale = 0.3 if "embed" in name or "lm_head" in name or "mlp.gate.weight" in name else 0.1
         tensors[name] = (1 + 0.2 * noise if "norm" in name else scale * noise).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    (folder / "config.json").write_text(json.dumps(c, indent=2))
     for name in REMOTE_CODE:
         (folder / name).write_text("raise RuntimeError('remote code must not run unasked')\n")
     return folder
@@ -105,9 +108,14 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
         def norm(name: str, y: Tensor, own: dict[str, Tensor] = own) -> Tensor:
             return _rms_norm(y, own[f"{name}_layernorm.weight"], config)
 
-        x = x + norm("post_attention", _attention(norm("input", x), own, config))
+        attended = _attention(norm("input", x), own, config)
         feed_forward = _mlp if layer < config["num_dense_layers"] else _experts
-        x = x + norm("post_mlp", feed_forward(norm("pre_mlp", x), own, "mlp.", config))
+        if config.get("sandwich_norm"):
+            x = x + norm("post_attention", attended)
+            x = x + norm("post_mlp", feed_forward(norm("pre_mlp", x), own, "mlp.", config))
+        else:
+            x = x + attended
+            x = x + feed_forward(norm("post_attention", x), own, "mlp.", config)
     return _rms_norm(x, weights["model.norm.weight"], config) @ weights["lm_head.weight"].T
 
 
@@ -137,7 +145,8 @@ def _attention(x: Tensor, own: dict[str, Tensor], config: dict) -> Tensor:
 def _rotate(x: Tensor, config: dict) -> Tensor:
     """Rotates neighbouring pairs of x, [b, s, heads, d], by their positions' angles, as complex numbers."""
     size = x.shape[-1]
-    frequencies = config["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
+    frequencies = theta ** (-torch.arange(0, size, 2) / size)
     angles = torch.arange(x.shape[1])[:, None] * frequencies
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
         torch.ones_like(angles), angles
@@ -152,7 +161,9 @@ def _mlp(x: Tensor, own: dict[str, Tensor], prefix: str, config: dict) -> Tensor
 
 def _experts(x: Tensor, own: dict[str, Tensor], prefix: str, config: dict) -> Tensor:
     scores = (x @ own[f"{prefix}gate.weight"].T).sigmoid()
-    best, chosen = scores.topk(config["num_experts_per_tok"])
+    biased = scores + own[bias] if (bias := f"{prefix}e_score_correction_bias") in own else scores
+    chosen = biased.topk(config["num_experts_per_tok"]).indices
+    best = scores.gather(-1, chosen)
     weights = torch.zeros_like(scores).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
     total = _mlp(x, own, f"{prefix}shared_experts.", config)
     for expert in range(config["num_routed_experts"]):

@@ -5,7 +5,7 @@ import keyword
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
-from megaprune.selection.budget import Budget
-from megaprune.selection.gumbel_topk import GumbelTopK
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -236,12 +234,6 @@ class FixedMask:
         self.mask_grad = mask_grad
 
 
-def own_search(replica: int, average: Callable[[torch.Tensor], torch.Tensor]) -> GumbelTopK:
-    """A search over 7 layers whose replicas draw masks of their own."""
-    budget, scores = Budget.of_layers(7, 4), torch.linspace(-0.5, 0.5, 7)
-    return GumbelTopK(scores, budget, {0, 6}, 10, seed=3, ramp=0.1, replica=replica, average=average)
-
-
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
     flags = {
@@ -288,6 +280,11 @@ def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -
 def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Flags of a short run by CLP, which then trains the two layers beside the cut."""
     return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
+
+
+def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Flags of a short search by hard concrete gates."""
+    return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
 
 
 def run_here(argv: Sequence[str]) -> None:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megaprune.models import FAMILIES, family_of
+from megaprune.models import FAMILIES, RopeScaling, family_of
 from megaprune.models.shapes import hf_shapes
-from megaprune.models.tables import RopeScaling
 from tests.helpers.real_configs import DENSE, LLAMA_3_1_8B, LLAMA_3_8B, MOE, QWEN2_5_0_5B
 
 # What the makers, or sums over the released files, say; without multi-token prediction.
@@ -112,7 +111,9 @@ def test_linear_scaling():
 
 def test_other_numbers_of_llama3_scaling_are_kept():
     scaling = LLAMA_3_1_8B["rope_scaling"] | {"factor": 32.0, "high_freq_factor": 2.0}  # LLaMA 3.2 has the first
-    assert architecture(LLAMA_3_8B | {"rope_scaling": scaling}).rope_scaling == RopeScaling("llama3", 32.0, 1.0, 2.0)
+    assert architecture(LLAMA_3_8B | {"rope_scaling": scaling}).rope_scaling == RopeScaling(
+        "llama3", 32.0, 1.0, 2.0, 8192
+    )
 
 
 # The shape of the tables

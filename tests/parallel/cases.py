@@ -7,7 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megaprune.distillation.teachers import vocab_shard
-from megaprune.importance.evaluator import Judge
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import (
@@ -90,38 +90,15 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
     import_weights(built, source)
     batches = tiny.uneven_batches([1, 1, 1, 1])[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    judge = Judge(
+    evaluator = LayerEvaluator(
         built, gate, lambda *_: batches, len(batches), Budget.of_layers(arch.num_layers, 4), vocab_shard(arch)
     )
-    taylor = judge.taylor_importance()
+    taylor = evaluator.taylor_importance()
     trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
     result = search_step(trainer, batches, Objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
     found = {"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad, "taylor": taylor}
     torch.save(found, f"{out}.{parallel.rank()}")
     parallel.finish()
-
-
-def own_masks(hf_model: str, sizes: dict[str, Any], out: str) -> None:
-    """One step of search with a mask of each replica's own: to ``out``, that mask and the selector's state."""
-    sizes = ParallelSizes(**sizes)
-    parallel.initialize(sizes)
-    replica, replicas = parallel.data_parallel_rank(), parallel.data_parallel_size()
-    search = tiny.own_search(replica, parallel.mean_over_replicas)
-    mask = search.mask(0)
-    step_of_own_mask(hf_model, sizes, tiny.uneven_batches([1, 1, 1, 1])[replica::replicas], search)
-    torch.save({"mask": mask, "state": search.state_dict()}, f"{out}.{parallel.rank()}")
-    parallel.finish()
-
-
-def step_of_own_mask(hf_model: str, sizes: ParallelSizes, batches: list, selector: Any) -> None:
-    """One step of search from a model's own weights."""
-    source, gate = HFSource(hf_model), LayerGate()
-    arch, engine = source.family.architecture(source.config), EngineOptions(sizes)
-    built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
-    import_weights(built, source)
-    trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    objective = Objective("ce", "rest", vocab_shard(arch), None)
-    search_step(trainer, batches, objective, 0, selector, gate, own_masks=True)
 
 
 def prune(argv: list[str]) -> None:

@@ -12,11 +12,12 @@ from tests.parallel.layouts import (
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
-    OWN_MASKS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
+    SHEARED_LAYOUTS,
     STEP_LAYOUTS,
+    STORED_LAYOUTS,
     model_layouts,
 )
 
@@ -32,14 +33,14 @@ def source(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def results(tiny_model, source, tiny_data, tmp_path_factory):
+def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
     """Gives the results of a number of processes; a case's path fails the test with the traceback of that case."""
     launched = {}
 
     def get(num_processes) -> Launched:
         if num_processes not in launched:
             folder = tmp_path_factory.mktemp(f"processes{num_processes}")
-            cases = _cases(num_processes, folder, tiny_model, source, tiny_data)
+            cases = _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data)
             launched[num_processes] = launch_cases(num_processes, cases, folder)
         return launched[num_processes]
 
@@ -54,7 +55,7 @@ def _imported(model, folder):
     return out
 
 
-def _cases(num_processes, folder, tiny_model, source, tiny_data):
+def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
     """The cases of one number of processes, each named as what it leaves in the folder."""
 
     def argv(name, flags):
@@ -77,13 +78,13 @@ def _cases(num_processes, folder, tiny_model, source, tiny_data):
         for layout, sizes in of_layouts(model_layouts(family)).items()
         for name in [f"model-{family}-{layout}"]
     }
-    for kind, prefix, layouts in (
-        ("mask_gradient", "step", STEP_LAYOUTS),
-        ("own_masks", "step-own", OWN_MASKS_LAYOUTS),
-    ):
+    for stored, layouts in STORED_LAYOUTS.items():
         for layout, sizes in of_layouts(layouts).items():
-            name = f"{prefix}-{layout}"
-            cases[name] = dict(kind=kind, hf_model=source("qwen3_tied"), sizes=sizes, out=folder / name)
+            out = folder / f"model-{stored}-{layout}"
+            cases[out.name] = dict(kind="model", hf_model=stored_model(stored), sizes=sizes, out=out)
+    for layout, sizes in of_layouts(STEP_LAYOUTS).items():
+        out = folder / f"step-{layout}"
+        cases[out.name] = dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=out)
     for layout, flags in of_layouts(RUN_LAYOUTS).items():
         cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
     for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():
@@ -98,9 +99,10 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
             cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
-    for layout, flags in ENDPOINT_LAYOUTS.items():
-        save = folder / f"run-{layout}"
-        cases[save.name] = dict(kind="prune", argv=tiny.endpoint_argv(model, tiny_data, save, *flags))
+    for layouts, argv_of in ((ENDPOINT_LAYOUTS, tiny.endpoint_argv), (SHEARED_LAYOUTS, tiny.sheared_argv)):
+        for layout, flags in layouts.items():
+            save = folder / f"run-{layout}"
+            cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
     for name, (family, sizes) in LOAD_LAYOUTS.items():
         source = tiny_model(family)
         cases[f"load-{name}"] = dict(

@@ -19,6 +19,15 @@ MOE_LAYOUTS = {
     "pp2": (2, PP2),
     "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2),
 }
+# of models that are stored in another way than the tables have it
+STORED_LAYOUTS = {
+    "deepseek_v3_stacked": {name: MOE_LAYOUTS[name] for name in ("tp2_sp_ep2", "pp2")},
+    "qwen3_moe_stacked": {name: MOE_LAYOUTS[name] for name in ("ep2", "tp2_etp2")},
+    "qwen3_tied_bare": {"tp2": MODEL_LAYOUTS["tp2"]},
+    "qwen3_tied_untied": {name: MODEL_LAYOUTS[name] for name in ("tp2_sp", "pp2")},
+    "llama_tied_twice": {"tp2": MODEL_LAYOUTS["tp2"]},
+    "qwen2_as_output": {"pp2": MODEL_LAYOUTS["pp2"]},
+}
 # data parallelism takes what is left of the processes
 STEP_LAYOUTS = MODEL_LAYOUTS | {
     "dp2": (2, {}),
@@ -26,9 +35,6 @@ STEP_LAYOUTS = MODEL_LAYOUTS | {
     "tp2_sp_dp2": (4, TP2 | SP),
     "pp2_dp2": (4, PP2),
 }
-
-# layouts at which each replica tries a mask of its own
-OWN_MASKS_LAYOUTS = {name: STEP_LAYOUTS[name] for name in ("dp2", "tp2_sp_dp2", "pp2_dp2")}
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
@@ -54,6 +60,7 @@ SELECTING = ("auto", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning behind CLP's search; at PP 2 a stage may hold nothing that trains
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
+SHEARED_LAYOUTS = {"sheared_tp2_sp": (*_TP2, _SP)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),

@@ -8,7 +8,14 @@ import torch
 from megaprune.models.sizes import layer_sizes
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
-from tests.parallel.layouts import ENDPOINT_LAYOUTS, MOE_RUN_LAYOUTS, RUN_LAYOUTS, SELECT_LAYOUTS, SELECTING
+from tests.parallel.layouts import (
+    ENDPOINT_LAYOUTS,
+    MOE_RUN_LAYOUTS,
+    RUN_LAYOUTS,
+    SELECT_LAYOUTS,
+    SELECTING,
+    SHEARED_LAYOUTS,
+)
 
 
 def report(run):
@@ -107,6 +114,26 @@ def endpoints_alone(tiny_model, tiny_data, tmp_path_factory):
 @pytest.mark.parametrize("layout", ENDPOINT_LAYOUTS)
 def test_endpoint_tuning_is_the_same_at_every_layout(results, endpoints_alone, layout):
     assert_same_up_to_rounding(results(2).path(f"run-{layout}"), endpoints_alone, iterations=4)
+
+
+@pytest.fixture(scope="module")
+def sheared_alone(tiny_model, tiny_data, tmp_path_factory):
+    save = tmp_path_factory.mktemp("sheared") / "run"
+    tiny.run_here(tiny.sheared_argv(tiny_model("qwen3_tied"), tiny_data, save))
+    return save
+
+
+@pytest.mark.parametrize("layout", SHEARED_LAYOUTS)
+def test_hard_concrete_gates_are_the_same_at_every_layout(results, sheared_alone, layout):
+    run = results(2).path(f"run-{layout}")
+    assert report(run)["kept_layers"] == report(sheared_alone)["kept_layers"]
+    found, expected = read_metrics(run), read_metrics(sheared_alone)
+    assert expected[0]["loss"] > 1e-2  # not the teacher against itself
+    for record, wanted in zip(found, expected, strict=True):
+        assert record["loss"] == pytest.approx(wanted["loss"], rel=2e-3)
+        if record["stage"] == "search":
+            assert record["mask"] == pytest.approx(wanted["mask"], abs=1e-3)
+            assert record["scores"] == pytest.approx(wanted["scores"], abs=1e-3)
 
 
 def test_run_moves_what_it_should(whole_run, tiny_model):

@@ -72,6 +72,16 @@ def test_r1_for_64_ranks(plan):
     assert (search[0]["first_rank"], search[-1]["last_rank"]) == (0, 63)
 
 
+def test_window_fits_the_model_by_default(plan, refusal, folders, tmp_path):
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    folders["short"] = tmp_path
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    flags = ("--world-size", "1", "--num-layers-to-prune", "2", "--train-iters", "10")
+    assert " 2,048; micro-batches" in plan("short", *flags)[0]
+    assert "--seq-length 4096 is more than the model's 2048" in refusal("short", *flags, "--seq-length", "4096")
+    assert " 4,096; micro-batches" in plan("qwen3-32b", *flags)[0]
+
+
 def test_full_training_of_r1_does_not_fit(plan):
     text, record = plan("r1", *R1_ON_64, "--prune-layers", "1,30", "--method", "manual", "--device-memory-gib", "80")
     assert record["fits"] is False

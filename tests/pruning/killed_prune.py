@@ -1,9 +1,11 @@
 """tools/prune.py as on a machine that fails: kills itself, without a word, at a moment that the first two arguments
-name: ``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place."""
+name: ``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place.
+With ``holding N`` it stops there instead, says so, and waits to be killed."""
 
 import os
 import signal
 import sys
+import time
 
 from megaprune.cli.main import main
 from megaprune.mcore import checkpoint
@@ -20,6 +22,9 @@ def die_when(moment: str, iteration: int) -> None:
     def logged(self, record):
         log(self, record)
         if record["iteration"] == iteration:
+            if moment == "holding":
+                print("holding", flush=True)
+                time.sleep(600)
             die()
 
     def replaced(source, target):
@@ -27,7 +32,7 @@ def die_when(moment: str, iteration: int) -> None:
             die()
         replace(source, target)
 
-    if moment == "training":
+    if moment != "saving":
         MetricsLogger.log = logged
     else:
         checkpoint.os.replace = replaced

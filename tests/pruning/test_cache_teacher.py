@@ -67,6 +67,22 @@ def losses(run):
     return [record["loss"] for record in read_metrics(run)]
 
 
+def test_window_fits_the_model_by_default(model, tiny_data, tmp_path, capsys):
+    argv = cache_argv(model, tiny_data, tmp_path / "c", "--dry-run", "--method", "manual", "--train-iters", "0")
+    at = argv.index("--seq-length")
+    try:
+        assert cli.attempt("cache-teacher", argv[:at] + argv[at + 2 :]) == (0, None)
+    finally:
+        parallel.finish()
+    tokens, windows = capsys.readouterr().out.split(" windows")[0].split(" tokens in ")
+    assert int(tokens.replace(",", "")) == 256 * int(windows)
+    status, line = cache(
+        model, tiny_data, tmp_path / "c", "--method", "manual", "--train-iters", "0", "--seq-length", "512"
+    )
+    assert status == 2 and "--seq-length 512 is more than the model's 256 positions" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "flags",
     [

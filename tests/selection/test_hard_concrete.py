@@ -7,7 +7,7 @@ import torch
 
 from megaprune.selection.budget import Budget
 from megaprune.selection.gumbel_topk import gumbel_noise, uniform_noise
-from megaprune.selection.hard_concrete import HardConcrete, expected_open, hard_concrete
+from megaprune.selection.hard_concrete import HardConcrete, expected_open, hard_concrete, never_all_open
 from megaprune.utils.errors import MegapruneError, UsageError
 
 PROTECTED = frozenset({0, 11})
@@ -24,6 +24,34 @@ def test_gates_are_open_and_closed_as_often_as_expected():
     log_alpha = torch.randn(5, dtype=torch.float64, requires_grad=True)
     inner = torch.full((5,), 0.5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: hard_concrete(a * 0.1, inner), log_alpha)
+
+
+@pytest.mark.parametrize(
+    ("gates", "expected"),
+    [
+        ([1.0, 1.0, 1.0], [0.0, 1.0, 1.0]),
+        ([1.0, 0.9, 0.8], [1.0, 0.9, 0.1]),
+        ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0]),
+        ([0.3, 0.2, 0.9], [0.3, 0.2, 0.9]),
+    ],
+)
+def test_gates_are_closed_by_a_layer_in_all(gates, expected):
+    gates = torch.tensor(gates, requires_grad=True)
+    closed = never_all_open(gates)
+    torch.testing.assert_close(closed, torch.tensor(expected))
+    (grad,) = torch.autograd.grad(closed.sum(), gates)
+    assert grad.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_of_a_search_is_the_whole_model(seed):
+    """The model would be its own teacher: rounding noise, and no gradient."""
+    search = HardConcrete(SIX, PROTECTED, 40, seed=seed)
+    for step in range(40):
+        assert (1 - search.mask(step)).sum() > 0.999
+        search.update(torch.zeros(12), step)
+    everything_protected_but_one = HardConcrete(Budget.of_layers(3, 2), frozenset({0, 2}), 10)
+    assert everything_protected_but_one.mask(0).tolist() == [1.0, 0.0, 1.0]
 
 
 def searched(harm, seed, budget=SIX, num_steps=200):

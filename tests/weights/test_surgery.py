@@ -59,29 +59,6 @@ def test_config_is_edited_and_nothing_else_in_it(tmp_path):
     assert (tmp_path / "source" / "config.json").read_bytes() == before
 
 
-def test_what_comes_along(tmp_path):
-    source = tmp_path / "source"
-    write_folder(source, LLAMA, num_files=3)
-    along = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "vocab.json",
-    ]
-    along += ["merges.txt", "tokenizer.model", "chat_template.jinja", "tokenization_x.py", "LICENSE", "LICENSE.txt"]
-    stays = ["README.md", "pytorch_model.bin.index.json", "pytorch_model.bin", "consolidated.00.pth", ".gitattributes"]
-    stays += ["model.gguf", "optimizer.pt"]
-    for name in along + stays:
-        (source / name).write_text(f"the source's {name}")
-    (source / "original").mkdir()
-    (source / "original" / "params.json").write_text("{}")
-    prune(source, tmp_path / "pruned")
-    found = {path.name for path in (tmp_path / "pruned").iterdir()}
-    assert found == {"config.json", "model.safetensors", *along}
-    assert all((tmp_path / "pruned" / name).read_text() == f"the source's {name}" for name in along)
-
-
 def test_index_is_that_of_the_result(tmp_path):
     write_folder(tmp_path / "source", LLAMA, num_files=2)
     after = prune(tmp_path / "source", tmp_path / "pruned", size=4000)

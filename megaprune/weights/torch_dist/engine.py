@@ -16,7 +16,10 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from megaprune.utils import failure
+from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.ranks import raise_together, rank, world_size
 from megaprune.weights.writer import aside_folder
 
@@ -80,7 +83,7 @@ def convert(
         MegapruneError: the input can't be read or the output not be written; on every process.
         UsageError: the output exists, or holds earlier work that was not asked for.
     """
-    with _processes():
+    with _processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_folder(final))
         _together(lambda: _prepare(work, final, flag, plan, labour.resume) if is_first() else None)
         if final.exists():  # earlier work was cut short behind its last step
@@ -131,18 +134,6 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Raises MegapruneError unless the disk of a folder, which may not exist yet, has room."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    found = os.statvfs(existing)
-    free = found.f_bavail * found.f_frsize
-    if free < num_bytes:
-        raise MegapruneError(
-            f"{folder} needs {num_bytes / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB left: make room, or "
-            "choose another disk"
-        )
-
-
 def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: bool) -> None:
     begun = work.plan.is_file()
     same = begun and json.loads(work.plan.read_text()) == plan
@@ -183,8 +174,15 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_thr
 
 
 def _write_part(work: _Work, part: Part[T], write: Callable, advance: Advance) -> None:
-    record = write(part, work.unfinished(part), advance)
-    work.record(part).write_text(json.dumps(record))
+    try:
+        record = write(part, work.unfinished(part), advance)
+        work.record(part).write_text(json.dumps(record))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        work.unfinished(part).unlink(missing_ok=True)  # half of it is of no use, and in the way of others
+        line = explain(error, work.unfinished(part), "go on with --resume", part.num_bytes)
+        raise MegapruneError(line) from error
     work.unfinished(part).rename(work.result / part.file)  # last: a part that is there has its record
 
 
@@ -203,10 +201,12 @@ def _processes() -> Any:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(days=1))
+    failure.watch()
     try:
         yield
     finally:
         dist.destroy_process_group()
+    failure.stop()  # not where this rank fails, which the others have yet to be told
 
 
 def _together(work: Callable[[], None]) -> None:
@@ -217,7 +217,7 @@ def _together(work: Callable[[], None]) -> None:
     except MegapruneError as met:
         error = met
     except OSError as met:
-        error = MegapruneError(f"{met.filename or 'the output'}: {met.strerror}; mend that and go on with --resume")
+        error = MegapruneError(explain(met, remedy="go on with --resume"))
     raise_together(error)
 
 

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaprune.utils.disk import check_room
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import ITEM_BYTES
 from megaprune.weights.safetensors_io import Buffer, Range, write_safetensors
 from megaprune.weights.source import INDEX, HFSource
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import ChunkReader
-from megaprune.weights.torch_dist.engine import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Advance, Labour, Part, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.source import CheckpointSource
 
 if TYPE_CHECKING:
@@ -40,13 +42,27 @@ def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: i
 class _Export:
     def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
         self._source, self._threads = source, labour.threads
+        self._arch = source.family.architecture(source.config)
         self._shapes = {name: (source.shape(name), source.dtype_name(name)) for name in source.names}
-        sizes = {name: math.prod(shape) * ITEM_BYTES[dtype] for name, (shape, dtype) in self._shapes.items()}
+        self._groups = source.layout.groups(source.names)
+        self._stored = {stored: self._stored_as(stored) for stored in self._groups}
+        sizes = {stored: math.prod(shape) * ITEM_BYTES[dtype] for stored, (shape, dtype) in self._stored.items()}
         runs = cut(sizes.items(), max_shard_bytes)
         files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
         if len(runs) == 1:
             files = ["model.safetensors"]
         self.parts = [Part(file, *run) for file, run in zip(files, runs, strict=True)]
+
+    def _stored_as(self, stored: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor of the output: of a stack [experts, rows, columns]."""
+        parts = self._groups[stored]
+        shape, dtype = self._shapes[parts[0]]
+        if self._source.layout.stack_of(parts[0]) is None:
+            return shape, dtype
+        if len({self._shapes[part] for part in parts}) > 1:
+            raise MegapruneError(f"the experts of {stored} have several dtypes or shapes: one tensor can't hold them")
+        experts = self._arch.num_experts
+        return (experts, shape[0] * (len(parts) // experts), *shape[1:]), dtype
 
     def plan(self) -> dict[str, Any]:
         """What the parts follow from."""
@@ -59,14 +75,16 @@ class _Export:
     def write(self, part: Part[str], path: Path, advance: Advance) -> None:
         """Writes one file."""
         reader, buffer = ChunkReader(self._source.folder.parent), Buffer()
+        names = [name for stored in part.items for name in self._groups[stored]]
 
         def contents() -> Iterator[Tensor | list[Range]]:
-            for name in part.items:
+            for name in names:
                 buffer.clear()
                 yield self._source.ranges_of(reader, name) or self._source.read_from(reader, name, buffer)
 
-        shapes = {name: self._shapes[name] for name in part.items}
-        write_safetensors(path, shapes, contents(), advance, self._threads)
+        shapes = {name: self._shapes[name] for name in names}
+        stored = {stored: self._stored[stored] for stored in part.items}
+        write_safetensors(path, shapes, contents(), advance, self._threads, stored)
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
@@ -76,6 +94,6 @@ class _Export:
             total = sum(part.num_bytes for part in self.parts)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        write_config(self._source.config, folder)
+        write_config(self._source.stored_config, folder)
         copy_beside(self._source.folder, folder)
         HFSource(folder).check_tensors()

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megaprune.models import Architecture
+from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float
 from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
 from megaprune.weights.safetensors_io import Buffer, Range, TensorFiles
 from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import PLAIN
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import Chunk, Place, append_ranges, append_tensor, stored_tensors
-from megaprune.weights.torch_dist.engine import Advance, Labour, Part, check_room, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Advance, Labour, Part, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.layout import Piece, pieces
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
 HF_FOLDER = "hf"
+# Beside them, how the HF model stores its tensors, if not as the families' tables name them.
+LAYOUT_FILE = "stored_layout.json"
 _PART_BYTES = 2 * 10**9
 
 
@@ -75,16 +79,15 @@ class _Import:
             by_key.setdefault(piece.key, []).append(piece)
         for key, found in by_key.items():
             names = [name for piece in found for name in piece.hf]
+            together = f"{self._source.folder}: {self._source.shown(names[0])} and others make"
             dtypes = {self._final_dtype_of(name, key) for name in names}
             if len(dtypes) > 1:
                 shown = " and ".join(sorted(TORCH_NAMES[dtype] for dtype in dtypes))
-                raise MegapruneError(
-                    f"{self._source.folder}: {names[0]} and others make one {key}, but are {shown}: give --dtype"
-                )
+                raise MegapruneError(f"{together} one {key}, but are {shown}: give --dtype")
             filled = sum(math.prod(piece.shape) for piece in found)
             if len({piece.size for piece in found}) > 1 or filled != math.prod(found[0].size):
                 raise MegapruneError(
-                    f"{self._source.folder}: {names[0]} and others make {key}, but have shapes that don't fit each "
+                    f"{together} {key}, but have shapes that don't fit each "
                     "other, or one is missing: the checkpoint is damaged"
                 )
 
@@ -114,7 +117,7 @@ class _Import:
         with path.open("w+b", buffering=0) as out:
             for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
                 for name in following.hf if following else ():
-                    files.prefetch(self._source.file(name), name)
+                    files.prefetch(self._source.file(name), self._source.place(name))
                 place = self._write_piece(piece, out, part.file, files, buffer, advance)
                 record.append([place.offset, place.length])
         files.close()
@@ -137,7 +140,7 @@ class _Import:
     def _ranges(self, piece: Piece, files: TensorFiles, dtype: str) -> Iterator[tuple[Range, int]]:
         """Where the bytes of a piece are, each run with its place in the piece."""
         for number, name in enumerate(piece.hf):
-            whole, done = files.where(self._source.file(name), name), 0
+            whole, done = files.where(self._source.file(name), self._source.place(name)), 0
             for at, num_bytes in piece.runs(number, self._arch, ITEM_BYTES[dtype]):
                 yield whole.part(done, num_bytes), at
                 done += num_bytes
@@ -152,21 +155,26 @@ class _Import:
         write_metadata(folder, stored_tensors(placed))
         beside = folder / HF_FOLDER
         beside.mkdir(exist_ok=True)
-        config = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self._source.stored_config.items() if key != "quantization_config"}
         if self._dtype is not None:
             name = TORCH_NAMES[self._dtype]
             config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
         write_config(config, beside)
+        if self._source.layout != PLAIN:
+            (beside / LAYOUT_FILE).write_text(json.dumps(self._source.layout.record()))
         copy_beside(self._source.folder, beside)
         _check_written(folder, self._pieces)
 
     def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
-        tensor = files.read(self._source.file(name), name, buffer)
-        if self._source.stored_dtype_name(name) != "F8_E4M3":
+        tensor = self._read_stored(name, files, buffer)
+        if not self._source.is_fp8(name):
             return tensor
-        scale = name + SCALE_SUFFIX
-        scales = files.read(self._source.file(scale), scale, buffer)
+        scales = self._read_stored(name + SCALE_SUFFIX, files, buffer)
         return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
+
+    def _read_stored(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
+        source = self._source
+        return files.read(source.file(name), source.place(name), source.shape(name), buffer)
 
     def _final_dtype(self, piece: Piece) -> str:
         return self._final_dtype_of(piece.hf[0], piece.key)
@@ -181,7 +189,7 @@ class _Import:
 
     def _stored_at(self, places: TensorFiles, piece: Piece) -> tuple[str, int]:
         path = self._source.file(piece.hf[0])
-        return path.name, places.place(path, piece.hf[0])[0]
+        return path.name, places.where(path, self._source.place(piece.hf[0])).start
 
 
 def _check_covered(found: Sequence[Piece], names: Sequence[str]) -> None:

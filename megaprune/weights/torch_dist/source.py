@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import ITEM_BYTES
 from megaprune.weights.safetensors_io import Buffer, Range
 from megaprune.weights.source import HFSource
+from megaprune.weights.stored_layout import StoredLayout
 from megaprune.weights.torch_dist.chunks import Chunk, ChunkReader
-from megaprune.weights.torch_dist.import_hf import HF_FOLDER
+from megaprune.weights.torch_dist.import_hf import HF_FOLDER, LAYOUT_FILE
 from megaprune.weights.torch_dist.layout import UNREAD, Piece, mtp_rules, pieces
 from megaprune.weights.torch_dist.metadata import read_metadata
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
-_PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+OUTPUT_KEY = "output_layer.weight"
+_PADDED_KEYS = ("embedding.word_embeddings.weight", OUTPUT_KEY)
 _MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
 
 
@@ -46,6 +49,10 @@ class CheckpointSource(HFSource):
                 "tokenizer there can be read, as convert.py import writes them"
             )
         self._begin(checkpoint / HF_FOLDER)
+        if OUTPUT_KEY in self._stored:
+            self._untie()
+        if (self.folder / LAYOUT_FILE).is_file():
+            self.layout = StoredLayout.from_record(json.loads((self.folder / LAYOUT_FILE).read_text()))
         self._arch = self.family.architecture(self.config)
         self._reader = ChunkReader(checkpoint)
         self._shapes = self._hf_shapes()

@@ -1,0 +1,152 @@
+"""What a folder must hold before anything is made of it, and what is said of one that does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from megaprune.models.shapes import hf_shapes
+from megaprune.models.tables import EMBEDDING, OUTPUT
+from megaprune.utils.errors import MegapruneError
+from megaprune.weights.dtypes import FP8, SCALE_DTYPES, WEIGHT_DTYPES
+from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
+from megaprune.weights.quantization import declared_quantization, quantized_tensor
+
+if TYPE_CHECKING:
+    from megaprune.weights.source import HFSource
+
+
+def check_source(source: HFSource) -> None:
+    """Checks that a source holds each tensor of its family, in the shape that the config gives it and in a dtype that
+    is read, and nothing that is not understood.
+
+    Raises:
+        MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantized.
+    """
+    declared = declared_quantization(source.folder, source.config)
+    if declared:
+        raise MegapruneError(f"{source.folder} is quantized: {declared}; give the model before its quantization")
+    _check_stacks(source)
+    expected = {name for rule in source.family.rules(source.config) for name in rule.hf}
+    _check_names(source, expected)
+    _check_dtypes(source)
+    _check_shapes(source, expected)
+    _check_scales(source)
+
+
+def _check_names(source: HFSource, expected: set[str]) -> None:
+    """Every name is there that the family's tables ask for, and no other."""
+    held = set(source.all_names)
+    missing = sorted({source.layout.name_of_missing(name) for name in expected - held})
+    unknown = sorted({source.shown(name) for name in _unknown(source, expected)})
+    quantized = quantized_tensor(unknown)
+    if quantized:
+        raise MegapruneError(
+            f"{source.folder} is quantized: it holds {quantized[0]}, as {quantized[1]} stores it; give the model "
+            "before its quantization"
+        )
+    if missing:
+        raise MegapruneError(f"{source.folder} {_lack(source, missing, unknown)}")
+    if unknown:
+        raise MegapruneError(
+            f"{source.folder} holds {unknown[0]}{_and_more(unknown)}, which the {source.family.model_type} family "
+            "does not know: it would be lost on export"
+        )
+
+
+def _unknown(source: HFSource, expected: set[str]) -> Iterable[str]:
+    tied = {OUTPUT} if source.config.get("tie_word_embeddings") else set()
+    for name in set(source.names) - expected - tied:
+        if not source.belongs_to_mtp(name) and not any(re.search(pattern, name) for pattern in source.family.ignored):
+            yield name
+
+
+def _lack(source: HFSource, missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """What a folder lacks, in view of what it holds."""
+    if any(".lora_A." in name for name in unknown):
+        return "is a LoRA adapter: merge it into its base model first"
+    if missing == [source.shown(OUTPUT)]:
+        untied = "config.json does not tie the embeddings (tie_word_embeddings)"
+        what = "holds a base model, without an output layer" if source.layout.bare else "lacks lm_head.weight"
+        return f"{what}, and {untied}: the checkpoint is incomplete, or of no language model"
+    if source.shown(EMBEDDING) in missing and unknown:
+        return (
+            f"holds {unknown[0]}{_and_more(unknown)}, where the {source.family.model_type} family's tensors are named "
+            f"otherwise ({missing[0]}{_and_more(missing)}): give a model as transformers saves it"
+        )
+    held = f", and holds {unknown[0]}{_and_more(unknown)}, which its family does not know" if unknown else ""
+    return f"lacks {missing[0]}{_and_more(missing)}{held}: the checkpoint is incomplete"
+
+
+def _check_dtypes(source: HFSource) -> None:
+    for name in source.all_names:
+        dtype, is_scale = source.stored_dtype_name(name), name.endswith(SCALE_SUFFIX)
+        if dtype in (SCALE_DTYPES if is_scale else WEIGHT_DTYPES):
+            continue
+        shown = f"{source.file(name)}: {source.shown(name)} is stored as {dtype}"
+        if dtype != FP8 or is_scale:
+            read = ", ".join(SCALE_DTYPES if is_scale else WEIGHT_DTYPES)
+            raise MegapruneError(f"{shown}, which megaprune does not read, only {read}{'' if is_scale else ' and FP8'}")
+        if len(source.shape(name)) != 2:
+            raise MegapruneError(f"{shown}, but is no matrix: only those are read in FP8")
+        if name + SCALE_SUFFIX not in source:
+            raise MegapruneError(
+                f"{shown}, and {source.folder} lacks {source.shown(name + SCALE_SUFFIX)}, the scales of its blocks: "
+                "the checkpoint is incomplete, or quantized in a way that is not read"
+            )
+
+
+def _check_stacks(source: HFSource) -> None:
+    """Stacks of experts have the shape that the config gives them; what is in them can be cut out then."""
+    arch = source.family.architecture(source.config)
+    for stack in sorted(source.layout.stacks):
+        members = [f"{stack.rpartition('.')[0]}.0.{half}_proj.weight" for half in _halves(stack)]
+        if not arch.num_experts:
+            raise MegapruneError(f"{source.folder} holds {stack}, but config.json has no experts")
+        if source.place(members[0]).parts is None:  # a checkpoint's, which will be stacked on export
+            continue
+        shapes = list(hf_shapes(members, arch).values())
+        expected = (arch.num_experts, sum(shape[0] for shape in shapes), shapes[0][1])
+        found = source.stored_shape(members[0])
+        if found != expected:
+            raise _other_shape(source, source.shown(members[0]), found, expected)
+        if source.is_fp8(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
+            raise MegapruneError(
+                f"{source.file(members[0])}: {source.shown(members[0])} is FP8 in blocks that reach over gate and up, "
+                f"because {shapes[0][0]} rows are no multiple of {BLOCK}: give the model before its quantization"
+            )
+
+
+def _halves(stack: str) -> tuple[str, ...]:
+    return ("gate", "up") if stack.endswith("gate_up_proj") else ("down",)
+
+
+def _check_shapes(source: HFSource, names: Iterable[str]) -> None:
+    for name, expected in sorted(hf_shapes(names, source.family.architecture(source.config)).items()):
+        if source.shape(name) != expected:
+            raise _other_shape(source, source.shown(name), source.shape(name), expected)
+
+
+def _other_shape(source: HFSource, name: str, found: Sequence[int], expected: Sequence[int]) -> MegapruneError:
+    return MegapruneError(
+        f"{source.folder}: {name} is stored as {list(found)}, where config.json makes it {list(expected)}: the weights "
+        "and the config are of different models"
+    )
+
+
+def _check_scales(source: HFSource) -> None:
+    for scale in (name for name in source.all_names if name.endswith(SCALE_SUFFIX)):
+        weight = scale.removesuffix(SCALE_SUFFIX)
+        if weight not in source or not source.is_fp8(weight):
+            raise MegapruneError(f"{source.folder} holds {source.shown(scale)}, but no FP8 weight that it scales")
+        expected = scale_shape(source.shape(weight))
+        if source.shape(scale) != expected:
+            raise MegapruneError(
+                f"{source.folder}: {source.shown(scale)} is stored as {list(source.shape(scale))}, where the weight's "
+                f"blocks are {list(expected)}"
+            )
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,85 @@
+"""Quantized checkpoints, told by what declares them or by what they hold. Only block FP8 is read."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megaprune.models import HFConfig
+from megaprune.weights.fp8 import BLOCK
+
+# Files beside config.json, as glob patterns, and whose they are. transformers reads none of them; other engines do.
+BESIDE = {
+    "hf_quant_config.json": "TensorRT Model Optimizer",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "quantization_config.json": "a quantizer",
+    "quant_model_description*.json": "Ascend's msModelSlim",
+    "quanto_qmap.json": "quanto",
+}
+# Keys of config.json: transformers', compressed-tensors' of old, MLX's.
+_KEYS = ("quantization_config", "compression_config", "quantization")
+# Ends of the names that quantized tensors and what belongs to them have.
+_ENDS = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".g_idx": "GPTQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or TensorRT Model Optimizer",
+    ".weight_scale_2": "TensorRT Model Optimizer",
+    ".input_scale": "compressed-tensors or TensorRT Model Optimizer",
+    ".weight_offset": "Ascend's msModelSlim",
+    ".deq_scale": "Ascend's msModelSlim",
+    ".weight.absmax": "bitsandbytes",
+    ".weight.quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".scales": "GPTQ, AWQ or MLX",
+}
+
+
+def declared_quantization(folder: Path, config: HFConfig) -> str | None:
+    """The quantization that config.json or a file beside it declares, in words, unless it is one that is read."""
+    for key in _KEYS:
+        settings = config.get(key)
+        if settings and not (key == _KEYS[0] and _is_block_fp8(settings)):
+            return f"config.json says {_in_words(settings)}, where only FP8 in blocks of [{BLOCK}, {BLOCK}] is read"
+    for pattern, whose in BESIDE.items():
+        for path in sorted(Path(folder).glob(pattern)):
+            settings = _read(path)
+            if not _declares_nothing(settings):
+                return f"{path.name} says {_in_words(settings)} ({whose}); remove that file if the weights are not"
+    return None
+
+
+def quantized_tensor(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first name that a quantized model's tensor has, and what stores it so."""
+    return next(((name, whose) for name in names for end, whose in _ENDS.items() if name.endswith(end)), None)
+
+
+def _is_block_fp8(settings: Any) -> bool:
+    if not isinstance(settings, dict):
+        return False
+    return settings.get("quant_method") == "fp8" and settings.get("weight_block_size") == [BLOCK, BLOCK]
+
+
+def _declares_nothing(settings: Any) -> bool:
+    """TensorRT Model Optimizer may quantise the KV cache alone."""
+    inner = settings.get("quantization") if isinstance(settings, dict) else None
+    return isinstance(inner, dict) and "quant_algo" in inner and inner["quant_algo"] is None
+
+
+def _in_words(settings: Any) -> str:
+    if not isinstance(settings, dict):
+        return "so"
+    if isinstance(settings.get("quantization"), dict):
+        settings = settings["quantization"]
+    named = ("quant_method", "quant_algo", "model_quant_type", "bits", "w_bit", "group_size", "q_group_size")
+    said = [f"{key} {settings[key]}" for key in (*named, "weight_block_size") if settings.get(key) is not None]
+    return ", ".join(said) or "so"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,42 @@
+"""prune.py with a fault on one rank, while the others do something that nobody but the fault's rank could end."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megaprune.cli import main as cli
+from megaprune.pruning import runner
+from megaprune.utils.errors import MegapruneError
+
+_FAULTS = {
+    "unforeseen": KeyError("state"),
+    "refused": MegapruneError("the disk is full"),
+}
+
+
+def failing(kind: str, failing_rank: int, log: Path):
+    def step(*args):
+        if int(os.environ["RANK"]) == failing_rank:
+            log.write_text(str(time.time()))
+            raise _FAULTS[kind]
+        time.sleep(600)
+
+    return step
+
+
+if __name__ == "__main__":
+    kind, failing_rank, log, *words = sys.argv[1:]
+    if kind == "early":
+        # before any process group: rank 0 goes on to wait for the others to join
+        def prepare(config, prepare=runner.prepare):
+            setup = prepare(config)
+            if int(os.environ["RANK"]) == int(failing_rank):
+                Path(log).write_text(str(time.time()))
+                raise MegapruneError("the disk is full")
+            return setup
+
+        runner.prepare = prepare
+    else:
+        runner.train_step = failing(kind, int(failing_rank), Path(log))
+    cli.main("prune", words)
