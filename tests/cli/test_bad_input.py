@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
+from tests.helpers.launch import torchrun
 
 WORKER = Path(__file__).with_name("bad_input_worker.py")
 PRUNE = Path(__file__).parents[2] / "tools" / "prune.py"
@@ -373,9 +374,8 @@ def test_one_line_from_all_ranks(workshop, tmp_path):
     """The second rank alone meets the NaN, before and after which the first has made the run folder."""
     model = workshop.model_with_tensor("n4", KEY, lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]))
     case = bad(hf_model=model, save=tmp_path / "parent" / "run", tensor_model_parallel_size=2)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "--log-dir", tmp_path / "logs", PRUNE, *argv(case, workshop)],
+        [*torchrun(2, "--redirects", "3"), "--log-dir", tmp_path / "logs", PRUNE, *argv(case, workshop)],
         env=tiny.environment(),
         capture_output=True,
         text=True,

@@ -42,6 +42,12 @@ class Launched:
             pytest.fail("\n\n".join(failed), pytrace=False)
 
 
+def torchrun(num_processes: int, *flags: str) -> list[str]:
+    """Return the words that start a script on processes of this machine; a test that uses them is `parallel`."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return [sys.executable, *words, *flags]
+
+
 def launch(num_processes: int, cases: Sequence[dict[str, Any]], folder: Path, timeout_seconds: int = 900) -> None:
     """Run functions on processes of their own: each case's ``kind`` names one, the rest are its arguments.
 
@@ -64,7 +70,7 @@ def launch_cases(
     while left:
         notes = folder / f"attempt{attempt}"
         notes.mkdir()
-        log = _torchrun(num_processes, list(left.items()), notes, timeout_seconds)
+        log = _run(num_processes, list(left.items()), notes, timeout_seconds)
         if not (notes / "0.begun").exists():  # the processes cannot even start: another attempt would not either
             launched.failures |= dict.fromkeys(left, f"{num_processes} processes did not start:\n{log[-_LOG_SHOWN:]}")
             break
@@ -80,15 +86,17 @@ def launch_cases(
     return launched
 
 
-def _torchrun(num_processes: int, cases: list[tuple[str, dict]], notes: Path, timeout_seconds: int) -> str:
+def _run(num_processes: int, cases: list[tuple[str, dict]], notes: Path, timeout_seconds: int) -> str:
     """Run the worker to its end. Return what it printed."""
     (notes / "cases.json").write_text(json.dumps([case for _, case in cases], default=str))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), str(_WORKER)]
     log = notes / "log.txt"
     # To a file: a process that a failed rank leaves behind would keep a pipe open, and the test waiting.
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *words, str(notes)], env=tiny.environment(), stdout=output, stderr=subprocess.STDOUT
+            [*torchrun(num_processes), str(_WORKER), str(notes)],
+            env=tiny.environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         try:
             process.wait(timeout_seconds)
