@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
+from megaprune.utils.errors import MegapruneError
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -294,12 +295,21 @@ def run_here(argv: Sequence[str]) -> None:
     from megaprune.pruning.runner import run
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    together = True
     try:
         run(parse_config(argv), "prune.py")
+    except Exception as error:
+        # All ranks are refused together. Of any other failure the others may know nothing: they would be waited for.
+        together = isinstance(error, MegapruneError) or not _among_others()
+        raise
     finally:
-        if torch.distributed.is_initialized():
+        if together and torch.distributed.is_initialized():
             parallel.finish()
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _among_others() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def environment() -> dict[str, str]:
