@@ -228,7 +228,8 @@ class PruningRun:
         mask = masks_of([kept], self.setup.arch.num_layers)
         error = None
         if not torch.equal(mask, parallel.of_first_rank(mask.clone())):
-            error = MegapruneError(f"--method {self.config.prune.method} chose other layers on other ranks")
+            name = self.config.prune.method
+            error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
         parallel.raise_together(error)
         return kept
 
