@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
+from tests.helpers.checkpoints import layers_in_config
 from tests.helpers.launch import torchrun
 
 WORKER = Path(__file__).with_name("bad_input_worker.py")
@@ -124,10 +125,10 @@ CASES = {
         hf_model=w.model_with_config("w3", intermediate_size=128),
     ),
     "more layers in the config": lambda w: bad(
-        "lacks model.layers.7.", hf_model=w.model_with_config("w4", num_hidden_layers=8)
+        "lacks model.layers.7.", hf_model=w.model_with_config("w4", **layers_in_config(8))
     ),
     "fewer layers in the config": lambda w: bad(
-        "holds model.layers.6.", hf_model=w.model_with_config("w5", num_hidden_layers=6)
+        "holds model.layers.6.", hf_model=w.model_with_config("w5", **layers_in_config(6))
     ),
     "surgery on weights of another shape": lambda w: bad(
         KEY, "is stored as", hf_model=w.model_with_tensor("w6", KEY, lambda t: t[:-1]), **SURGERY
