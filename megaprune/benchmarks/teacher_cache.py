@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megaprune import device
 from megaprune.benchmarks.timing import interleaved, median_ratio
-from megaprune.data.batches import PADDING_ID, Windows, batches_for, eval_batches
+from megaprune.data.batches import PADDING_ID, batches_for, eval_batches
+from megaprune.data.datasets import Windows
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan
 from megaprune.distillation.cache_reader import TeacherCache

@@ -46,7 +46,7 @@ def measure(config: TeacherCacheConfig) -> dict[str, Any]:
     """
     from megaprune import device
     from megaprune.benchmarks.teacher_cache import measure_caching
-    from megaprune.data.batches import prepare_dataset
+    from megaprune.data.prepare import prepare_dataset
     from megaprune.data.tokenizer import tokenizer_in
     from megaprune.mcore import parallel
     from megaprune.mcore.builder import EngineOptions

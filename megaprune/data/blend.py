@@ -3,7 +3,6 @@ validation."""
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import math
@@ -12,21 +11,17 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megaprune.data.batches import PackedDataset, sample_order
+from megaprune.data.datasets import CALIBRATION_STREAM, JoinedWindows, PackedDataset
 from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabulary, open_indexed
 from megaprune.data.sources import FileSource, source_identity
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import MegapruneError, UsageError
-
-# Keeps the order of calibration windows apart from that of training at the same seed.
-_CALIBRATION_STREAM = 0xCA11B
 
 
 @dataclass(frozen=True)
@@ -116,44 +111,6 @@ def open_blend(
     return files
 
 
-# In the order of the files
-
-
-@dataclass(frozen=True)
-class JoinedWindows:
-    """The windows of several datasets, one dataset after the other; none spans two."""
-
-    parts: list[PackedDataset]
-
-    @property
-    def seq_length(self) -> int:
-        return self.parts[0].seq_length
-
-    @property
-    def pad_id(self) -> int:
-        return self.parts[0].pad_id
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the parts'."""
-        return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `PackedDataset.window`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        ends = list(accumulate(map(len, self.parts)))
-        part = bisect.bisect_right(ends, index)
-        return self.parts[part].window(index - (ends[part - 1] if part else 0))
-
-    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """As `PackedDataset.train_order`."""
-        return sample_order(len(self), seed, start, count)
-
-
 def stored_windows(
     blend: Blend, files: Sequence[IndexedFile], seq_length: int, pad_id: int, pad_last: bool, flag: str
 ) -> PackedDataset | JoinedWindows:
@@ -176,9 +133,6 @@ def _stream(file: IndexedFile) -> TokenStream:
 def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
     identity = source_identity([FileSource(path, path.name) for file in files for path in file.paths])
     return hashlib.sha256(json.dumps([identity, *more]).encode()).hexdigest()
-
-
-# In Megatron's order
 
 
 @dataclass(frozen=True)
@@ -293,7 +247,7 @@ def calibration_windows(
             "more data or a smaller --seq-length"
         )
     return training_windows(
-        blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ _CALIBRATION_STREAM, **options
+        blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ CALIBRATION_STREAM, **options
     )
 
 

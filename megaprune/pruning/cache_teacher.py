@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from megaprune import device
 from megaprune.config.schema import Config
-from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for, prepare_dataset
+from megaprune.data.batches import PADDING_ID, Batch, batches_for
+from megaprune.data.datasets import Windows
+from megaprune.data.prepare import prepare_dataset
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest

@@ -7,20 +7,13 @@ from typing import Any
 
 from megaprune import device
 from megaprune.config.schema import Config, num_layers_to_prune
-from megaprune.data.batches import (
-    Batch,
-    Windows,
-    batches_for,
-    calibration_ids,
-    eval_batches,
-    prepare_dataset,
-    train_ids,
-)
+from megaprune.data.batches import Batch, batches_for, eval_batches, train_ids
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.data.datasets import Windows, calibration_ids
 from megaprune.data.indexed_files import IndexedFile
+from megaprune.data.prepare import prepare_dataset
 from megaprune.data.sources import find_sources
-from megaprune.data.token_cache import end_of_text
-from megaprune.data.tokenizer import tokenizer_in
+from megaprune.data.tokenizer import end_of_text, tokenizer_in
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes

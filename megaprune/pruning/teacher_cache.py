@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from megaprune.config.schema import Config
-from megaprune.data.batches import Windows
 from megaprune.data.blend import find_blend
-from megaprune.data.token_cache import tokenizer_fingerprint
+from megaprune.data.datasets import Windows
+from megaprune.data.tokenizer import tokenizer_fingerprint
 from megaprune.distillation.cache_format import CacheKey
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.mcore import parallel
