@@ -1,8 +1,7 @@
-"""Training data: packed windows over one token stream, and which of them each rank sees at each iteration.
+"""Batches: which windows each data-parallel rank reads at each iteration.
 
-Documents are laid end to end and cut into windows of `seq_length` tokens, without regard to where documents
-end. The order depends on the seed alone and the position on the iteration alone: nothing needs saving to
-resume, and every parallel layout trains on the same global batches.
+The order of windows depends only on the seed, and the position in it only on the iteration. A resumed run therefore
+needs no saved state, and every parallel layout trains on the same global batches.
 """
 
 from __future__ import annotations
@@ -16,13 +15,18 @@ import torch
 from megaprune.data.datasets import Windows
 from megaprune.utils.errors import UsageError
 
-PADDING_ID = -1  # the sample id of a row that only fills up a batch
+PADDING_ID = -1  # the sample id of a row that only fills a batch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]; sample_ids: the
-    windows it holds, PADDING_ID for rows that only fill it up and carry no loss."""
+    """One micro-batch.
+
+    Args:
+        tokens: int64 [b, s], as labels and position_ids.
+        loss_mask: float32 [b, s].
+        sample_ids: the window in each row; PADDING_ID for rows that only fill the batch and carry no loss.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -41,10 +45,13 @@ def train_batches(
     dp_size: int,
     seed: int,
 ) -> list[Batch]:
-    """The micro-batches of data-parallel rank `dp_rank` at `iteration`, counted from 0.
+    """Return the micro-batches of data-parallel rank `dp_rank` at `iteration`, counted from 0.
 
-    The iteration's global batch is the same set at every layout; micro-batch m of rank r holds its samples
-    (m * dp_size + r) * micro_batch_size and the following. Raises UsageError where the sizes do not divide.
+    The global batch is the same set of windows at every layout. Micro-batch m of rank r holds `micro_batch_size`
+    samples of it, from (m * dp_size + r) * micro_batch_size on.
+
+    Raises:
+        UsageError: the global batch size is not a multiple of micro_batch_size * dp_size.
     """
     rows = train_ids(
         dataset,
@@ -68,7 +75,11 @@ def train_ids(
     dp_size: int,
     seed: int,
 ) -> list[list[int]]:
-    """The windows of each of the micro-batches that `train_batches` gives."""
+    """Return the numbers of the windows in each micro-batch of `train_batches`.
+
+    Raises:
+        UsageError: the global batch size is not a multiple of micro_batch_size * dp_size.
+    """
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
         raise UsageError(
@@ -82,7 +93,7 @@ def train_ids(
 def eval_batches(
     dataset: Windows, *, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """The windows of `dataset` in order, or the first `limit`, dealt out as by `batches_for`."""
+    """Yield this rank's micro-batches of all windows in order, or of the first `limit` (see `batches_for`)."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return batches_for(dataset, range(count), micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
 
@@ -90,10 +101,10 @@ def eval_batches(
 def batches_for(
     dataset: Windows, ids: Sequence[int], *, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[Batch]:
-    """The windows `ids` in order, micro-batch m going to rank m % dp_size.
+    """Yield this rank's micro-batches of the windows `ids` in order; rank m % dp_size gets micro-batch m.
 
-    All ranks get equally many micro-batches of equal size, because expert-parallel collectives need every
-    rank in each of them: the ends are filled up with rows that carry no loss.
+    All ranks get the same number of micro-batches of the same size, because expert-parallel collectives need every
+    rank each time. Rows that carry no loss fill the last ones.
     """
     per_step = micro_batch_size * dp_size
     for start in range(dp_rank * micro_batch_size, -(-len(ids) // per_step) * per_step, per_step):

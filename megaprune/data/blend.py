@@ -1,5 +1,4 @@
-"""Windows over preprocessed data: Megatron's .bin/.idx files, in a blend for training and in their own order for
-validation."""
+"""Blends: windows of preprocessed .bin/.idx datasets, mixed by weights for training, in file order for validation."""
 
 from __future__ import annotations
 
@@ -26,18 +25,22 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 @dataclass(frozen=True)
 class Blend:
-    """Preprocessed datasets and their weights, or None where each counts by its size."""
+    """Preprocessed datasets and their weights; without weights, each dataset counts by its size."""
 
     prefixes: list[str]
     weights: list[float] | None
 
 
 def find_blend(words: Sequence[str], flag: str) -> Blend | None:
-    """The blend that the words of a flag mean (PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX...), or None where they name
-    text, folders or hub datasets. Opens no file.
+    """Return the blend that the words of a flag describe: PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX...
+
+    Opens no file.
+
+    Returns:
+        None if the words name text, folders or hub datasets.
 
     Raises:
-        UsageError: a word is both or neither, or weights and prefixes don't alternate.
+        UsageError: a word is ambiguous or names nothing, or weights and prefixes do not alternate.
     """
     kinds = [_kind(word, flag) for word in words]
     if "prefix" not in kinds:
@@ -91,13 +94,13 @@ def _stem(word: str) -> str:
 def open_blend(
     blend: Blend, flag: str, seq_length: int, vocab_size: int | None, whole: bool = False
 ) -> list[IndexedFile]:
-    """The checked files of a blend.
+    """Open and check the files of a blend.
 
     Args:
-        whole: looks through all tokens of large files too, as is needed where windows are not looked at when read.
+        whole: check all tokens of large files too; needed if windows are not checked when they are read.
 
     Raises:
-        MegapruneError: one can't be used, is shorter than a window, or holds tokens that the model hasn't.
+        MegapruneError: a file can't be used, is shorter than a window, or has tokens outside the vocabulary.
     """
     files = [open_indexed(prefix, flag) for prefix in blend.prefixes]
     for file in files:
@@ -114,10 +117,10 @@ def open_blend(
 def stored_windows(
     blend: Blend, files: Sequence[IndexedFile], seq_length: int, pad_id: int, pad_last: bool, flag: str
 ) -> PackedDataset | JoinedWindows:
-    """The windows of datasets as they lie in their files, each token but the first of a dataset predicted once.
+    """Return the windows of the datasets in file order. Each token except the first of a dataset is predicted once.
 
     Raises:
-        UsageError: weights were given, which have no meaning here.
+        UsageError: the blend has weights, which have no meaning here.
     """
     if blend.weights is not None:
         raise UsageError(f"{flag} takes no weights: it is read once, in order; give the datasets alone")
@@ -137,11 +140,14 @@ def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
 
 @dataclass(frozen=True)
 class IndexedWindows:
-    """Samples of a blend, in the order that Megatron-Core's GPTDataset and BlendedDataset give them: sample n is the
-    same at every layout and after every resume.
+    """Samples of a blend, in the order of Megatron-Core's GPTDataset and BlendedDataset.
 
-    dataset: maps sample numbers to tokens and labels, int64 [seq_length] each. fingerprint: hex digest of the files
-    and of all that the order depends on.
+    Sample n is the same at every layout and after every resume.
+
+    Args:
+        dataset: maps sample numbers to tokens and labels, int64 [seq_length] each.
+        name: the data, for error messages.
+        fingerprint: hex digest of the files and of everything that determines the order.
     """
 
     dataset: Any
@@ -156,9 +162,12 @@ class IndexedWindows:
         return self.num_windows
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index`: tokens int64 [seq_length + 1], and the loss mask float32 [seq_length] of its labels, which
-        are the tokens from the second on: all ones. Raises IndexError outside 0 <= index < len(self), MegapruneError
-        for tokens that the model hasn't."""
+        """Return sample `index` (see `Windows.window`). The loss mask is all ones.
+
+        Raises:
+            IndexError: `index` is not in [0, len(self)).
+            MegapruneError: a token is outside the model's vocabulary.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         sample = self.dataset[index]
@@ -167,7 +176,7 @@ class IndexedWindows:
         return tokens, np.ones(self.seq_length, np.float32)
 
     def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """The windows of samples start .. start + count - 1: these, for `seed` went into the order already."""
+        """Return start .. start + count - 1, int64 [count]: the seed is already part of the order."""
         return np.arange(start, start + count)
 
 
@@ -183,19 +192,21 @@ def training_windows(
     cache_dir: Path,
     flag: str = "--train-data",
 ) -> IndexedWindows:
-    """At least `num_samples` windows, in Megatron's order for this seed: as many epochs of each dataset as they take.
-    Collective; each rank maps the index files that rank 0 writes to `cache_dir` if they are not there.
+    """Return at least `num_samples` windows in Megatron's order for this seed. Collective.
+
+    Each dataset is repeated for as many epochs as its share requires. Rank 0 writes the index files to `cache_dir` if
+    they do not exist, and all ranks map them.
 
     Raises:
-        MegapruneError: the indices can't be written, or not be seen from every rank.
+        MegapruneError: the index files can't be written, or a rank does not see them.
     """
     from megaprune.mcore import datasets, parallel
 
-    # Without weights, as Megatron does it: by windows.
+    # Without weights, the number of windows is the weight, as in Megatron.
     weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
     prefixes = [os.path.abspath(file.prefix) for file in files]
     fingerprint = _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
-    # The names of the index files hold the paths of the data, and say nothing of what these contain.
+    # The names of Megatron's index files depend on the paths of the data, but not on its contents.
     key = hashlib.sha256(json.dumps([prefixes, fingerprint]).encode()).hexdigest()[:32]
     folder = cache_dir.absolute() / "indexed" / key
 
@@ -212,7 +223,7 @@ def training_windows(
             build=build,
         )
 
-    # Drawn by rank 0 for all: 0 where the indices are there, else what their folder aside is called by.
+    # Rank 0 draws it for all ranks: 0 if the index files exist, otherwise the suffix of the temporary folder.
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
     number = int(parallel.of_first_rank(torch.tensor(number)))
     if number:
@@ -232,8 +243,15 @@ def training_windows(
 def calibration_windows(
     blend: Blend, files: Sequence[IndexedFile], *, most: int, seq_length: int, seed: int, **options: Any
 ) -> IndexedWindows:
-    """At most `most` windows of the blend, all from one epoch of each dataset. Collective; takes and raises what
-    `training_windows` does, and UsageError where a dataset is too small for its share of one window."""
+    """Return at most `most` windows of the blend, from one epoch of each dataset. Collective.
+
+    Args:
+        options: other arguments of `training_windows`.
+
+    Raises:
+        UsageError: a dataset is too small for its share of one window.
+        MegapruneError: as `training_windows`.
+    """
     from megaprune.mcore.datasets import samples_indexed
 
     windows = np.array([file.num_windows(seq_length) for file in files])
@@ -259,7 +277,7 @@ def _make(folder: Path) -> None:
 
 
 def _build(build: Any, aside: Path, folder: Path) -> None:
-    """Index files written aside by rank 0, then renamed; another run may have been quicker."""
+    """Write the index files to a temporary folder on rank 0 and rename it, unless another run was faster."""
     from megaprune.mcore import parallel
 
     try:
@@ -268,7 +286,7 @@ def _build(build: Any, aside: Path, folder: Path) -> None:
             aside.rename(folder)
     except MegapruneError:
         raise
-    except Exception as error:  # the core wraps the OSErrors of some of its writes
+    except Exception as error:  # Megatron-Core wraps some OSErrors
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if not isinstance(cause, OSError):
             raise

@@ -1,4 +1,7 @@
-"""Datasets: windows of tokens by number, and the order in which training reads them."""
+"""Datasets: numbered windows of tokens, and the order in which training reads them.
+
+Documents are concatenated and cut into windows of `seq_length` tokens, regardless of where documents end.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,52 @@ import numpy as np
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import UsageError
 
-# Keeps the choice of calibration windows apart from the order of any epoch of the same seed.
+# A random stream of its own: the choice of calibration windows is independent of the order of any epoch.
 CALIBRATION_STREAM = 0xCA11B
 
 
 class Windows(Protocol):
-    """Windows of tokens, by number: what batches are made of."""
+    """A dataset: windows of tokens that are read by their numbers."""
 
     @property
-    def seq_length(self) -> int: ...
+    def seq_length(self) -> int:
+        """Predicted tokens in a window."""
+        ...
 
     @property
-    def pad_id(self) -> int: ...
+    def pad_id(self) -> int:
+        """The token that fills incomplete windows and batches."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hex digest of the tokens and their loss mask."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a window: tokens int64 [seq_length + 1], and the loss mask float32 [seq_length] of its labels.
 
-    def train_order(self, seed: int, start: int, count: int) -> np.ndarray: ...
+        The labels are the tokens from the second on.
+
+        Raises:
+            IndexError: `index` is not in [0, len(self)).
+        """
+        ...
+
+    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Return the windows of training samples start .. start + count - 1, int64 [count]."""
+        ...
 
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """Windows of seq_length + 1 tokens over a token stream, seq_length apart, so that every token of the
-    stream but the first is predicted exactly once.
+    """Windows of a token stream.
 
-    A last window that is not full is left out, or with `pad_last` filled up with `pad_id` at no loss.
+    Window i holds seq_length + 1 tokens, from i * seq_length on, so that every token of the stream except the first
+    is predicted exactly once. An incomplete last window is dropped, or with `pad_last` filled with `pad_id`, which
+    carries no loss.
     """
 
     stream: TokenStream
@@ -56,22 +76,21 @@ class PackedDataset:
 
     @property
     def tokens_total(self) -> int:
-        """Tokens in the stream."""
+        """Number of tokens in the stream."""
         return len(self.stream.tokens)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the token stream and its loss mask; seq_length and padding are no part of it."""
+        """Hex digest of the token stream and its loss mask; independent of seq_length and padding."""
         return self.stream.fingerprint
 
     @property
     def document_offsets(self) -> np.ndarray:
-        """Where each document begins in the stream, and the stream's end: int64 [documents + 1]."""
+        """Offsets of the documents in the stream, and its length: int64 [documents + 1]."""
         return self.stream.document_offsets
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window `index`: tokens int64 [seq_length + 1], and the loss mask float32 [seq_length] of its
-        labels, which are the tokens from the second on. Raises IndexError outside 0 <= index < len(self)."""
+        """Return window `index` (see `Windows.window`)."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.seq_length
@@ -84,13 +103,13 @@ class PackedDataset:
         return tokens, loss_mask
 
     def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """The windows of training samples start .. start + count - 1, int64 [count]."""
+        """Return the windows of training samples start .. start + count - 1, int64 [count]."""
         return sample_order(len(self), seed, start, count)
 
 
 @dataclass(frozen=True)
 class JoinedWindows:
-    """The windows of several datasets, one dataset after the other; none spans two."""
+    """The windows of several datasets, one dataset after the other. No window spans two datasets."""
 
     parts: list[PackedDataset]
 
@@ -104,14 +123,14 @@ class JoinedWindows:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the parts'."""
+        """Hex digest of the parts' fingerprints."""
         return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `PackedDataset.window`."""
+        """Return window `index` (see `Windows.window`)."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         ends = list(accumulate(map(len, self.parts)))
@@ -119,14 +138,14 @@ class JoinedWindows:
         return self.parts[part].window(index - (ends[part - 1] if part else 0))
 
     def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """As `PackedDataset.train_order`."""
+        """Return the windows of training samples start .. start + count - 1, int64 [count]."""
         return sample_order(len(self), seed, start, count)
 
 
 def sample_order(num_windows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """The windows of samples start .. start + count - 1 of the endless sample sequence, int64 [count].
+    """Return the windows of samples start .. start + count - 1 of an endless sequence, int64 [count].
 
-    Sample n stands in epoch n // num_windows, which is a permutation of all windows drawn from (seed, epoch).
+    Sample n belongs to epoch n // num_windows. Each epoch is a permutation of all windows, drawn from (seed, epoch).
     """
     samples = np.arange(start, start + count)
     order = np.empty(count, np.int64)
@@ -136,15 +155,21 @@ def sample_order(num_windows: int, seed: int, start: int, count: int) -> np.ndar
     return order
 
 
-@lru_cache(maxsize=2)  # asked for at every iteration, and two epochs meet in one batch
+@lru_cache(maxsize=2)  # used at every iteration; a batch may span two epochs
 def _permutation(num_windows: int, seed: int, stream: int) -> np.ndarray:
-    # RandomState, whose numbers numpy promises never to change (NEP 19): a run may resume under a newer one.
+    # numpy promises never to change RandomState's numbers (NEP 19), so a run may resume under a newer version.
     return np.random.RandomState([seed, stream]).permutation(num_windows)
 
 
 def calibration_ids(num_windows: int, count: int, seed: int, skip: int = 0) -> list[int]:
-    """`count` windows for calibration, in ascending order, the same at every call; behind the `skip` that another call
-    gives. Raises UsageError for more windows than there are."""
+    """Return `count` windows for calibration, in ascending order, chosen by the seed alone.
+
+    Args:
+        skip: windows that another call chose; the result has none of them.
+
+    Raises:
+        UsageError: there are fewer than skip + count windows.
+    """
     if skip + count > num_windows:
         raise UsageError(
             f"--calibration-samples {skip + count} is more than the {num_windows} windows of --train-data: "

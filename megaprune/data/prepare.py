@@ -1,4 +1,4 @@
-"""Preparation of a dataset: from what a flag names to windows of tokens."""
+"""Preparation of a dataset: from the paths in a flag to windows of tokens."""
 
 from __future__ import annotations
 
@@ -26,18 +26,25 @@ def prepare_dataset(
     pad_last: bool = False,
     vocab_size: int | None = None,
 ) -> Windows:
-    """The windows of `paths`: .jsonl, .json (also .zst, .gz), .parquet, folders of these, or hub dataset ids; or of
-    preprocessed datasets (prefixes of .bin and .idx), in the order of the files.
+    """Return the windows of `paths`, in the order of the files.
 
-    Where `vocab_size`, the model's, is given, all tokens are held against it. Preprocessed data is mapped as it is. The
-    rest is tokenised into `cache_dir` at the first call and mapped from there afterwards: rank 0 calls it alone, the
-    others after a barrier. Texts are tokenised with the tokenizer's own special tokens and end with its end-of-text
-    token; chats are what the chat template makes of them, and where it marks the assistant's tokens (a
-    `{% generation %}` block) only those carry loss. A hub dataset ("id" or "id:split") is fetched once: later calls use
-    the cache and do not ask whether the hub has a newer one.
+    Text and chats are tokenized into `cache_dir` by the first call and mapped from there by later ones. With several
+    ranks, call it on rank 0 first and on the others after a barrier. Texts get the tokenizer's own special tokens and
+    end with its end-of-text token. Chats are rendered by the chat template; if it marks the assistant's tokens (a
+    `{% generation %}` block), only those carry loss. Preprocessed datasets are mapped without conversion. A hub
+    dataset is fetched once: later calls use the cache and do not look for a newer version.
 
-    Raises UsageError or MegapruneError, naming `flag` and the file and line, for data that cannot be used,
-    and for fewer tokens than one window.
+    Args:
+        paths: .jsonl and .json files (also .zst, .gz), .parquet files, folders of these, and hub dataset ids ("id" or
+            "id:split"); or prefixes of preprocessed .bin and .idx files.
+        seq_length: predicted tokens in a window.
+        flag: named in error messages.
+        pad_last: fill the incomplete last window instead of dropping it.
+        vocab_size: the model's; if given, all tokens are checked against it.
+
+    Raises:
+        UsageError: a path does not exist or has an unsupported ending.
+        MegapruneError: the data can't be used (names the file and line), or has fewer tokens than one window.
     """
     blend = find_blend(paths, flag)
     if blend is not None:
