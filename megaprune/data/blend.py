@@ -255,13 +255,13 @@ def calibration_windows(
     from megaprune.mcore.datasets import samples_indexed
 
     windows = np.array([file.num_windows(seq_length) for file in files])
-    weights = blend.weights or windows
+    weights = blend.weights or windows.astype(float).tolist()
     count = min(most, int(windows.sum()))
     while count and (samples_indexed(weights, count) > windows).any():
         count -= 1
     if not count:
         raise UsageError(
-            f"--train-data {files[windows.argmin()].prefix} is too small for a choice of calibration windows: give "
+            f"--train-data {files[int(windows.argmin())].prefix} is too small for a choice of calibration windows: give "
             "more data or a smaller --seq-length"
         )
     return training_windows(

@@ -98,8 +98,8 @@ class PackedDataset:
         tokens = np.full(self.seq_length + 1, self.pad_id, np.int64)
         tokens[: stop - start] = self.stream.tokens[start:stop]
         loss_mask = np.zeros(self.seq_length, np.float32)
-        all_ones = self.stream.loss_mask is None
-        loss_mask[: stop - start - 1] = 1.0 if all_ones else self.stream.loss_mask[start + 1 : stop]
+        mask = self.stream.loss_mask
+        loss_mask[: stop - start - 1] = 1.0 if mask is None else mask[start + 1 : stop]
         return tokens, loss_mask
 
     def train_order(self, seed: int, start: int, count: int) -> np.ndarray:

@@ -19,14 +19,19 @@ from megaprune.utils.text import first_line
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4_000_000
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
-# What transformers itself looks for before it can give a mask of the assistant's tokens.
+# The block that transformers requires in a template to return a mask of the assistant's tokens.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 EncodedDocument = tuple[np.ndarray, np.ndarray | None]  # tokens [n], loss mask [n] or None for all ones
 
 
 class Encoder:
-    """Documents to tokens, in order, a batch at a time."""
+    """Encodes documents in batches.
+
+    Args:
+        dtype: type of the tokens.
+        vocab_size: the model's; if given, all tokens are checked against it.
+    """
 
     def __init__(self, tokenizer: Any, dtype: np.dtype, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -35,8 +40,12 @@ class Encoder:
         self._ignored = IgnoredFields(tokenizer)
 
     def encode(self, documents: Iterable[Document], flag: str) -> Iterator[EncodedDocument]:
-        """Raises MegapruneError where the tokenizer or its chat template refuses a document."""
-        with tqdm(desc=f"tokenising {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY) as bar:
+        """Yield the tokens and loss masks of all documents in order, with a progress bar.
+
+        Raises:
+            MegapruneError: the tokenizer or its chat template refuses a document; names the document.
+        """
+        with tqdm(desc=f"tokenizing {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY) as bar:
             for batch in _batches(documents):
                 for tokens, loss_mask in self.encode_batch(batch):
                     yield tokens, loss_mask
@@ -45,18 +54,23 @@ class Encoder:
                     bar.write(note)
 
     def take_notes(self) -> dict[str, str]:
-        """What there is to say of the batches since the last call: by its field, a line."""
+        """Return the messages about ignored fields since the last call, by the name of the field."""
         notes, self._ignored.notes = self._ignored.notes, {}
         return notes
 
     def encode_batch(self, batch: list[Document]) -> list[EncodedDocument]:
-        """The tokens of neighbours of one kind. Raises MegapruneError, naming the document, where one is refused."""
+        """Return the tokens and loss masks of a batch of either texts or chats.
+
+        Raises:
+            MegapruneError: the tokenizer or its chat template refuses a document, or a token is outside the vocabulary;
+                names the document.
+        """
         encode = self._encode_chats if batch[0].is_chat else self._encode_texts
         try:
             encoded = encode(batch)
         except MegapruneError:
             raise
-        except Exception as error:  # templates and custom tokenizers raise what they like
+        except Exception as error:  # templates and custom tokenizers raise any type
             if len(batch) == 1:
                 what = "chat template" if batch[0].is_chat else "tokenizer"
                 raise MegapruneError(f"{batch[0].where}: the {what} refuses it ({first_line(error)})") from error
@@ -66,10 +80,10 @@ class Encoder:
                     raise MegapruneError(
                         beyond_vocabulary(document.where, self.tokenizer, tokens.max(), self.vocab_size)
                     )
-                if document.is_chat:
-                    self._ignored.look(document.where, document.content, document.arguments, document.unread)
+                if isinstance(messages := document.content, list):
+                    self._ignored.look(document.where, messages, document.arguments, document.unread)
             return encoded
-        # One at a time, to name the document at fault.
+        # Encode one document at a time to find the one that was refused.
         return [encoded for document in batch for encoded in self.encode_batch([document])]
 
     def _encode_texts(self, batch: list[Document]) -> list[EncodedDocument]:
@@ -78,7 +92,7 @@ class Encoder:
             [document.content for document in batch],
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # a document longer than the model's context is nothing to warn of: it gets cut
+            verbose=False,  # no warning for documents longer than the model's context: they are cut into windows
         )
         return [
             (np.asarray(ids if ids and ids[-1] == eos else [*ids, eos], dtype=self.dtype), None)
@@ -91,7 +105,7 @@ class Encoder:
                 f"{batch[0].where} is chat, but the tokenizer has no chat template: take a model "
                 "whose tokenizer has one, or give the conversations as text"
             )
-        # A call has one set of arguments.
+        # All chats of one call have the same arguments.
         groups = groupby(batch, lambda document: document.arguments)
         return [encoded for arguments, group in groups for encoded in self._encode_alike(list(group), arguments)]
 
@@ -117,7 +131,7 @@ class Encoder:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Neighbours of one kind: enough to keep a fast tokenizer's threads busy, few enough for memory."""
+    """Yield batches of consecutive texts or chats, large enough for a fast tokenizer's threads, and of bounded memory."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

@@ -1,9 +1,8 @@
-"""The token cache: documents tokenised once into flat files that every rank maps.
+"""The token cache: documents are tokenized once into flat files, which every rank maps into memory.
 
-`CACHE_DIR/<key>/` holds `tokens.bin` (all documents end to end; little-endian uint16, or uint32 for
-vocabularies from 65,536), `loss_mask.bin` (uint8, only where some token carries no loss),
-`document_offsets.bin` (int64: where each document begins, and the end) and `meta.json`. Sequence length is no
-part of it: windows are views.
+`CACHE_DIR/<key>/` contains `tokens.bin` (all documents end to end; little-endian uint16, or uint32 for vocabularies of
+65,536 and more), `loss_mask.bin` (uint8; only if some tokens carry no loss), `document_offsets.bin` (int64: the offset
+of each document, and the end) and `meta.json`. The cache does not depend on the sequence length: windows are views.
 """
 
 from __future__ import annotations
@@ -28,16 +27,19 @@ from megaprune.data.sources import RowKeys, find_sources, read_documents, source
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
 from megaprune.utils.errors import MegapruneError
 
-_FORMAT = 2  # raise it when the same sources would give other tokens or other files
+_FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """All tokens of a data set, memory-mapped.
+    """All tokens of a dataset, memory-mapped.
 
-    tokens: [t] uint16 or uint32. loss_mask: [t] uint8, or None where every token carries loss.
-    document_offsets: [documents + 1] int64. fingerprint: hex digest of the tokens and their mask, whatever
-    files or machine they came from. largest_token: the highest id in it, 0 where it is not known.
+    Args:
+        tokens: uint16 or uint32 [t].
+        loss_mask: uint8 [t]; None if every token carries loss.
+        document_offsets: int64 [documents + 1].
+        fingerprint: hex digest of the tokens and their mask; independent of the files and the machine.
+        largest_token: the highest token id; 0 if unknown.
     """
 
     tokens: np.ndarray
@@ -50,11 +52,18 @@ class TokenStream:
 def open_or_build(
     paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir: Path, flag: str, vocab_size: int | None = None
 ) -> TokenStream:
-    """The token stream of `paths`, from the cache where it is there and whole, else tokenised into it.
+    """Return the token stream of `paths`. If the cache does not contain it, tokenize the data into the cache.
 
-    Appears whole or not at all; safe to call again, and from several processes where folders are not shared.
-    Raises MegapruneError (or UsageError) for paths and rows that cannot be used, for an unwritable cache, and, where
-    `vocab_size` is given, for the first document with a token that the model hasn't.
+    An entry of the cache is written completely or not at all. Several processes may call this at the same time.
+
+    Args:
+        paths: files, folders and hub dataset ids.
+        flag: named in error messages.
+        vocab_size: the model's; if given, all tokens are checked against it.
+
+    Raises:
+        UsageError: a path can't be used.
+        MegapruneError: a row can't be used or has a token outside the vocabulary, or the cache can't be written.
     """
     end_of_text(tokenizer, vocab_size, flag)
     keys = replace(keys, arguments=argument_columns(tokenizer))
@@ -73,7 +82,7 @@ def open_or_build(
         return Encoder(tokenizer, dtype, vocab_size).encode(documents, flag)
 
     if stream is not None and vocab_size is not None and stream.largest_token >= vocab_size:
-        deque(encoded(), maxlen=0)  # the cache is another model's with this tokenizer: raises at the document
+        deque(encoded(), maxlen=0)  # cached for another model with this tokenizer: raises and names the document
     if stream is None:
         try:
             _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
@@ -105,7 +114,7 @@ def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, na
         _publish(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:  # what was made for a build that failed goes too; full folders refuse to go
+        for parent in made:  # remove folders that a failed build created, unless they are in use
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
@@ -137,7 +146,7 @@ def _write_streams(encoded: Iterable[EncodedDocument], aside: Path, dtype: np.dt
 
 
 class _HashedFile:
-    """A file and the digest of what went into it."""
+    """A file with the digest of the data written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -149,7 +158,7 @@ class _HashedFile:
 
 
 def _publish(aside: Path, folder: Path) -> None:
-    """Rename into place; what lies there damaged goes, what another process finished meanwhile stays."""
+    """Rename the entry into place. A damaged entry is replaced; a complete one of another process is kept."""
     if folder.exists():
         if _open(folder) is not None:
             return
@@ -162,7 +171,7 @@ def _publish(aside: Path, folder: Path) -> None:
 
 
 def _open(folder: Path) -> TokenStream | None:
-    """The stream in `folder`, or None where it is absent or its files are not what its meta.json says."""
+    """Return the stream in `folder`; None if it does not exist or its files do not match its meta.json."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         count, documents, dtype = meta["tokens"], meta["documents"], np.dtype(meta["dtype"])
@@ -179,5 +188,5 @@ def _open(folder: Path) -> TokenStream | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     maps = {name: np.memmap(folder / name, dtype=kind, mode="r") for name, (kind, _) in files.items()}
-    tokens, loss_mask, offsets = (maps.get(name) for name in ("tokens.bin", "loss_mask.bin", "document_offsets.bin"))
-    return TokenStream(tokens, loss_mask, offsets, fingerprint, largest)
+    tokens, offsets = maps["tokens.bin"], maps["document_offsets.bin"]
+    return TokenStream(tokens, maps.get("loss_mask.bin"), offsets, fingerprint, largest)
