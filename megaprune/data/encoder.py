@@ -131,7 +131,7 @@ class Encoder:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield batches of consecutive texts or chats, large enough for a fast tokenizer's threads, and of bounded memory."""
+    """Yield batches of consecutive texts or chats, large enough for a fast tokenizer's threads."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

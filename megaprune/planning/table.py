@@ -15,7 +15,7 @@ _NOT_COUNTED = (
 
 
 def unfit(plan: Plan, device_bytes: float) -> list[tuple[Phase, list[Stage]]]:
-    """Return, for each phase, the stages whose ranks need more memory than a device has; phases that fit are left out."""
+    """Return the phases that do not fit, each with the stages whose ranks need more memory than a device has."""
     found = [(phase, [stage for stage in phase.stages if stage.memory.total > device_bytes]) for phase in plan.phases]
     return [(phase, stages) for phase, stages in found if stages]
 
