@@ -209,8 +209,8 @@ class ParallelConfig:
     context_parallel_size: int = flag("number of context-parallel ranks; only 1 is supported", 1, least=1)
     sequence_parallel: bool = flag("split activations along the sequence over tensor-parallel ranks", False)
     pipeline_model_parallel_layout: str | None = flag(
-        "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model are "
-        "always balanced"
+        "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
+        "are always balanced"
     )
 
 

@@ -261,8 +261,8 @@ def calibration_windows(
         count -= 1
     if not count:
         raise UsageError(
-            f"--train-data {files[int(windows.argmin())].prefix} is too small for a choice of calibration windows: give "
-            "more data or a smaller --seq-length"
+            f"--train-data {files[int(windows.argmin())].prefix} is too small for a choice of calibration windows: "
+            "give more data or a smaller --seq-length"
         )
     return training_windows(
         blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ CALIBRATION_STREAM, **options
