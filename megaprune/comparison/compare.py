@@ -1,4 +1,4 @@
-"""Runs a comparison, and measures what came of it."""
+"""A comparison: its runs, and the measurement of their results."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def _naming(planned: PlannedRun) -> Iterator[None]:
 
 
 def _check(comparison: Comparison) -> None:
-    """What would be refused in hours is refused now."""
+    """Check all runs before the first one starts."""
     met = set()
     for planned in comparison.runs:
         what = (planned.model, planned.label, planned.size)
@@ -86,13 +86,13 @@ def _check(comparison: Comparison) -> None:
 
 
 def _masks_of(planned: PlannedRun) -> tuple[str, int, str]:
-    """What the masks depend on that a finished run's is ranked among: the model, how many layers go, the protected."""
+    """The key of the masks that a finished run's mask is ranked among: model, number of pruned layers, protection."""
     pruned = json.loads((planned.folder / "report.json").read_text())["pruned_layers"]
     return planned.model, len(pruned), planned.config.search.protect_layers
 
 
 def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], Ranking]:
-    """Where the file asks for them. Measured once, and then read."""
+    """Return the rankings that the file asks for; each is measured once and then read."""
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
         key = _masks_of(planned)
@@ -121,7 +121,7 @@ def _result(planned: PlannedRun) -> dict[str, Any]:
 
 
 def _evaluation(planned: PlannedRun) -> dict[str, float]:
-    """KL and agreement of the export with the original in transformers, measured once."""
+    """Return KL and agreement of the export with the original in transformers; measured once and then read."""
     path, config = planned.folder / _EVALUATION, planned.config
     if not path.is_file():
         found = {"kl": math.nan, "top1_agreement": math.nan}

@@ -1,4 +1,4 @@
-"""Where a mask stands among all masks of its size, by KL without recovery: small models let one measure them all."""
+"""The rank of a mask among all masks of its size by KL without recovery; on small models all can be measured."""
 
 import bisect
 import itertools
@@ -19,7 +19,7 @@ from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
 
-# beyond this many masks, ranking takes longer than the runs that it is to rank
+# with more masks, ranking takes longer than the runs that it ranks
 MOST_MASKS = 20_000
 _MASKS_AT_ONCE = 64
 
@@ -32,16 +32,16 @@ class Ranking:
         self._sorted = sorted(kl_of.values())
 
     def percentile(self, kept_layers: Sequence[int]) -> float:
-        """The share of masks that are better, in percent; NaN for one that was not among them."""
+        """Return the share of masks that are better, in percent; NaN for a mask that was not measured."""
         kl = self.kl_of.get(tuple(kept_layers), math.nan)
         return math.nan if math.isnan(kl) else 100 * bisect.bisect_left(self._sorted, kl) / len(self._sorted)
 
 
 def all_masks(selection: SelectionOptions) -> list[tuple[int, ...]]:
-    """Every set of layers that a run could have kept.
+    """Return every set of layers that a run could have kept.
 
     Raises:
-        UsageError: they are too many, or layers are not what is counted.
+        UsageError: there are too many, or the budget counts parameters.
     """
     budget, protected = selection.budget, selection.protected
     free = [layer for layer in range(budget.num_layers) if layer not in protected]
@@ -56,7 +56,7 @@ def all_masks(selection: SelectionOptions) -> list[tuple[int, ...]]:
 
 
 def rank_all_masks(config: Config, num_windows: int, path: Path) -> Ranking:
-    """Measures every mask on the first validation windows, or reads what was measured before. Collective."""
+    """Measure every mask on the first validation windows, or read the result of an earlier call. Collective."""
     if not path.is_file():
         options, source = open_run(config, parallel.world_size())
         with parallel.session(options.sizes):

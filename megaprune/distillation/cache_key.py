@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megaprune.data.batches import Windows
-from megaprune.data.token_cache import tokenizer_fingerprint
+from megaprune.data.datasets import Windows
+from megaprune.data.tokenizer import tokenizer_fingerprint
 from megaprune.distillation.cache_format import CacheKey
 from megaprune.mcore import parallel
 from megaprune.utils.errors import MegapruneError
@@ -20,7 +20,7 @@ def fingerprint_of(source: HFSource) -> str:
     except MegapruneError as met:
         error = met
     parallel.raise_together(error)
-    parts = parallel.from_all_ranks(digests)
+    parts = parallel.all_gather_objects(digests)
     return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
 
 

@@ -1,10 +1,10 @@
-"""A plan for the terminal and as JSON."""
+"""Output of a plan: text for the terminal, and plain data for JSON."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megaprune.planning.plan import Phase, Plan, Stage
+from megaprune.utils.text import number_ranges
 
 _GIB = 2**30
 _NOT_COUNTED = (
@@ -15,13 +15,13 @@ _NOT_COUNTED = (
 
 
 def unfit(plan: Plan, device_bytes: float) -> list[tuple[Phase, list[Stage]]]:
-    """The stages of each phase whose ranks need more memory than a device has."""
+    """Return the phases that do not fit, each with the stages whose ranks need more memory than a device has."""
     found = [(phase, [stage for stage in phase.stages if stage.memory.total > device_bytes]) for phase in plan.phases]
     return [(phase, stages) for phase, stages in found if stages]
 
 
 def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
-    """The plan as a few lines and a table for each phase."""
+    """Return the plan as text: a few lines, and a table for each phase."""
     lines = [*_heading(plan)]
     for phase in plan.phases:
         lines += ["", *_phase_lines(phase, device_memory_gib)]
@@ -34,7 +34,7 @@ def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
 
 
 def plan_record(plan: Plan, device_memory_gib: float | None) -> dict[str, Any]:
-    """The plan as plain data; sizes in bytes, costs in multiply-adds for a token."""
+    """Return the plan as plain data. Memory is in bytes, costs are in multiply-adds per token."""
     cluster = plan.cluster
     iterations = plan.config.recovery.train_iters
     return {
@@ -112,7 +112,17 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
     title = f"{phase.name}: {_layers(phase)}, {_sizes(phase)}"
     lines = [title + (f" (assumed: {phase.assumed})" if phase.assumed else "")]
     unit, name = (_GIB, "GiB") if max(stage.memory.total for stage in phase.stages) >= _GIB else (2**20, "MiB")
-    header = ("stage", "ranks", "layers", "dense+MoE", "parameters", "trained", "weights", "gradients", "optimizer")
+    header: tuple[str, ...] = (
+        "stage",
+        "ranks",
+        "layers",
+        "dense+MoE",
+        "parameters",
+        "trained",
+        "weights",
+        "gradients",
+        "optimizer",
+    )
     header += ("teacher", "activations", "working", f"total {name}", "cost")
     mean = sum(stage.cost for stage in phase.stages) / len(phase.stages)
     rows = [header]
@@ -122,7 +132,7 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
         row = [
             str(number),
             _ranks(stage),
-            _ranges(stage.running_layers),
+            number_ranges(stage.running_layers, ","),
             f"{stage.dense_layers}+{stage.moe_layers}",
             f"{stage.parameters:,}",
             f"{stage.trained_parameters:,}",
@@ -150,7 +160,7 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     lines = []
     for phase, stages in found:
         fullest = max(stages, key=lambda stage: stage.memory.total)
-        numbers = _ranges([number for number, stage in enumerate(phase.stages) if stage in stages])
+        numbers = number_ranges((number for number, stage in enumerate(phase.stages) if stage in stages), ",")
         lines.append(
             f"does not fit in {device_memory_gib:g} GiB: {phase.name}, stages {numbers}; the fullest needs "
             f"{fullest.memory.total / _GIB:,.1f} GiB on each rank of {_ranks(fullest)}"
@@ -159,7 +169,7 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
 
 
 def _ranks(stage: Stage) -> str:
-    return _ranges(range(stage.first_rank, stage.last_rank + 1))
+    return number_ranges(range(stage.first_rank, stage.last_rank + 1), ",")
 
 
 def _layers(phase: Phase) -> str:
@@ -172,14 +182,3 @@ def _layers(phase: Phase) -> str:
 def _sizes(phase: Phase) -> str:
     active = f", {phase.size.active:,} of them active for a token" if phase.size.active != phase.size.total else ""
     return f"{phase.size.total:,} parameters{active}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-3,5 for 0, 1, 2, 3, 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megaprune import device
-from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for
+from megaprune.data.batches import PADDING_ID, Batch, batches_for
+from megaprune.data.datasets import Windows
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
@@ -169,7 +170,7 @@ class _Caching:
         count, size = self._plan.num_shards, parallel.world_size()
         mine = range(parallel.rank(), count, size)
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
-        left = sorted(shard for part in parallel.from_all_ranks(found) for shard in part)
+        left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
             say(f"going on: {count - len(left):,} of {count:,} shards are there")
         return left
@@ -183,8 +184,8 @@ class _Caching:
         batches = self._batches([*mine, *[PADDING_ID] * (rows - len(mine))])
         tokens = sum(len(self._plan.windows_of(shard)) for shard in shards) * self._plan.key.seq_length
 
-        def advance(number: int) -> None:
-            bar.update(tokens * (number + 1) // len(batches) - tokens * number // len(batches))
+        def advance(done: schedule.LossTokens) -> None:
+            bar.update(tokens * (done.number + 1) // len(batches) - tokens * done.number // len(batches))
 
         error = None
         writes = mine and parallel.is_last_stage() and parallel.tensor_parallel().rank == 0
@@ -210,11 +211,11 @@ class _Caching:
         self,
         batches: Sequence[Batch],
         keep: Callable[[TeacherTargets, int], None],
-        before: Callable[[int], None] | None = None,
+        before: Callable[[schedule.LossTokens], None] | None = None,
     ) -> None:
-        def collect(logits: Tensor, number: int) -> None:
+        def collect(logits: Tensor, tokens: schedule.LossTokens) -> None:
             # Every tensor-parallel rank has a part in the top k of the whole vocabulary.
-            keep(teacher_targets(logits, self._plan.top_k, self._shard), number)
+            keep(teacher_targets(logits, self._plan.top_k, self._shard), tokens.number)
 
         schedule.forward(self._teacher, batches, collect, before)
 
@@ -236,7 +237,7 @@ class _Caching:
 
 def _on_cpu(targets: TeacherTargets, count: int) -> TeacherTargets:
     """The targets [s, b, ...] of the first windows of a micro-batch."""
-    return TeacherTargets(*(column[:, :count].cpu() for column in targets.__dict__.values()))
+    return targets.map(lambda column: column[:, :count].cpu())
 
 
 def _duration(seconds: float) -> str:

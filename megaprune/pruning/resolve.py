@@ -19,7 +19,7 @@ from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
+from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
 from megaprune.pruning.cache_teacher import check_output
@@ -220,7 +220,7 @@ def _pipeline(config: Config, hf_config: HFConfig, sizes: ParallelSizes) -> Pipe
     costs, last = layer_costs(hf_config), output_cost(hf_config)
     layout = config.parallel.pipeline_model_parallel_layout
     if layout is not None:
-        original = stages_of(layout, sizes.pipeline, len(costs))
+        original = parse_layout(layout, sizes.pipeline, len(costs))
     else:
         original = balanced_stages(costs, sizes.pipeline, last)
     return PipelineOptions(tuple(original), tuple(costs), last)

@@ -4,11 +4,12 @@ import time
 
 import torch
 
+from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext, agreed_layers
-from megaprune.pruning.step import Objective, search_step, train_step
+from megaprune.pruning.step import search_step, train_step
 from megaprune.selection.segments import cut_position
 from megaprune.utils.progress import say
 
@@ -94,4 +95,4 @@ def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return Objective(distillation.loss, distillation.tail, run.models.shard, teacher)
+    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)

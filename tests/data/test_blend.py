@@ -11,8 +11,10 @@ import torch
 from megatron.core.datasets import helpers  # noqa: F401  the wheel's compiled helpers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megaprune.data.batches import calibration_ids, eval_batches, prepare_dataset, train_batches
-from megaprune.data.blend import Blend, find_blend, open_blend
+from megaprune.data.batches import eval_batches, train_batches
+from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.data.datasets import calibration_ids
+from megaprune.data.prepare import prepare_dataset
 from megaprune.mcore import datasets
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -40,8 +42,8 @@ def training(words, cache, *, num_samples=24, seed=7, seq_length=8, calibration=
     files = open_blend(blend, FLAG, seq_length, VOCAB)
     options = dict(seq_length=seq_length, seed=seed, pad_id=0, vocab_size=VOCAB, cache_dir=cache)
     if calibration:
-        return blend.calibration_windows(blend, files, most=calibration, **options)
-    return blend.training_windows(blend, files, num_samples=num_samples, **options)
+        return calibration_windows(blend, files, most=calibration, **options)
+    return training_windows(blend, files, num_samples=num_samples, **options)
 
 
 def all_windows(windows):

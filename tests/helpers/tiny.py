@@ -165,6 +165,13 @@ def make_data(path: Path, rows: int, seed: int) -> Path:
     return path
 
 
+def make_data_folder(folder: Path, train_rows: int, valid_rows: int) -> Path:
+    """Write train.jsonl and valid.jsonl."""
+    make_data(folder / "train.jsonl", rows=train_rows, seed=1)
+    make_data(folder / "valid.jsonl", rows=valid_rows, seed=2)
+    return folder
+
+
 def _sentence(rng: random.Random) -> str:
     return " ".join(rng.choices(keyword.kwlist, k=rng.randint(4, 12)))
 
