@@ -191,7 +191,8 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
     )
     assert done.returncode == 1, done.stderr
     by_rank = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}
-    (said,) = filter(None, by_rank.values())  # by the rank that was the first to end
+    assert sum(map(bool, by_rank.values())) == 1, by_rank
+    said = "".join(by_rank.values())  # by the rank that was the first to end
     assert "iter_0000001.tmp can't be written (" in said and "needed): make room" in said, by_rank
     assert said.count("\n") == 1 and "Traceback" not in said and not (tmp_path / "run").exists(), by_rank
 
