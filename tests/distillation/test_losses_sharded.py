@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -79,6 +80,7 @@ def worker(rank, rendezvous):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_equals_whole(tmp_path):
     mp.spawn(worker, args=(tmp_path / "rendezvous",), nprocs=TP)
     assert len(list(tmp_path.glob("rendezvous-rank*"))) == TP * 2 * len(VOCABULARIES)
