@@ -57,6 +57,8 @@ def claim(status: int, line: str) -> bool | None:
 
 
 class _Watch:
+    """A thread that polls the launcher's store for failures of other ranks."""
+
     def __init__(self) -> None:
         from torch.distributed import TCPStore  # imported here: a single process does not need torch
 

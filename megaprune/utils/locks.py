@@ -59,6 +59,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 class _Lock:
+    """A lock file, and the thread that touches it while it is held."""
+
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what = path, what
         self._file: int | None = None

@@ -1,4 +1,4 @@
-"""Flags and recipes: what they become, and how they are refused."""
+"""Configurations from flags and recipes, and the errors in both."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def flat(argv):
 
 
 def refusal(argv):
-    """The message that a command line is refused with, of one line."""
+    """Return the message with which a command line is refused; check that it is one line."""
     with pytest.raises(UsageError) as caught:
         parse_config([str(word) for word in argv])
     message = str(caught.value)
@@ -78,7 +78,7 @@ def refusal(argv):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes a recipe and gives the command line that names it."""
+    """Write a recipe and return the command line that uses it."""
 
     def write(text):
         path = tmp_path / "recipe.yaml"
