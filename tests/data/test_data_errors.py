@@ -29,7 +29,7 @@ def make_tokenizer(eos="<eos>", chat_template=None):
 
 
 def refusal(path, tmp_path, *, tokenizer=None, error=MegapruneError, **options):
-    """Return the message with which `path` is refused; check that it is one line with the flag, and that no cache exists."""
+    """Return the message with which `path` is refused: one line with the flag. Check that no cache exists."""
     cache_dir = tmp_path / "run" / "cache"
     options = {"seq_length": 4, "cache_dir": cache_dir, "flag": "--valid-data", **options}
     paths = path if isinstance(path, list) else [str(path)]
