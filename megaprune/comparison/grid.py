@@ -1,4 +1,4 @@
-"""What is compared: one run for each model, method, size and seed, all with the same other flags."""
+"""The runs of a comparison: one per model, method, size and seed, all with the same other flags."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megaprune.selection.registry import Method, find
 from megaprune.utils.errors import UsageError
 
 _KEYS = ("run", "models", "methods", "seeds", "rank_windows", *WHAT_TO_PRUNE)
-# what differs from run to run, or would leave a comparison without results
+# flags that differ from run to run, or would leave a comparison without results
 _NOT_COMMON = ("method", "seed", "save", "dry_run", *WHAT_TO_PRUNE)
 
 
@@ -28,19 +28,21 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
+        assert self.config.run.save is not None  # `read_comparison` sets it
         return Path(self.config.run.save)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs, and on how many validation windows their masks are ranked among all masks (0: not)."""
+    """The runs, and the number of validation windows on which their masks are ranked among all masks (0: none)."""
 
     runs: list[PlannedRun]
     rank_windows: int = 0
 
 
 def read_comparison(path: Path, save: Path) -> Comparison:
-    """The runs that a YAML file asks for, each checked like a command line.
+    """Read the runs that a YAML file asks for, each checked like a command line.
 
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
     `label`, and `seeds` of its own), `seeds`, and one of `num_layers_to_prune`, `prune_ratio`, `target_params` (a list
@@ -114,7 +116,7 @@ def _method(path: Path, label: str, flags: dict[str, Any]) -> Method:
 
 
 def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The flags of each model by its name; one without a name where none is named."""
+    """Return the flags of each model by its name; one nameless entry if the file names no models."""
     models = asked.get("models", {"": {}})
     if not isinstance(models, dict) or not models or not all(isinstance(flags, dict) for flags in models.values()):
         raise UsageError(f"--config {path}: models must map names to flags, such as small: {{hf_model: DIR}}")
@@ -122,7 +124,7 @@ def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _as_folder(path: Path, kind: str, name: Any) -> str:
-    """A name that a folder can have."""
+    """Return a name after checking that it can be part of a folder's name."""
     if not isinstance(name, str | int | float) or "/" in str(name) or str(name) in (".", ".."):
         raise UsageError(f"--config {path}: the {kind} {name!r} can't be part of a folder's name; give it another")
     return str(name)

@@ -162,7 +162,7 @@ class DistillationConfig:
         "ce: cross-entropy, no teacher",
         "adaptive",
     )
-    distill_tail: Literal["renormalised", "rest", "full"] = flag(
+    distill_tail: Literal["renormalized", "rest", "full"] = flag(
         "treatment of the tokens outside the teacher's top k: renormalized ignores them, rest counts them as one "
         "outcome, full compares with the student's full softmax",
         "rest",

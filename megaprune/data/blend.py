@@ -264,10 +264,10 @@ def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
 
     # Rank 0 draws it for all ranks: 0 if the index files exist, otherwise the suffix of the temporary folder.
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
-    number = int(parallel.of_first_rank(torch.tensor(number)))
+    number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
         aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
-        parallel.on_first_rank(lambda: _make(aside))
+        parallel.on_rank0(lambda: _make(aside))
         _build(lambda: build(aside), aside, folder)
         parallel.barrier()
     unseen = None

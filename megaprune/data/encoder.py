@@ -14,6 +14,7 @@ from megaprune.data.chat import TOOLS, IgnoredFields
 from megaprune.data.sources import Document
 from megaprune.data.tokenizer import beyond_vocabulary
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.text import first_line
 
 _BATCH_DOCUMENTS = 1024
@@ -45,7 +46,9 @@ class Encoder:
         Raises:
             MegapruneError: the tokenizer or its chat template refuses a document; names the document.
         """
-        with tqdm(desc=f"tokenizing {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY) as bar:
+        with tqdm(
+            desc=f"tokenizing {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY, disable=not bars_are_shown()
+        ) as bar:
             for batch in _batches(documents):
                 for tokens, loss_mask in self.encode_batch(batch):
                     yield tokens, loss_mask

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import torch
 
-from megaprune import device
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import VocabShard, cross_entropy
 from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
@@ -110,12 +109,11 @@ class LayerEvaluator:
 
     def taylor_importance(self) -> torch.Tensor:
         """The first-order change of the loss without each layer, [num_layers], divided by the layer's cost."""
-        batches = self._taken(1.0)
         found = taylor_importance(
             self._model,
-            batches,
-            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
-            lambda logits, number: cross_entropy(logits, batches[number].labels.t().to(logits.device), self._shard),
+            self._taken(1.0),
+            lambda tokens: tokens.loss_mask,
+            lambda logits, tokens: cross_entropy(logits, tokens.labels, self._shard),
             self._budget.num_layers,
         )
         self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)

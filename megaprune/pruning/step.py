@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megaprune import device
-from megaprune.distillation.losses import (
-    LossKind,
-    Tail,
-    TeacherTargets,
-    VocabShard,
-    cross_entropy,
-    distillation_loss,
-    token_weights,
-)
-from megaprune.distillation.teachers import Teacher
+from megaprune.distillation.objectives import Objective
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.layers.gated import LayerGate, frozen
 from megaprune.mcore.optimizer import Trainer
@@ -32,16 +23,6 @@ class StepResult:
     lr: float
     grad_norm: float | None
     mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The loss of a step, and where its targets come from (None: the data alone)."""
-
-    kind: LossKind
-    tail: Tail
-    shard: VocabShard
-    teacher: Teacher | None
 
 
 def train_step(
@@ -90,30 +71,15 @@ def search_step(
 def _forward_backward(
     trainer: Trainer, batches: Sequence[schedule.MicroBatch], objective: Objective, iteration: int
 ) -> float:
-    """Gathers gradients, and returns the loss of the global batch."""
-    targets = objective.teacher.targets(batches) if objective.teacher else []
-    value = schedule.mean_token_loss(
-        trainer.ddp,
-        batches,
-        lambda number: _weights(batches[number], objective, targets, number),
-        lambda logits, number: _token_losses(logits, batches[number], objective, targets, number),
-    )
+    """Accumulate gradients, and return the loss of the global batch."""
+    targets = objective.targets(batches)
+    with objective.watching(trainer.model):
+        value = schedule.mean_token_loss(
+            trainer.ddp,
+            batches,
+            lambda tokens: objective.token_weights(tokens, targets[tokens.number]),
+            lambda logits, tokens: objective.token_losses(logits, tokens, targets[tokens.number]),
+        )
     if not value < float("inf"):
         raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
     return value
-
-
-def _weights(
-    batch: schedule.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int
-) -> Tensor:
-    loss_mask = batch.loss_mask.t().to(device.torch_device())
-    return token_weights(objective.kind, loss_mask, targets[number] if targets else None)
-
-
-def _token_losses(
-    logits: Tensor, batch: schedule.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int
-) -> Tensor:
-    """[s, b] losses of the logits [s, b, vocab / tp]."""
-    if objective.kind == "ce":
-        return cross_entropy(logits, batch.labels.t().to(logits.device), objective.shard)
-    return distillation_loss(logits, targets[number], objective.shard, objective.tail)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megaprune.distillation.objectives import make_objective
 from megaprune.distillation.teachers import vocab_shard
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
@@ -22,9 +23,9 @@ from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.signals import StopRequest
-from megaprune.pruning.step import Objective, search_step
+from megaprune.pruning.step import search_step
 from megaprune.selection.budget import Budget
+from megaprune.utils.errors import RunStopped
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
 from megaprune.weights.torch_dist.layout import checkpoint_key
@@ -95,7 +96,7 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     )
     taylor = evaluator.taylor_importance()
     trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    result = search_step(trainer, batches, Objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
+    result = search_step(trainer, batches, make_objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
     found = {"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad, "taylor": taylor}
     torch.save(found, f"{out}.{parallel.rank()}")
     parallel.finish()
@@ -109,26 +110,15 @@ def prune(argv: list[str]) -> None:
 def interrupted_prune(stops: list[list[Any]]) -> None:
     """A run in several goes, each with flags of its own, stopped when this many iterations of it are done (None: at
     the end)."""
-    agreed, leave = StopRequest.agreed, parallel.leave
-    parallel.leave = lambda: None  # these processes go on with other cases
-    try:
-        for argv, iterations in stops:
-            stop_after(iterations)
-            try:
-                tiny.run_here(argv)
-            except SystemExit as stopped:
-                assert iterations is not None and stopped.code == 0
-            else:
-                assert iterations is None, f"the run was not stopped after {iterations} iterations"
-    finally:
-        StopRequest.agreed, parallel.leave = agreed, leave
+    for argv, iterations in stops:
+        try:
+            tiny.run_here(argv, tiny.stop_after(iterations))
+        except RunStopped:
+            assert iterations is not None
+        else:
+            assert iterations is None, f"the run was not stopped after {iterations} iterations"
 
 
-def stop_after(iterations: int | None) -> None:
-    asked = iter(range(1, 1_000_000))
-    StopRequest.agreed = lambda self: next(asked) == iterations
-
-
-def whole_vocabulary(logits: torch.Tensor, number: int) -> torch.Tensor:
+def whole_vocabulary(logits: torch.Tensor, tokens: schedule.LossTokens) -> torch.Tensor:
     """The logits [s, b, padded vocab] from each rank's [s, b, vocab / tp]."""
     return torch.cat(gather_over_tensor_parallel(logits), dim=-1)
