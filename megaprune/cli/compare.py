@@ -14,8 +14,8 @@ from megaprune.utils.errors import UsageError
 class CompareConfig:
     """The flags of `compare`."""
 
-    config: str | None = flag("YAML file: the runs' common flags, and what to compare")
-    save: str | None = flag("folder for the runs, the tables and the plots; what is finished there is not run again")
+    config: str | None = flag("YAML file with the common flags of all runs and the values to compare")
+    save: str | None = flag("folder for the runs, the tables and the plots; finished runs in it are not repeated")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:

@@ -17,8 +17,10 @@ class PlanConfig:
     """What a plan needs beside the flags of the run that it plans."""
 
     _argument_group_name = "plan"
-    world_size: int = required("processes of the cluster, one to each accelerator", least=1)
-    device_memory_gib: float | None = flag("memory of an accelerator: says what will not fit", above=0)
+    world_size: int = required("number of processes in the cluster, one per accelerator", least=1)
+    device_memory_gib: float | None = flag(
+        "memory of an accelerator in GiB; the plan then reports the stages that do not fit", above=0
+    )
     output: str | None = flag("write the plan to this JSON file")
 
 

@@ -29,7 +29,7 @@ _ends_together = False
 
 
 def end_together() -> None:
-    """Has this process end when another rank fails, from `watch` on: as commands do, and a library must not."""
+    """Make `watch` end this process when another rank fails. Commands call this; a library call must not end it."""
     global _ends_together
     _ends_together = True
 

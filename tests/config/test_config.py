@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megaprune.cli.prune import parse_config
-from megaprune.config.schema import Config, num_layers_to_prune
+from megaprune.config.schema import Config
+from megaprune.config.sizes import num_layers_to_prune
 from megaprune.utils.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
