@@ -10,7 +10,7 @@ from megaprune.utils.errors import UsageError
 
 @dataclass
 class TrainStepOptions:
-    """A dense model with random weights, and how often to step."""
+    """A dense model with random weights, and the number of steps."""
 
     # with fewer than 4, half of the layers can't be masked beside the first and the last
     num_layers: int = flag("number of layers, at least 4", 16, least=4)
@@ -46,7 +46,7 @@ class TrainStepOptions:
 
 @dataclass
 class ConvertOptions:
-    """A synthetic checkpoint, and how often to convert it."""
+    """A synthetic checkpoint, and the number of conversions."""
 
     size_gb: float = flag("size in GB of the bf16 checkpoint, which has the shape of a LLaMA model", 4.0, least=0.001)
     hidden_size: int = flag("hidden size, a multiple of 512", 4096)
@@ -108,7 +108,7 @@ class InferenceOptions:
 
 @dataclass
 class TeacherCacheOptions:
-    """A trained model, some text, and how often to pass over it."""
+    """A trained model, data, and the number of passes."""
 
     hf_model: str | None = flag("HF model: a folder with safetensors files, or a hub id")
     data: list[str] = flag("data, in the formats of --train-data of `megaprune prune`", [])

@@ -25,7 +25,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
         MegapruneError: a run was refused.
         UsageError: the file is wrong.
     """
-    description = "Several methods on one model, at equal budgets."
+    description = "Compare several methods at equal budgets."
     [settings] = parse_flags(argv, [CompareConfig], "compare.py", description, recipes=False)
     for name in ("config", "save"):
         if not getattr(settings, name):

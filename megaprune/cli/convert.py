@@ -12,11 +12,11 @@ _DIFFERENCES_SHOWN = 10
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Converts or compares.
+    """Convert a checkpoint, or compare two.
 
     Raises:
-        MegapruneError: what was asked can't be done, or the folders differ.
-        UsageError: the flags are wrong.
+        MegapruneError: the conversion is not possible, or the folders differ.
+        UsageError: a flag is wrong.
     """
     arguments = _parser().parse_args(argv)
     arguments.work(arguments)

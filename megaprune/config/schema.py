@@ -331,11 +331,11 @@ class Config:
 
     @property
     def method(self) -> Method:
-        """The method that chooses the layers."""
+        """The method that selects the layers."""
         return registry.find(self.prune.method)
 
     def method_options(self) -> dict[str, Any]:
-        """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
+        """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
             MegapruneError: it takes a keyword that is no flag.
