@@ -1,8 +1,8 @@
-"""Trains a tiny Qwen3 with transformers, of the demo teacher's architecture.
+"""Train a tiny Qwen3 with transformers. It has the architecture of the demo's teacher.
 
     python examples/demo/train_teacher.py --save runs/teacher --steps 1300
 
-A new teacher, not the one in `teacher/`: that one saw four times this text, in two runs (README.md).
+The result differs from `teacher/`, which was trained on four times this text in two runs (see README.md).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MIN_LR_RATIO = 0.03
 
 
 def read_texts(path: Path) -> list[str]:
-    """The `text` field of every line of a .jsonl or .jsonl.zst file."""
+    """Return the `text` field of every line of a .jsonl or .jsonl.zst file."""
     with path.open("rb") as raw:
         stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
         return [json.loads(line)["text"] for line in io.TextIOWrapper(stream, encoding="utf-8")]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def teacher_config(vocab_size: int, num_layers: int) -> Qwen3Config:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents, shuffled, each closed by the end-of-text token, as one row of token ids."""
+    """Return the ids of all documents, shuffled, each followed by the end-of-text token, as one row."""
     documents = random.Random(0).sample(texts, len(texts))
     return torch.tensor(
         [token for ids in tokenizer(documents)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
@@ -78,13 +78,13 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tens
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then cosine down to MIN_LR_RATIO of the peak."""
+    """Return the learning rate: linear warm-up, then a cosine decay to MIN_LR_RATIO of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * cosine)
 
 
 def next_token_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy, in nats, of windows [b, s + 1]."""
+    """Return the mean cross-entropy, in nats, of windows [b, s + 1]."""
     logits = model(tokens[:, :-1]).logits  # [b, s, v]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -98,7 +98,7 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, args: argparse.Namespace
         loss = next_token_loss(model, torch.stack([tokens[i : i + args.seq_length + 1] for i in starts]))
         optimizer.zero_grad()
         loss.backward()
-        # A gradient that is not finite would spoil every weight: such a step is passed over.
+        # A gradient that is not finite would destroy every weight: skip such a step.
         if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
             optimizer.step()
         if step % 50 == 0 or step + 1 == args.steps:
@@ -107,7 +107,7 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, args: argparse.Namespace
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, tokens: torch.Tensor, args: argparse.Namespace) -> float:
-    """Mean loss, in nats, over consecutive windows."""
+    """Return the mean loss, in nats, over consecutive windows."""
     count = len(tokens) // (args.seq_length + 1)
     windows = tokens[: count * (args.seq_length + 1)].view(count, -1)
     batches = windows.split(args.batch_size)
@@ -125,10 +125,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=16, help="decoder layers")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the BPE vocabulary")
     parser.add_argument("--steps", type=int, default=1300, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows a step")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens a window")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows per step")
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens per window")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (3e-3 diverged)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the data order")
     return parser.parse_args()
 
 

@@ -4,7 +4,7 @@
     python examples/quantize/quantize.py --hf-model runs/demo/hf --save runs/demo/hf-int8
     python tools/evaluate.py --hf-model runs/demo/hf-int8 --data examples/demo/valid.jsonl
 
-Nothing here knows that the model was pruned: it is a stock checkpoint, and so is what comes out.
+The input is an ordinary checkpoint, pruned or not, and so is the output.
 """
 
 import argparse

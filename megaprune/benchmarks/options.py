@@ -10,24 +10,29 @@ from megaprune.utils.errors import UsageError
 
 @dataclass
 class TrainStepOptions:
-    """A dense model with random weights, and how often to step."""
+    """A dense model with random weights, and the number of steps."""
 
     # with fewer than 4, half of the layers can't be masked beside the first and the last
-    num_layers: int = flag("layers of the model, at least 4", 16, least=4)
+    num_layers: int = flag("number of layers, at least 4", 16, least=4)
     hidden_size: int = flag("hidden size", 512, least=1)
-    ffn_hidden_size: int | None = flag("columns of the MLP (default: 3 x the hidden size)", least=1)
-    num_attention_heads: int = flag("attention heads", 8, least=1)
+    ffn_hidden_size: int | None = flag("intermediate size of the MLP (default: 3 x the hidden size)", least=1)
+    num_attention_heads: int = flag("number of attention heads", 8, least=1)
     num_query_groups: int | None = flag(
-        "key-value heads (default: half of the attention heads, if that is whole)", least=1
+        "number of key-value heads (default: half of the attention heads if their number is even, else all)",
+        least=1,
     )
-    vocab_size: int = flag("vocabulary; small, so that the layers decide the time", 2048, least=1)
+    vocab_size: int = flag(
+        "size of the vocabulary; small by default, so that the layers determine the time", 2048, least=1
+    )
     seq_length: int = flag("tokens in a window", 256, least=1)
-    micro_batch_size: int = flag("windows in a step of one replica", 4, least=1)
-    repeats: int = flag("steps of each kind that are measured", 10, least=1)
-    warmup: int = flag("steps of each kind before them", 2, least=0)
-    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1, least=1)
-    bf16: bool = flag("train in bf16 (default: fp32)", False)
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag("layer implementation", "auto")
+    micro_batch_size: int = flag("windows per step of a data-parallel replica", 4, least=1)
+    repeats: int = flag("number of measured steps of each kind", 10, least=1)
+    warmup: int = flag("number of warm-up steps of each kind", 2, least=0)
+    tensor_model_parallel_size: int = flag("number of tensor-parallel ranks", 1, least=1)
+    bf16: bool = flag("train in bf16 instead of fp32", False)
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag(
+        "layer implementation; auto uses Transformer Engine if it is available", "auto"
+    )
     output: str | None = flag("write the results to this JSON file")
 
     def check(self) -> None:
@@ -41,13 +46,17 @@ class TrainStepOptions:
 
 @dataclass
 class ConvertOptions:
-    """A synthetic checkpoint, and how often to convert it."""
+    """A synthetic checkpoint, and the number of conversions."""
 
-    size_gb: float = flag("size of the bf16 checkpoint, in LLaMA's shape", 4.0, least=0.001)
+    size_gb: float = flag("size in GB of the bf16 checkpoint, which has the shape of a LLaMA model", 4.0, least=0.001)
     hidden_size: int = flag("hidden size, a multiple of 512", 4096)
-    repeats: int = flag("rounds", 3, least=1)
-    transformers: bool = flag("measure transformers' load and save too, which hold the whole model", True)
-    folder: str | None = flag("where to work: needs three times the size (default: the system's temporary folder)")
+    repeats: int = flag("number of measured rounds", 3, least=1)
+    transformers: bool = flag(
+        "also measure loading and saving with transformers, which holds the whole model in memory", True
+    )
+    folder: str | None = flag(
+        "working folder with space for three times the size (default: the system's temporary folder)"
+    )
     output: str | None = flag("write the results to this JSON file")
 
     def check(self) -> None:
@@ -61,20 +70,24 @@ class ConvertOptions:
 class InferenceOptions:
     """Two models, or the sizes of two with random weights."""
 
-    hf_model: str | None = flag("the original model (default: random weights of the sizes below)")
-    pruned_model: str | None = flag("the pruned model: a run's hf/ folder")
-    num_layers: int = flag("random weights: layers of the original", 16, least=2)
-    num_pruned: int = flag("random weights: layers that the pruned model lacks", 4, least=1)
-    hidden_size: int = flag("random weights: hidden size", 1024, least=1)
-    num_attention_heads: int = flag("random weights: attention heads", 16, least=1)
-    vocab_size: int = flag("random weights: vocabulary; small, so that the layers decide the time", 2048, least=2)
-    batch_sizes: list[int] = flag("prompts at once; each is measured", [1, 8], least=1)
-    prompt_lengths: list[int] = flag("tokens of a prompt; each is measured", [128], least=1)
-    new_tokens: int = flag("tokens that a prompt is continued by", 16, least=2)
-    repeats: int = flag("rounds", 5, least=1)
-    warmup: int = flag("rounds before them", 1, least=0)
-    engine: Literal["transformers", "vllm"] = flag("what runs the models", "transformers")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("of the weights (auto: as stored)", "auto")
+    hf_model: str | None = flag("original model (default: random weights of the sizes given by the other flags)")
+    pruned_model: str | None = flag("pruned model: the hf/ folder of a run")
+    num_layers: int = flag("with random weights: number of layers of the original model", 16, least=2)
+    num_pruned: int = flag("with random weights: number of removed layers", 4, least=1)
+    hidden_size: int = flag("with random weights: hidden size", 1024, least=1)
+    num_attention_heads: int = flag("with random weights: number of attention heads", 16, least=1)
+    vocab_size: int = flag(
+        "with random weights: size of the vocabulary; small by default, so that the layers determine the time",
+        2048,
+        least=2,
+    )
+    batch_sizes: list[int] = flag("numbers of prompts in a batch; each one is measured", [1, 8], least=1)
+    prompt_lengths: list[int] = flag("numbers of tokens in a prompt; each one is measured", [128], least=1)
+    new_tokens: int = flag("number of tokens to generate per prompt", 16, least=2)
+    repeats: int = flag("number of measured rounds", 5, least=1)
+    warmup: int = flag("number of warm-up rounds", 1, least=0)
+    engine: Literal["transformers", "vllm"] = flag("library that runs the models", "transformers")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("dtype of the weights (auto: as stored)", "auto")
     output: str | None = flag("write the results to this JSON file")
 
     def check(self) -> None:
@@ -95,15 +108,15 @@ class InferenceOptions:
 
 @dataclass
 class TeacherCacheOptions:
-    """A trained model, some text, and how often to pass over it."""
+    """A trained model, data, and the number of passes."""
 
-    hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
-    data: list[str] = flag("text, as --train-data of prune.py", [])
-    seq_length: int | None = flag("tokens in a window (default: 256, or the model's positions if fewer)", least=1)
-    micro_batch_size: int = flag("windows in a forward pass", 4, least=1)
-    windows: int = flag("windows of a round", 64, least=1)
-    repeats: int = flag("rounds that are measured", 5, least=1)
-    bf16: bool = flag("run the model in bf16 (default: fp32)", False)
+    hf_model: str | None = flag("HF model: a folder with safetensors files, or a hub id")
+    data: list[str] = flag("data, in the formats of --train-data of `megaprune prune`", [])
+    seq_length: int | None = flag("tokens in a window (default: 256, or the model's maximum if it is smaller)", least=1)
+    micro_batch_size: int = flag("windows per forward pass", 4, least=1)
+    windows: int = flag("windows per round", 64, least=1)
+    repeats: int = flag("number of measured rounds", 5, least=1)
+    bf16: bool = flag("run the model in bf16 instead of fp32", False)
     output: str | None = flag("write the results to this JSON file")
 
     def check(self) -> None:

@@ -21,7 +21,9 @@ class OutputConfig:
     """Where the cache goes."""
 
     _argument_group_name = "cache"
-    output: str | None = flag("folder of the cache; unfinished work lies beside it, and is gone on with")
+    output: str | None = flag(
+        "folder of the cache; unfinished work is stored next to it, and the same command continues it"
+    )
 
 
 def run(argv: Sequence[str], command: str = "") -> None:

@@ -14,8 +14,8 @@ from megaprune.utils.errors import UsageError
 class CompareConfig:
     """The flags of `compare`."""
 
-    config: str | None = flag("YAML file: the runs' common flags, and what to compare")
-    save: str | None = flag("folder for the runs, the tables and the plots; what is finished there is not run again")
+    config: str | None = flag("YAML file with the common flags of all runs and the values to compare")
+    save: str | None = flag("folder for the runs, the tables and the plots; finished runs in it are not repeated")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
@@ -25,7 +25,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
         MegapruneError: a run was refused.
         UsageError: the file is wrong.
     """
-    description = "Several methods on one model, at equal budgets."
+    description = "Compare several methods at equal budgets."
     [settings] = parse_flags(argv, [CompareConfig], "compare.py", description, recipes=False)
     for name in ("config", "save"):
         if not getattr(settings, name):

@@ -12,11 +12,11 @@ _DIFFERENCES_SHOWN = 10
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Converts or compares.
+    """Convert a checkpoint, or compare two.
 
     Raises:
-        MegapruneError: what was asked can't be done, or the folders differ.
-        UsageError: the flags are wrong.
+        MegapruneError: the conversion is not possible, or the folders differ.
+        UsageError: a flag is wrong.
     """
     arguments = _parser().parse_args(argv)
     arguments.work(arguments)
@@ -32,21 +32,21 @@ def _parser() -> argparse.ArgumentParser:
         return verb
 
     importing = add("import", "HF safetensors to a Megatron-Core torch_dist checkpoint", _import)
-    importing.add_argument("--hf-model", required=True, help="HF model: a folder with safetensors, or a hub id")
-    importing.add_argument("--megatron-path", required=True, help="the checkpoint folder to write")
+    importing.add_argument("--hf-model", required=True, help="HF model: a folder with safetensors files, or a hub id")
+    importing.add_argument("--megatron-path", required=True, help="checkpoint folder to write")
     importing.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: as stored; bf16 for FP8)"
     )
     exporting = add("export", "a Megatron-Core torch_dist checkpoint to HF safetensors", _export)
-    exporting.add_argument("--megatron-path", required=True, help="a checkpoint that `convert.py import` wrote")
-    exporting.add_argument("--hf-path", required=True, help="the HF folder to write")
-    exporting.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default: 5GB)")
+    exporting.add_argument("--megatron-path", required=True, help="checkpoint written by `megaprune convert import`")
+    exporting.add_argument("--hf-path", required=True, help="HF folder to write")
+    exporting.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default: 5GB)")
     for verb in (importing, exporting):
-        verb.add_argument("--workers", type=_positive, help="threads of each process (default: 2, under torchrun 1)")
-        verb.add_argument("--resume", action="store_true", help="go on with interrupted work")
+        verb.add_argument("--workers", type=_positive, help="threads per process (default: 2; under torchrun: 1)")
+        verb.add_argument("--resume", action="store_true", help="continue interrupted work")
     verifying = add("verify", "compares two HF folders tensor by tensor", _verify)
-    verifying.add_argument("--hf-model", required=True, help="an HF folder")
-    verifying.add_argument("--hf-path", required=True, help="the other")
+    verifying.add_argument("--hf-model", required=True, help="first HF folder")
+    verifying.add_argument("--hf-path", required=True, help="second HF folder")
     return parser
 
 

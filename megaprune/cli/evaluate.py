@@ -22,7 +22,7 @@ class OutputConfig:
 
 def run(argv: Sequence[str], command: str = "") -> None:
     """Evaluate what the command line asks for, print a table, and write `--output` where given."""
-    description = "Loss of an HF model, and agreement with a teacher."
+    description = "Compute the loss of an HF model, and its agreement with a teacher."
     config, settings = parse_flags(argv, [EvaluateConfig, OutputConfig], "evaluate.py", description, recipes=False)
     if settings.output and Path(settings.output).is_dir():
         raise UsageError(f"--output {settings.output} is a folder: give the name of a JSON file")

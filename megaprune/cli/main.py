@@ -39,7 +39,7 @@ _WAIT_FOR_FIRST_RANK_SECONDS, _WAIT_FOR_LAUNCHER_SECONDS = 15, 5
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Runs a verb and exits: 0, or 1 or 2 with one line on stderr (see `megaprune.utils.errors`)."""
+    """Run a verb and exit: with 0, or with 1 or 2 and one line on stderr (see `megaprune.utils.errors`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if verb is None:
         if not words or words[0] not in VERBS:
@@ -58,7 +58,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
 
 
 def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
-    """Runs a verb. Returns the exit status and, where the verb was refused, the line that says why."""
+    """Run a verb. Return the exit status and, after an error, its line."""
     _quieten()
     try:
         forget_stale_variables(verb in _JOBS)
@@ -88,15 +88,15 @@ def _usage(words: Sequence[str]) -> NoReturn:
 
 
 def _fail(status: int, line: str, details: str = "") -> NoReturn:
-    """Exits, and ends the other ranks; one of them says why.
+    """Exit and terminate the other ranks; one rank prints the reason.
 
     Args:
-        details: printed before the line; of a fault that nobody foresaw, and that this rank may be alone with.
+        details: text before the line: the traceback of an unexpected error, which may occur on this rank alone.
     """
     first = failure.claim(status, line) if world_size() > 1 else True
     if first is None:
-        # Nobody could be told: the launcher ends all processes when one is gone. What is refused before ranks join is
-        # refused on each, and rank 0 must be the first to go, or its line is lost.
+        # The other ranks could not be notified; the launcher terminates them when this process ends. An error before
+        # the ranks join occurs on every rank, and rank 0 must exit first, or its line is lost.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if rank() != 0 and not details:
             time.sleep(_WAIT_FOR_FIRST_RANK_SECONDS)
@@ -111,7 +111,7 @@ def _fail(status: int, line: str, details: str = "") -> NoReturn:
 
 
 def _quieten() -> None:
-    """Libraries' chatter would bury the run's own lines."""
+    """Silence libraries whose messages would hide those of the run."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,6 +120,6 @@ def _quieten() -> None:
 
 
 def _on_thread_error(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer raises a disk's error in its own thread, and again where it is next written to."""
+    """Silence disk errors in the thread of TensorBoard's writer, which raises them again at the next write."""
     if args.exc_value is None or disk_error(args.exc_value) is None:
         threading.__excepthook__(args)

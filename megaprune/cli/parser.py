@@ -13,7 +13,7 @@ from megaprune.utils.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """An argument parser whose errors are one line."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse words that must all be known; suggest the flag that an unknown one resembles."""
@@ -36,7 +36,7 @@ def parse_flags(
     alternatives: Sequence[Collection[str]] = (),
     recipes: bool = True,
 ) -> list[Any]:
-    """Return the dataclasses that a command line, and its recipe where there is one, fill.
+    """Return dataclasses with the values of a command line and of its recipe, if it names one.
 
     Args:
         alternatives: sets of flags of which one is given; one on the command line replaces another in the recipe.
@@ -56,7 +56,7 @@ def parse_flags(
 
 
 def _load_first(argv: Sequence[str], groups: Sequence[type]) -> None:
-    """Load what flags name on which the choices of others, and so `--help`, depend."""
+    """Load modules that flags name and that other flags' choices, and so `--help`, depend on."""
     parser = Parser(add_help=False, allow_abbrev=False)
     loaders = {name: setting.loads for name, setting in settings_of(groups).items() if setting.loads is not None}
     for name in loaders:
@@ -67,7 +67,7 @@ def _load_first(argv: Sequence[str], groups: Sequence[type]) -> None:
 
 
 def _placeholders(groups: Sequence[type], given: Collection[str]) -> dict[str, Any]:
-    """Return values for the required settings that are not given, so that the given ones can be checked alone."""
+    """Return placeholders for required settings that are not given, so that the given ones can be checked alone."""
     required = (setting for setting in settings_of(groups).values() if setting.required)
     return {setting.name: setting.kind(1) for setting in required if setting.name not in given}
 

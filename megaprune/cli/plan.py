@@ -1,4 +1,4 @@
-"""The verb `plan`: a run on paper, from its own flags and the number of processes."""
+"""The verb `plan`: the plan of a run, from the flags of the run and the number of processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +14,24 @@ from megaprune.utils.errors import UsageError
 
 @dataclass
 class PlanConfig:
-    """What a plan needs beside the flags of the run that it plans."""
+    """The flags of `plan` in addition to those of the run."""
 
     _argument_group_name = "plan"
-    world_size: int = required("processes of the cluster, one to each accelerator", least=1)
-    device_memory_gib: float | None = flag("memory of an accelerator: says what will not fit", above=0)
+    world_size: int = required("number of processes in the cluster, one per accelerator", least=1)
+    device_memory_gib: float | None = flag(
+        "memory of an accelerator in GiB; the plan then reports the stages that do not fit", above=0
+    )
     output: str | None = flag("write the plan to this JSON file")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Plans, prints tables and writes ``--output`` where given.
+    """Print the plan, and write it to ``--output`` if given.
 
     Raises:
         MegapruneError: the model can't be expressed.
         UsageError: the flags don't fit each other, the model or the processes.
     """
-    description = "Layers, parameters and memory of every rank of a run, without weights or accelerators."
+    description = "Compute the layers, parameters and memory of every rank of a run, without weights or accelerators."
     *groups, settings = parse_flags(argv, (*GROUPS, PlanConfig), "plan.py", description, ALTERNATIVES)
     config = Config(*groups)
     check_for_plan(config)

@@ -8,7 +8,7 @@ from megaprune.cli.signals import StopRequest
 from megaprune.config.checks import check_run
 from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
 
-_DESCRIPTION = "Prunes and heals a model: HF folder in, pruned HF folder out."
+_DESCRIPTION = "Prune layers of a model and recover its quality: HF folder in, pruned HF folder out."
 
 
 def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:

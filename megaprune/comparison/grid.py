@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megaprune.config.mapping import read_yaml
-from megaprune.config.schema import WHAT_TO_PRUNE, Config, pruned_layers_of
+from megaprune.config.schema import WHAT_TO_PRUNE, Config
+from megaprune.config.sizes import pruned_layers_of
 from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method, find
 from megaprune.utils.errors import UsageError

@@ -6,8 +6,8 @@ from megaprune.config.schema import (
     Config,
     ModelConfig,
     PruneConfig,
-    pruned_layers_of,
 )
+from megaprune.config.sizes import pruned_layers_of
 from megaprune.selection import registry
 from megaprune.utils.errors import UsageError
 

@@ -1,4 +1,4 @@
-"""The flags of an evaluation."""
+"""The configuration of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,18 @@ from megaprune.config.fields import flag, required
 
 @dataclass
 class EvaluateConfig:
-    """The model, what it is evaluated on, and how: the flags of `evaluate`."""
+    """The flags of `evaluate`: the model, the data and the settings."""
 
-    hf_model: str = required("the model: a folder or a hub id")
-    data: list[str] = flag("held-out text: .jsonl, .jsonl.zst, .parquet, folders of these, or hub dataset ids", [])
-    teacher: str | None = flag("also measure KL and top-1 agreement against this model")
-    tasks: str | None = flag("lm-evaluation-harness tasks, comma-separated (needs megaprune[eval])")
-    seq_length: int | None = flag("tokens of a window (default: what the model card says, else at most 2048)")
+    hf_model: str = required("model to evaluate: a folder or a hub id")
+    data: list[str] = flag(
+        "held-out data: .jsonl, .jsonl.zst or .parquet files, folders of these, or hub dataset ids", []
+    )
+    teacher: str | None = flag("reference model; enables the KL divergence and the top-1 agreement with it")
+    tasks: str | None = flag("lm-evaluation-harness tasks, separated by commas (needs megaprune[eval])")
+    seq_length: int | None = flag("tokens in a window (default: as in the model card, otherwise at most 2048)")
     micro_batch_size: int = flag("windows in one forward pass", 8)
-    dtype: str = flag("auto, fp32, bf16 or fp16; auto is fp32 on the CPU, the model's own on a GPU", "auto")
-    text_key: str = flag("the key that holds a row's text", "text")
-    messages_key: str = flag("the key that holds a row's chat", "messages")
-    limit: int | None = flag("only the first so many windows, and examples of each task")
-    trust_remote_code: bool = flag("run code that the model's repository brings", False)
+    dtype: str = flag("auto, fp32, bf16 or fp16; auto is fp32 on a CPU and the dtype of the model on a GPU", "auto")
+    text_key: str = flag("key of the text in each row", "text")
+    messages_key: str = flag("key of the chat messages in each row", "messages")
+    limit: int | None = flag("maximum number of windows, and of examples per task")
+    trust_remote_code: bool = flag("run code that comes with the model", False)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
+from megaprune.config.sizes import pruned_layers_of
 from megaprune.selection import registry
 from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method
-from megaprune.utils.errors import UsageError
 
 _LONGEST_DEFAULT_WINDOW = 4096
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
@@ -331,11 +331,11 @@ class Config:
 
     @property
     def method(self) -> Method:
-        """The method that chooses the layers."""
+        """The method that selects the layers."""
         return registry.find(self.prune.method)
 
     def method_options(self) -> dict[str, Any]:
-        """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
+        """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
             MegapruneError: it takes a keyword that is no flag.
@@ -384,23 +384,3 @@ class Config:
             return 0
         chosen = self.search.search_iters
         return self.tenth_of_training if chosen is None else chosen
-
-
-def pruned_layers_of(text: str) -> list[int]:
-    """Parse layer numbers such as ``3,7,9``.
-
-    Raises:
-        UsageError: the text is not a list of numbers.
-    """
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--prune-layers {text!r} is not a list of layer numbers such as 3,7,9") from None
-
-
-def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
-    """Return the number of layers to remove from a model of ``num_layers``; for flags that count layers."""
-    if config.num_layers_to_prune is not None:
-        return config.num_layers_to_prune
-    assert config.prune_ratio is not None, "the size is given in parameters or as a list"
-    return round(config.prune_ratio * num_layers)

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def training_windows(
     Raises:
         MegapruneError: the index files can't be written, or a rank does not see them.
     """
-    from megaprune.mcore import datasets, parallel
+    from megaprune.mcore import datasets
 
     # Without weights, the number of windows is the weight, as in Megatron.
     weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
@@ -223,18 +223,7 @@ def training_windows(
             build=build,
         )
 
-    # Rank 0 draws it for all ranks: 0 if the index files exist, otherwise the suffix of the temporary folder.
-    number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
-    number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
-    if number:
-        aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
-        parallel.on_rank0(lambda: _make(aside))
-        _build(lambda: blended(aside, build=True), aside, folder)
-        parallel.barrier()
-    unseen = None
-    if not folder.is_dir():
-        unseen = MegapruneError(f"{folder} is not there on every node: give a shared folder as --data-cache-path")
-    parallel.raise_together(unseen)
+    _ensure_indices(lambda aside: blended(aside, build=True), folder)
     name = f"{flag} {' '.join(blend.prefixes)}"
     dataset = blended(folder, build=False)
     return IndexedWindows(dataset, num_samples, seq_length, pad_id, vocab_size, name, fingerprint)
@@ -269,6 +258,24 @@ def calibration_windows(
     )
 
 
+def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
+    """Build the index files in `folder` unless they exist, and check that every rank sees them. Collective."""
+    from megaprune.mcore import parallel
+
+    # Rank 0 draws it for all ranks: 0 if the index files exist, otherwise the suffix of the temporary folder.
+    number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
+    number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
+    if number:
+        aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
+        parallel.on_rank0(lambda: _make(aside))
+        _build(lambda: build(aside), aside, folder)
+        parallel.barrier()
+    unseen = None
+    if not folder.is_dir():
+        unseen = MegapruneError(f"{folder} is not there on every node: give a shared folder as --data-cache-path")
+    parallel.raise_together(unseen)
+
+
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
@@ -276,7 +283,7 @@ def _make(folder: Path) -> None:
         raise MegapruneError(f"--data-cache-path: {folder} can't be written ({error.strerror})") from error
 
 
-def _build(build: Any, aside: Path, folder: Path) -> None:
+def _build(build: Callable[[], object], aside: Path, folder: Path) -> None:
     """Write the index files to a temporary folder on rank 0 and rename it, unless another run was faster."""
     from megaprune.mcore import parallel
 

@@ -115,10 +115,12 @@ class JoinedWindows:
 
     @property
     def seq_length(self) -> int:
+        """Predicted tokens in a window."""
         return self.parts[0].seq_length
 
     @property
     def pad_id(self) -> int:
+        """The token that fills incomplete windows and batches."""
         return self.parts[0].pad_id
 
     @property

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -290,7 +290,7 @@ class DocumentEncoder:
         return np.array(tokens, self.encoding.dtype)
 
 
-def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers: int) -> Iterator[Encoded]:
+def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers: int) -> Generator[Encoded]:
     """Yield the documents of the rows in order, in batches. The result does not depend on the number of workers.
 
     Raises:

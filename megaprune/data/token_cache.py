@@ -153,6 +153,7 @@ class _HashedFile:
         self.digest = hashlib.sha256()
 
     def write(self, data: bytes) -> None:
+        """Append data to the file and to the digest."""
         self.file.write(data)
         self.digest.update(data)
 

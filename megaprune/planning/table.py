@@ -9,8 +9,8 @@ from megaprune.utils.text import number_ranges
 _GIB = 2**30
 _NOT_COUNTED = (
     "not counted: the CUDA context, communication buffers, fragmentation and uneven routing (leave a tenth free).\n"
-    "Layers are Megatron-Core's local ones: Transformer Engine's keep fewer activations. Adam is a fused one: "
-    "torch's own takes 4 more bytes for each trained parameter while it steps."
+    "The estimate is for Megatron-Core's local layers; Transformer Engine's keep fewer activations. It assumes a fused "
+    "Adam; torch's own needs 4 more bytes per trained parameter during a step."
 )
 
 
@@ -27,7 +27,7 @@ def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
         lines += ["", *_phase_lines(phase, device_memory_gib)]
     if len(plan.phases) > 1:
         before, after = plan.phases[0], plan.phases[-1]
-        lines += ["", f"balance     dearest stage by the mean: {before.imbalance:.3f} before pruning, "]
+        lines += ["", f"balance     most expensive stage relative to the mean: {before.imbalance:.3f} before pruning, "]
         lines[-1] += f"{after.imbalance:.3f} after"
     lines += ["", *_fit_lines(plan, device_memory_gib), _NOT_COUNTED]
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from megaprune.config.schema import (
     EngineConfig,
     ParallelConfig,
     RunConfig,
-    num_layers_to_prune,
 )
+from megaprune.config.sizes import num_layers_to_prune
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions

@@ -29,7 +29,7 @@ _ends_together = False
 
 
 def end_together() -> None:
-    """Has this process end when another rank fails, from `watch` on: as commands do, and a library must not."""
+    """Make `watch` end this process when another rank fails. Commands call this; a library call must not end it."""
     global _ends_together
     _ends_together = True
 
@@ -64,6 +64,8 @@ def claim(status: int, line: str) -> bool | None:
 
 
 class _Watch:
+    """A thread that polls the launcher's store for failures of other ranks."""
+
     def __init__(self) -> None:
         from torch.distributed import TCPStore  # imported here: a single process does not need torch
 

@@ -59,6 +59,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 class _Lock:
+    """A lock file, and the thread that touches it while it is held."""
+
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what = path, what
         self._file: int | None = None
@@ -103,7 +105,7 @@ class _Lock:
             self._file = None
 
     def _try(self) -> None:
-        file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        kept, file = False, os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             mine = _flock(file)
             holder = _read(file)
@@ -120,9 +122,9 @@ class _Lock:
             if mine is None:
                 time.sleep(0.2)  # for one that began in the same moment: the last to write has it
             if self._is_named(file) and (mine or (_read(file) or {}).get("pid") == os.getpid()):
-                self._file, file = file, None
+                self._file, kept = file, True
         finally:
-            if file is not None:
+            if not kept:
                 os.close(file)
 
     def _is_over(self, holder: dict[str, Any], mine: bool | None) -> bool:

@@ -1,11 +1,11 @@
-"""Progress messages. They go to the logger `megaprune`, which is silent until the command line, or a user, shows it."""
+"""Progress messages. They go to the logger `megaprune`, which the command line or a user has to enable."""
 
 import logging
 
 from megaprune.utils.ranks import rank
 
 _LOGGER = logging.getLogger("megaprune")
-# One line for each few iterations of training: the console shows these on stderr.
+# Lines about training iterations; the console shows these on stderr.
 TRAINING = logging.getLogger("megaprune.training")
 _shown = {"bars": False}
 
@@ -17,10 +17,10 @@ def say(text: str) -> None:
 
 
 def show_bars(shown: bool) -> None:
-    """Set whether progress bars may be drawn on stderr, as the command line does; a library call draws none."""
+    """Enable or disable progress bars on stderr. The command line enables them; library calls draw none."""
     _shown["bars"] = shown
 
 
 def bars_are_shown() -> bool:
-    """Return whether this process draws progress bars."""
+    """Return True if this process draws progress bars."""
     return _shown["bars"] and rank() == 0

@@ -1,5 +1,6 @@
-"""Runs many command lines in one process, each to its exit as the console command would: importing megatron takes
-longer than all of them. Reads the cases (``argv``, ``env``) from one JSON file and writes what each came to to another.
+"""Run many command lines in one process, each to its exit, because importing megatron takes longer than all of them.
+
+Reads the cases (``argv``, ``env``) from one JSON file and writes the outcomes to another.
 """
 
 import json
@@ -12,11 +13,11 @@ from pathlib import Path
 
 
 class Exited(BaseException):
-    """In the place of ``os._exit``."""
+    """Exception that replaces ``os._exit``."""
 
 
 def run(argv: list[str], env: dict[str, str]) -> dict:
-    """The exit status of ``megaprune prune`` and all that it, or a library, wrote to stderr."""
+    """Return the exit status of ``megaprune prune`` and everything written to stderr."""
     from megaprune.cli import main as cli
     from megaprune.mcore import parallel
 

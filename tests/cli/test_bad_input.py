@@ -1,4 +1,4 @@
-"""What can't be done is refused with one line, which names the culprit, and leaves the disk as it was."""
+"""Bad input: the error is one line that names the cause, and no file changes."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ PRUNE = Path(__file__).parents[2] / "tools" / "prune.py"
 
 
 class Workshop:
-    """Makes the bad input, each under a name of its own."""
+    """Maker of bad inputs, each under its own name."""
 
     def __init__(self, model, sharded, data, folder):
         self.model, self.sharded, self.data, self.folder = model, sharded, data, folder
@@ -64,7 +64,7 @@ class Workshop:
 
 @dataclass
 class Case:
-    """A command line that must be refused; with status 0, one that must not."""
+    """A command line that must be refused, or with status 0 accepted."""
 
     said: tuple[str, ...]
     status: int
@@ -73,7 +73,7 @@ class Case:
 
 
 def bad(*said, status=1, env=(), **flags):
-    """A good run but for these flags (None leaves one out), and what the line must say."""
+    """Return the case of a valid run with these flags changed (None removes a flag), and the words of its error."""
     return Case(said, status, dict(env), flags)
 
 
@@ -82,7 +82,7 @@ def good(**flags):
 
 
 def with_value(value):
-    """Puts one such number into a tensor."""
+    """Set one element of a tensor to this number."""
 
     def edit(tensor):
         tensor = tensor.clone()
@@ -299,7 +299,7 @@ def workshop(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(workshop):
-    """Runs every case, and gives what it came to and what was on the disk before and after."""
+    """Run every case; return its outcome and the files before and after."""
     cases = {name: make(workshop) for name, make in CASES.items()}
     work = {name: {"argv": argv(case, workshop), "env": case.env} for name, case in cases.items()}
     (workshop.folder / "cases.json").write_text(json.dumps(work))
@@ -336,7 +336,7 @@ def argv(case, workshop):
 
 
 def snapshot(folder):
-    """Every path in a folder, with what the file holds."""
+    """Return every path in a folder with the contents of the file."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -372,7 +372,7 @@ def test_window_of_a_model_of_few_positions(outcomes):
 
 @pytest.mark.parallel
 def test_one_line_from_all_ranks(workshop, tmp_path):
-    """The second rank alone meets the NaN, before and after which the first has made the run folder."""
+    """Only the second rank reads the NaN; the first one creates the run folder before or after that."""
     model = workshop.model_with_tensor("n4", KEY, lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]))
     case = bad(hf_model=model, save=tmp_path / "parent" / "run", tensor_model_parallel_size=2)
     done = subprocess.run(

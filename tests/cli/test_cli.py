@@ -1,4 +1,4 @@
-"""The command line around the verbs: help, exit statuses, and one line on stderr."""
+"""The command line: help, exit statuses, and errors of one line on stderr."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def main(monkeypatch, capfd):
-    """Runs the command line in this process; gives its exit status, stdout and stderr."""
+    """Run the command line in this process; return its exit status, stdout and stderr."""
 
     def run(verb, argv):
         def leave(status):
@@ -120,8 +120,8 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_other_ranks_wait_for_the_first_to_say_it(main, monkeypatch):
-    """Before any process group: what is refused is refused on every rank, and said once. What only one rank refuses, it
-    says itself, when it has waited."""
+    """Before a process group exists, an error of all ranks is printed once. An error of one rank is printed by that
+    rank, after it has waited for the first."""
     waited, handlers = [], []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(cli.signal, "signal", lambda *args: handlers.append(args))

@@ -1,11 +1,12 @@
-"""Flags and recipes: what they become, and how they are refused."""
+"""Configurations from flags and recipes, and the errors in both."""
 
 from pathlib import Path
 
 import pytest
 
 from megaprune.cli.prune import parse_config
-from megaprune.config.schema import Config, num_layers_to_prune
+from megaprune.config.schema import Config
+from megaprune.config.sizes import num_layers_to_prune
 from megaprune.utils.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def flat(argv):
 
 
 def refusal(argv):
-    """The message that a command line is refused with, of one line."""
+    """Return the message with which a command line is refused; check that it is one line."""
     with pytest.raises(UsageError) as caught:
         parse_config([str(word) for word in argv])
     message = str(caught.value)
@@ -78,7 +79,7 @@ def refusal(argv):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes a recipe and gives the command line that names it."""
+    """Write a recipe and return the command line that uses it."""
 
     def write(text):
         path = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Mappings become the same configs as command lines, and are refused with the same lines."""
+"""Mappings give the same configurations and the same errors as command lines."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Windows, order and batches, over token streams made by hand: token i of the stream is i."""
+"""Windows, their order, and batches. Token i of each stream is i."""
 
 import numpy as np
 import pytest

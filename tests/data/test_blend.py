@@ -51,7 +51,7 @@ def all_windows(windows):
 
 
 def shares(windows):
-    """How many windows each of the two datasets gave."""
+    """Return the number of windows from each of the two datasets."""
     first = [window[0] for window in all_windows(windows)]
     return [sum(token < 1000 for token in first), sum(token >= 1000 for token in first)]
 
@@ -317,7 +317,7 @@ def test_missing_helpers_are_one_clear_line(data, one_process, tmp_path, monkeyp
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("weights", [[1, 1], [1, 999], [1, 2, 3], [0.01] * 7 + [0.93], [5, 1, 1, 1]])
 def test_every_blend_has_samples_enough(weights, num_samples):
-    """The core refuses a blend that asks a dataset for more samples than were indexed."""
+    """Megatron-Core refuses a blend that requests more samples of a dataset than were indexed."""
     have = datasets.samples_indexed(weights, num_samples)
     share = np.array(weights, np.float64) / np.sum(weights)
     size = int(np.ceil(num_samples * share).sum())

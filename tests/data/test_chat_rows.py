@@ -1,4 +1,4 @@
-"""Chats: content in parts, the template's arguments, and what a template ignores, from every kind of file."""
+"""Chats from every kind of file: content in parts, template arguments, and ignored fields."""
 
 import json
 
@@ -52,7 +52,7 @@ ROWS = [
 
 
 def expected(tokenizer, rows):
-    """The tokens that transformers gives."""
+    """Return the tokens that transformers produces."""
     ids = []
     for row in rows:
         row = dict(row)
@@ -74,7 +74,7 @@ def as_parquet(path, rows):
 
 
 def as_strings(rows):
-    """As datasets store columns whose rows differ in form."""
+    """Return columns as JSON strings, as datasets store them if the rows have different fields."""
     return [{k: json.dumps(v) if k != "messages" else v for k, v in row.items()} for row in rows]
 
 

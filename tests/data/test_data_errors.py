@@ -1,4 +1,4 @@
-"""Data that cannot be used: one line that names the flag, the file and the row, and nothing left behind."""
+"""Unusable data: the error is one line that names the flag, the file and the row, and no file is left."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def make_tokenizer(eos="<eos>", chat_template=None):
 
 
 def refusal(path, tmp_path, *, tokenizer=None, error=MegapruneError, **options):
-    """The message that `path` is refused with: one line, the flag named, no cache begun."""
+    """Return the message with which `path` is refused: one line with the flag. Check that no cache exists."""
     cache_dir = tmp_path / "run" / "cache"
     options = {"seq_length": 4, "cache_dir": cache_dir, "flag": "--valid-data", **options}
     paths = path if isinstance(path, list) else [str(path)]

@@ -1,4 +1,4 @@
-"""From files to tokens: formats, chat, the cache. One small byte-level tokenizer, trained here."""
+"""Tokens from files: formats, chats and the cache, with a small byte-level tokenizer that is trained here."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def prepare(paths, tokenizer, tmp_path, **options):
 
 
 def decoded(dataset, tokenizer):
-    """The documents, without the end-of-text token that each must end with."""
+    """Return the documents without their end-of-text tokens; check that each one has it."""
     tokens, offsets = np.asarray(dataset.stream.tokens), dataset.document_offsets
     documents = [tokens[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
     assert all(document[-1] == tokenizer.eos_token_id for document in documents)

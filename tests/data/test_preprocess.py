@@ -1,5 +1,4 @@
-"""Text and chat to Megatron's indexed datasets: the bytes that Megatron-LM's own tool writes, at every number of
-workers, whole or not at all."""
+"""Preprocessing: the same bytes as Megatron-LM's own tool, at every number of workers, completely or not at all."""
 
 import gzip
 import json
@@ -64,7 +63,7 @@ def attempt(tokenizer, prefix, *words):
 
 
 def preprocess(tokenizer, prefix, *words):
-    """The bytes of both files."""
+    """Run the command and return the bytes of both files."""
     assert attempt(tokenizer, prefix, *words, "--workers", "1") == (0, None)
     return files(prefix)
 
@@ -74,8 +73,8 @@ def files(prefix):
 
 
 def as_megatron_writes(tokenizer, texts, prefix):
-    """What Megatron-LM's tools/preprocess_data.py does with --append-eod and HuggingFaceTokenizer, special tokens
-    included, in one process."""
+    """Write a dataset like Megatron-LM's tools/preprocess_data.py with --append-eod, HuggingFaceTokenizer and
+    special tokens, in one process."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
     for text in texts:
@@ -182,7 +181,7 @@ def test_shipped_template_keeps_the_reasoning(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes(recipe, tokenizer, tmp_path, monkeypatch):
-    """On a row of the kind that each names."""
+    """Each recipe is run on a row of its dataset's format."""
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load(recipe.read_text())
     row = {"messages": CHATS[0]} if "messages_key" in settings else {"text": "one", "score": 3.5}

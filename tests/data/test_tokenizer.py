@@ -1,4 +1,4 @@
-"""Loading tokenizers, and what is said of those that can't be loaded."""
+"""The loader of tokenizers, and its error messages."""
 
 import base64
 import io
@@ -92,7 +92,7 @@ def test_refusals(tmp_path, case):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Takes a package away."""
+    """Make a package unavailable."""
 
     def take(package):
         for name in [name for name in sys.modules if name.partition(".")[0] == package]:
@@ -124,7 +124,7 @@ def test_missing_packages(tmp_path, without, case):
 
 
 def test_every_tool_says_the_same(tmp_path, tiny_model, without):
-    """Of a model whose tokenizer needs a package that is not here."""
+    """The model's tokenizer needs a package that is not installed."""
     import shutil
 
     folder = tmp_path / "model"

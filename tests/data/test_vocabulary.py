@@ -1,4 +1,4 @@
-"""Tokens that the tokenizer has and the model hasn't, for every tool and every kind of data."""
+"""Tokens outside the model's vocabulary, for every tool and every kind of data."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ WITHIN, BEYOND = f"<|{tiny.VOCAB_SIZE - 1}|>", f"<|{tiny.VOCAB_SIZE}|>"
 
 
 def extended_tokenizer():
-    """Its last two tokens are beyond the model's vocabulary, in the rows that Megatron pads it with."""
+    """A tokenizer whose last two tokens are outside the model's vocabulary, in the padding rows of the embedding."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_tokens([f"<|{number}|>" for number in range(len(tokenizer), tiny.VOCAB_SIZE + 2)])
     assert tokenizer.convert_tokens_to_ids(BEYOND) == tiny.VOCAB_SIZE
@@ -35,7 +35,7 @@ def model(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Data of which one document holds such a token: by name train, or valid, which is good."""
+    """Datasets by name: one document of `train` has such a token, `valid` has none."""
     folder = tmp_path_factory.mktemp("beyond")
     tiny.make_data(folder / "valid.jsonl", rows=120, seed=3)
     text = (folder / "valid.jsonl").read_text()
@@ -121,7 +121,7 @@ def test_the_other_tools(model, data, tmp_path):
 
 
 def test_a_tokenizer_without_its_model(model, data, tmp_path):
-    """Nothing is known of the model: the dataset is written, and refused where a model is to read it."""
+    """Without a config.json the dataset is written. It is refused when a model reads it."""
     extended_tokenizer().save_pretrained(tmp_path / "tokenizer")
     flags = dict(input=data / "train.jsonl", tokenizer=tmp_path / "tokenizer", output_prefix=tmp_path / "p", workers=1)
     assert attempt("preprocess-data", **flags) == (0, None)

@@ -1,4 +1,4 @@
-"""Two runs on one output: the second is refused in one line, and the first one's end, however it comes, frees it."""
+"""Two runs on one output: the second is refused in one line, until the first has ended for any reason."""
 
 import json
 import os
@@ -37,7 +37,7 @@ with locked(Path(sys.argv[1]), "--save it"):
 
 
 def started(*argv):
-    """A process that says when it holds the lock."""
+    """Start a process that prints a line when it holds the lock."""
     process = subprocess.Popen(
         [sys.executable, *map(str, argv)],
         stdout=subprocess.PIPE,
@@ -69,7 +69,7 @@ def takes(path):
 
 
 def leave_record(path, **edits):
-    """A lock file that nobody locks, as a process leaves it that ended without a word."""
+    """Write a lock file that no process locks, as a killed process leaves it."""
     path.parent.mkdir(parents=True)
     with locked(path, "--save it"):
         record = json.loads(path.read_text())
@@ -89,7 +89,7 @@ def test_leaves_nothing_behind(path, tmp_path):
 
 @pytest.mark.parametrize("extra", [(), ("fork",)])
 def test_killed_holder(path, extra):
-    """A process that it forked, and that outlives it, holds nothing."""
+    """A child process that outlives the killed holder does not hold the lock."""
     holder = started("-c", HOLDER, path, *extra)
     try:
         said = refusal(path)
@@ -120,7 +120,7 @@ def test_job_is_named(path, monkeypatch):
 
 
 def test_holder_on_another_host(path, monkeypatch):
-    """Whose flock is not seen here: it lives if it touches its file."""
+    """The flock of another host is invisible here; its holder runs if it touches the file."""
     monkeypatch.setattr(locks, "WATCH_SECONDS", 0.5)
     leave_record(path, boot="another", host="node7", pid=12)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Whose word counts on how many processes there are."""
+"""Rank and world size in the environments of different launchers."""
 
 import os
 
@@ -15,7 +15,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets the environment that a launcher, or an operator, gives a process."""
+    """Set the environment that a launcher or an operator gives a process."""
 
     def set_to(variables):
         for name in {*LEFT, *RENDEZVOUS, *TORCHRUN, "NODE_RANK"}:
