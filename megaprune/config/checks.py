@@ -8,6 +8,7 @@ from megaprune.config.schema import (
     PruneConfig,
     pruned_layers_of,
 )
+from megaprune.selection import registry
 from megaprune.utils.errors import UsageError
 
 
@@ -44,6 +45,25 @@ def check_for_plan(config: Config) -> None:
     if config.recovery.train_iters is not None:
         _check_iterations(config)
     _check_lora(config)
+
+
+def check_for_scoring(config: Config) -> None:
+    """Check what scoring layers needs: a model, data, and a method that looks at calibration data.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    _check_model(config.model)
+    _check_what_to_prune(config.prune)
+    if not config.method.calibrated:
+        calibrated = ", ".join(method.name for method in registry.methods() if method.calibrated)
+        raise UsageError(
+            f"--method {config.prune.method} does not score layers on calibration data: choose of {calibrated}"
+        )
+    if not config.data.train_data:
+        raise UsageError("data is required: the text on which layers are scored")
+    _check_iterations(config)
+    check_cut(config)
 
 
 def check_for_caching(config: Config) -> None:

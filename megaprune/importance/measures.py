@@ -9,7 +9,7 @@ from torch import Tensor
 from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import LayerGate, frozen, layers_of
+from megaprune.mcore.layers.gated import LayerGate, frozen, transformer_layers
 from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import shared_order
@@ -83,7 +83,7 @@ def mask_losses(
     sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
     found = torch.empty(len(masks), dtype=torch.float64)
     found[order] = sums[:, 0] / sums[:, 1]
-    return parallel.of_first_rank(found).float()
+    return parallel.broadcast_from_rank0(found).float()
 
 
 def mask_gradient(
@@ -177,7 +177,7 @@ def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
 
 @contextmanager
 def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in transformer_layers(model)]
     try:
         yield
     finally:
@@ -190,4 +190,4 @@ def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
     if collected:
         total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))
-    return parallel.from_last_stage(total.cpu())
+    return parallel.broadcast_from_last_stage(total.cpu())

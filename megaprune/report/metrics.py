@@ -14,6 +14,7 @@ from typing import Any
 
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import strict_json, whole_file
+from megaprune.utils.progress import TRAINING, bars_are_shown
 from megaprune.utils.text import first_line
 
 JSONL_NAME = "metrics.jsonl"
@@ -62,8 +63,8 @@ class MetricsLogger:
         self._tensorboard = _TensorBoard(tensorboard_dir or run_dir / "tensorboard", start_iteration)
         self._sinks.append(self._tensorboard)
         pace = _Pace(total_iterations, tokens_per_iteration, window=log_interval)
-        terminal = sys.stderr.isatty()
-        self._sinks.append(_ProgressBar(pace, start_iteration) if terminal else _Lines(pace, log_interval))
+        bar = bars_are_shown() and sys.stderr.isatty()
+        self._sinks.append(_ProgressBar(pace, start_iteration) if bar else _Lines(pace, log_interval))
 
     def log(self, record: dict[str, Any]) -> None:
         """Log one iteration.
@@ -243,13 +244,11 @@ class _Lines:
         if iteration % self._log_interval and iteration != total:
             return
         grad_norm = "–" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
-        print(
+        TRAINING.info(
             f"iteration {iteration:>{len(str(total))}}/{total} | {record['stage']:<8} | "
             f"loss {record['loss']:.4f} | lr {record['lr']:.3e} | grad norm {grad_norm} | "
             f"kept {record['num_kept']} | {self._pace.tokens_per_second:,.0f} tokens/s | "
-            f"ETA {self._pace.eta(iteration)}",
-            file=sys.stderr,
-            flush=True,
+            f"ETA {self._pace.eta(iteration)}"
         )
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
 
+import itertools
 import json
 import keyword
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -280,19 +281,25 @@ def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
 
 
-def run_here(argv: Sequence[str]) -> None:
+def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
     """A run in this process, as the command line would do it; another may follow."""
+    from megaprune import api
+    from megaprune.cli.console import console
     from megaprune.cli.prune import parse_config
-    from megaprune.mcore import parallel
-    from megaprune.pruning.runner import run
+    from megaprune.cli.signals import StopRequest
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        run(parse_config(argv), "prune.py")
+        with console():
+            api.prune(parse_config(argv), should_stop=should_stop or StopRequest(), command="prune.py")
     finally:
-        if torch.distributed.is_initialized():
-            parallel.finish()
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def stop_after(iterations: int | None) -> Callable[[], bool]:
+    """Asks a run to stop when so many iterations of it are done (None: never)."""
+    asked = itertools.count()  # the first time before any iteration
+    return lambda: next(asked) == iterations
 
 
 def environment() -> dict[str, str]:

@@ -23,9 +23,9 @@ from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.signals import StopRequest
 from megaprune.pruning.step import search_step
 from megaprune.selection.budget import Budget
+from megaprune.utils.errors import RunStopped
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
 from megaprune.weights.torch_dist.layout import checkpoint_key
@@ -110,24 +110,13 @@ def prune(argv: list[str]) -> None:
 def interrupted_prune(stops: list[list[Any]]) -> None:
     """A run in several goes, each with flags of its own, stopped when this many iterations of it are done (None: at
     the end)."""
-    agreed, leave = StopRequest.agreed, parallel.leave
-    parallel.leave = lambda: None  # these processes go on with other cases
-    try:
-        for argv, iterations in stops:
-            stop_after(iterations)
-            try:
-                tiny.run_here(argv)
-            except SystemExit as stopped:
-                assert iterations is not None and stopped.code == 0
-            else:
-                assert iterations is None, f"the run was not stopped after {iterations} iterations"
-    finally:
-        StopRequest.agreed, parallel.leave = agreed, leave
-
-
-def stop_after(iterations: int | None) -> None:
-    asked = iter(range(1, 1_000_000))
-    StopRequest.agreed = lambda self: next(asked) == iterations
+    for argv, iterations in stops:
+        try:
+            tiny.run_here(argv, tiny.stop_after(iterations))
+        except RunStopped:
+            assert iterations is not None
+        else:
+            assert iterations is None, f"the run was not stopped after {iterations} iterations"
 
 
 def whole_vocabulary(logits: torch.Tensor, tokens: schedule.LossTokens) -> torch.Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megaprune.cli import main as cli
 from megaprune.mcore import parallel
-from megaprune.pruning.runner import PruningRun
+from megaprune.pruning import runner
 from megaprune.report.metrics import MetricsLogger
 from megaprune.utils import disk
 from megaprune.utils.disk import check_room, disk_error, explain, one_line, size_text
@@ -169,13 +169,13 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
         "warnings.filterwarnings('ignore')\n"
         "from megaprune import cli\n"
         "from megaprune.report.metrics import MetricsLogger\n"
-        "from megaprune.pruning.runner import PruningRun\n"
-        "due = PruningRun._save_if_due\n"
+        "from megaprune.pruning.context import RunContext\n"
+        "due = RunContext.save_if_due\n"
         "def full(self, *rest, **more):\n"
         f"    if os.environ['RANK'] == '{rank}':\n"
         f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, resource.RLIM_INFINITY))\n"
         "    due(self, *rest, **more)\n"
-        "PruningRun._save_if_due = full\n"
+        "RunContext.save_if_due = full\n"
         "cli.main('prune', sys.argv[1:])\n"
     )
     (tmp_path / "full.py").write_text(script)
@@ -198,15 +198,15 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "64", "--export-adapter")])
 def test_export(argv, tmp_path, monkeypatch, flags):
-    run, export = tmp_path / "run", PruningRun._export
+    run, export = tmp_path / "run", runner.export
     argv = [*argv, *flags, "--max-shard-size", "5GB"]
 
-    def full(self, student):
+    def full(*args):
         with full_disk():
-            export(self, student)
+            export(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PruningRun, "_export", full)
+        patch.setattr(runner, "export", full)
         status, line = attempt("prune", *argv)
     assert status == 1 and "can't be written (File too large" in line, line
     assert not {"hf", "hf.tmp", "adapter.tmp", "adapter"} & files(run)

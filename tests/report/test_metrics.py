@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaprune.cli.console import console
 from megaprune.report.metrics import MetricsLogger, read_metrics
 from megaprune.utils.errors import MegapruneError
 
@@ -155,7 +156,10 @@ def test_figure_is_shown_in_tensorboard(tmp_path):
 
 def test_plain_lines_each_interval_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    log_run(tmp_path, range(1, TOTAL + 1))
+    log_run(tmp_path / "library", range(1, TOTAL + 1))
+    assert sys.stderr.getvalue() == ""
+    with console():
+        log_run(tmp_path / "command", range(1, TOTAL + 1))
     lines = sys.stderr.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["iteration 2/6", "iteration 4/6", "iteration 6/6"]
     assert lines[0] == (
@@ -167,7 +171,8 @@ def test_progress_bar_on_a_terminal_starts_where_the_run_resumes(tmp_path, monke
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    log_run(tmp_path, range(5, TOTAL + 1), start_iteration=4)
+    with console():
+        log_run(tmp_path, range(5, TOTAL + 1), start_iteration=4)
     last = terminal.getvalue().split("\r")[-1]
     assert "| 6/6 [" in last
     assert "loss 0.5000, kept 3, 200 tokens/s, ETA 0:00:00" in last
