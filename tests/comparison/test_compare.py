@@ -162,6 +162,7 @@ def test_a_mask_is_ranked_among_all():
     assert math.isnan(ranking.percentile([2, 3]))
 
 
+@pytest.mark.slow
 def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
     run = {
         "hf_model": str(tiny_model("qwen3_tied")),

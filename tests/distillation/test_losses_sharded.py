@@ -1,5 +1,7 @@
 """The losses over a vocabulary split between two processes equal those of one process."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -73,8 +75,10 @@ def worker(rank, rendezvous):
     for dtype in (torch.float32, torch.bfloat16):
         for real, padded in VOCABULARIES:
             check(rank, padded, real, dtype)
+            Path(f"{rendezvous}-rank{rank}-{dtype}-{real}").touch()
     dist.destroy_process_group()
 
 
 def test_sharded_equals_whole(tmp_path):
     mp.spawn(worker, args=(tmp_path / "rendezvous",), nprocs=TP)
+    assert len(list(tmp_path.glob("rendezvous-rank*"))) == TP * 2 * len(VOCABULARIES)

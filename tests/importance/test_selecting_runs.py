@@ -11,6 +11,8 @@ from megaprune.report.metrics import read_metrics
 from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
     argv = [*tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "auto"), "--train-iters", "2"]

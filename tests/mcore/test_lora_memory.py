@@ -154,6 +154,7 @@ def measured():
     parallel.finish()
 
 
+@pytest.mark.slow
 def test_frozen_weights_take_their_own_memory_and_no_more(measured):
     everything, lora = measured["all weights"], measured["LoRA"]
     assert everything.weights == 4 * everything.trained

@@ -18,7 +18,8 @@ def alone(source, tmp_path_factory):
 @pytest.mark.parametrize("layout", STEP_LAYOUTS)
 def test_step_is_the_same_at_every_layout(results, alone, layout):
     processes = STEP_LAYOUTS[layout][0]
-    found = [torch.load(f"{results(processes).step(layout)}.{rank}") for rank in range(processes)]
+    out = results(processes).path(f"step-{layout}")
+    found = [torch.load(f"{out}.{rank}") for rank in range(processes)]
     assert alone["mask"].abs().min() > 1e-4
     torch.testing.assert_close(found[0]["mask"], alone["mask"], atol=1e-6, rtol=1e-4)
     assert found[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)

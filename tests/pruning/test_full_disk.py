@@ -5,7 +5,6 @@ meet that."""
 import errno
 import resource
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megaprune.utils import disk
 from megaprune.utils.disk import check_room, disk_error, explain, one_line, size_text
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
+from tests.helpers.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +161,7 @@ def test_room_is_looked_for_before_a_checkpoint(argv, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 300)])
 def test_both_ranks_end(argv, tmp_path, rank, largest_file):
     """Whether a worker of the second one fails, or the first in what it alone writes."""
@@ -179,10 +180,9 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
         "cli.main('prune', sys.argv[1:])\n"
     )
     (tmp_path / "full.py").write_text(script)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
-    torchrun += ["--log-dir", tmp_path / "logs", tmp_path / "full.py"]
+    words = ["--log-dir", tmp_path / "logs", tmp_path / "full.py"]
     done = subprocess.run(
-        [sys.executable, *map(str, torchrun), *argv, "--tensor-model-parallel-size", "2"],
+        [*torchrun(2, "--redirects", "3"), *map(str, words), *argv, "--tensor-model-parallel-size", "2"],
         env=tiny.environment(),
         cwd=ROOT,
         capture_output=True,

@@ -16,6 +16,8 @@ from megaprune.report.metrics import MetricsLogger, read_metrics
 from megaprune.utils.errors import MegapruneError, RunStopped
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
