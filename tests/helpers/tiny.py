@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
-from megaprune.utils.errors import MegapruneError
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -297,9 +296,7 @@ def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None)
     from megaprune.cli.signals import StopRequest
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    together = True
     try:
-<<<<<<< HEAD
         with console():
             api.prune(parse_config(argv), should_stop=should_stop or StopRequest(), command="prune.py")
     finally:
@@ -310,21 +307,6 @@ def stop_after(iterations: int | None) -> Callable[[], bool]:
     """Asks a run to stop when so many iterations of it are done (None: never)."""
     asked = itertools.count()  # the first time before any iteration
     return lambda: next(asked) == iterations
-=======
-        run(parse_config(argv), "prune.py")
-    except Exception as error:
-        # All ranks are refused together. Of any other failure the others may know nothing: they would be waited for.
-        together = isinstance(error, MegapruneError) or not _among_others()
-        raise
-    finally:
-        if together and torch.distributed.is_initialized():
-            parallel.finish()
-        signal.signal(signal.SIGTERM, on_sigterm)
-
-
-def _among_others() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
->>>>>>> house-t
 
 
 def environment() -> dict[str, str]:
