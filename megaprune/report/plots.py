@@ -29,7 +29,7 @@ def write_plots(
     records: Sequence[Record],
     plots_dir: str | Path,
     kept_layers: Sequence[int],
-    valid: Mapping[str, dict[str, float | None]] | None = None,
+    valid: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> list[Path]:
     """Write the plots that the records allow and return their paths.
 
@@ -48,7 +48,7 @@ def write_plots(
 
 
 def plot_loss(
-    records: Sequence[Record], path: str | Path, valid: Mapping[str, dict[str, float | None]] | None = None
+    records: Sequence[Record], path: str | Path, valid: Mapping[str, Mapping[str, float | None]] | None = None
 ) -> Path:
     """Plot training loss over iterations and tokens, with search and recovery in different colors.
 

@@ -171,7 +171,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def measured_losses(valid: Mapping[str, dict[str, float | None]]) -> dict[str, float]:
+def measured_losses(valid: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
     """Return report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
     losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
     return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
