@@ -25,8 +25,8 @@ _EVALUATION = "evaluation.json"
 
 
 def compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None = None) -> None:
-    """Makes the runs one after the other, each resumable, then `table.csv`, `table.md`, `runs.csv` and plots in `save`.
-    Collective.
+    """Make the runs one after the other, each resumable, then write `table.csv`, `table.md`, `runs.csv` and plots to
+    `save`. Collective.
 
     Args:
         should_stop: asked on every rank after each iteration of the runs that `--exit-on-signal` lets stop.

@@ -30,8 +30,7 @@ class PlannedRun:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        assert self.config.run.save is not None  # `read_comparison` sets it
-        return Path(self.config.run.save)
+        return Path(self.config.run.save or "")
 
 
 @dataclass(frozen=True)

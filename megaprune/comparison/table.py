@@ -50,7 +50,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     groups = runs.groupby(["model", "size", "label"], sort=False)
     table = groups.agg(
         pruned=("pruned_layers", lambda masks: len(masks.iloc[0])),
-        seeds=("seed", "size"),
+        seeds=("kept", "size"),
         teacher_loss=("teacher_loss", _first),
         pruned_loss=("pruned_loss", mean),
         recovered_loss=("recovered_loss", mean),
@@ -80,13 +80,15 @@ def write_tables(rows: Sequence[Row], folder: Path) -> None:
 
 def write_runs(results: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write `runs.csv`, a row per run, with the layers that each kept."""
-    _write_csv(_runs(results).drop(columns="pruned_layers"), folder / "runs.csv")
+    runs = _runs(results).drop(columns="pruned_layers")
+    runs.insert(3, "seed", [result["seed"] for result in results])
+    _write_csv(runs, folder / "runs.csv")
 
 
 def _runs(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     rows = [
         {
-            **{key: result[key] for key in ("model", "label", "size", "seed")},
+            **{key: result[key] for key in ("model", "label", "size")},
             **{f"{model}_loss": _loss(result, model) for model in ("teacher", "pruned", "recovered")},
             **{key: result[key] for key in ("kl", "top1_agreement", "mask_kl", "percentile")},
             "tokens": result["tokens_seen"],

@@ -1,4 +1,4 @@
-"""The key of a teacher's cache: everything that the cached targets follow from."""
+"""The key of a teacher cache: all inputs of its targets."""
 
 from typing import Any
 
@@ -13,8 +13,10 @@ from megaprune.weights.source import HFSource
 
 def fingerprint_of(source: HFSource) -> str:
     """Return the model's fingerprint; each rank reads its share of the tensors. Collective."""
-    names, error, digests = fingerprinted_tensors(source), None, {}
-    share = -(-len(names) // parallel.world_size())  # neighbours together: they may lie in one fused tensor
+    names = fingerprinted_tensors(source)
+    error: MegapruneError | None = None
+    digests: dict[str, Any] = {}
+    share = -(-len(names) // parallel.world_size())  # consecutive names: they may lie in one fused tensor
     try:
         digests = tensor_digests(source, names[parallel.rank() * share :][:share])
     except MegapruneError as met:
@@ -25,7 +27,7 @@ def fingerprint_of(source: HFSource) -> str:
 
 
 def cache_key(source: HFSource, tokenizer: Any, data: Windows) -> CacheKey:
-    """Return what a teacher's targets on these data follow from. Collective."""
+    """Return the key of a teacher's targets on these data. Collective."""
     return CacheKey(
         model=fingerprint_of(source),
         tokenizer=tokenizer_fingerprint(tokenizer),

@@ -14,8 +14,8 @@ class Evaluation:
     Args:
         tokens: tokens that were predicted.
         kl: mean KL divergence of the model from the teacher, in nats per token.
-        top1_agreement: share of tokens where both rank the same token first.
-        tasks: metrics by task, as lm-evaluation-harness gives them.
+        top1_agreement: share of positions where both rank the same token first.
+        tasks: lm-evaluation-harness's metrics by task.
     """
 
     hf_model: str
@@ -31,7 +31,7 @@ class Evaluation:
     tasks: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was measured, as the command writes it."""
+        """Return the measured values, as the command writes them."""
         measured = {name: value for name, value in asdict(self).items() if value is not None}
         found: dict[str, Any] = json.loads(strict_json(measured))
         return found

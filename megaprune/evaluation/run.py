@@ -37,7 +37,7 @@ def evaluate_all(
     device = resolve_device("auto")
     torch_dtype = resolve_dtype(dtype, device)
     if names:
-        find_tasks(names)  # a missing package or a wrong name shows now, not after the loss took its hour
+        find_tasks(names)  # reports a missing package or a wrong name before the loss is computed
         if Path(hf_model).is_dir():
             tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     common: dict[str, Any] = {

@@ -60,14 +60,17 @@ def forward(
     collect: Callable[[Tensor, LossTokens], T],
     before: Callable[[LossTokens], None] | None = None,
 ) -> list[T]:
-    """Run micro-batches forward without gradients.
+    """Run micro-batches forward without gradients. Collective.
 
     Args:
-        collect: on the last stage, takes the logits [s, b, vocab / tp] and the tokens that they predict.
+        model: this rank's part of the model, or a wrapper of it.
+        batches: micro-batches of this rank, all of one shape.
+        collect: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
+            predict.
         before: called on every stage before a micro-batch's pass, in order.
 
     Returns:
-        The results of ``collect`` on the last pipeline stage; an empty list on the others.
+        The results of `collect` on the last pipeline stage; an empty list on the others.
     """
     training = model.training
     model.eval()
@@ -81,11 +84,13 @@ def forward(
 def forward_backward(
     model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
 ) -> list[Tensor]:
-    """Run micro-batches forward and backward; gradients add up in the model's gradient buffers.
+    """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
 
     Args:
-        loss: on the last stage, the loss (a scalar) of the logits [s, b, vocab / tp] and the tokens that they
-            predict. The schedule takes the mean over micro-batches and replicas.
+        model: this rank's part of the model in Megatron's DDP wrapper.
+        batches: micro-batches of this rank, all of one shape.
+        loss: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
+            predict; returns a scalar. The schedule takes the mean over micro-batches and replicas.
 
     Returns:
         The detached losses on the last pipeline stage; an empty list on the others.
@@ -107,23 +112,26 @@ def mean_token_loss(
     weights: Callable[[LossTokens], Tensor],
     token_losses: Callable[[Tensor, LossTokens], Tensor],
 ) -> float:
-    """Run micro-batches forward and backward through the weighted mean of their tokens' losses. Collective.
+    """Run micro-batches forward and backward with the weighted mean of their tokens' losses. Collective.
 
-    Normalized over the global batch, not over a micro-batch: the same loss however the batch is cut.
+    The mean is taken over the global batch, so that the loss does not depend on the division into micro-batches.
 
     Args:
-        weights: on the last stage, the weights [s, b] of a micro-batch's tokens.
-        token_losses: on the last stage, the losses [s, b] of the logits [s, b, vocab / tp] of a micro-batch.
+        model: this rank's part of the model in Megatron's DDP wrapper.
+        batches: micro-batches of this rank, all of one shape.
+        weights: called on the last pipeline stage with a micro-batch's tokens; returns their weights [s, b].
+        token_losses: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
+            predict; returns their losses [s, b].
 
     Returns:
         The mean loss in nats per token, the same on every rank.
     """
     tokens = [LossTokens(batch, number) for number, batch in enumerate(batches)]
     weighing: list[Tensor] = []
-    scale: Tensor | float = 0.0
+    scale: float | Tensor = 0.0
     if parallel.is_last_stage():
         weighing = [weights(of_batch) for of_batch in tokens]
-        # The schedule and DDP take means over micro-batches and replicas, which the scale undoes.
+        # The scale cancels the means that the schedule and DDP take over micro-batches and replicas.
         total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weighing]).sum())
         scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
 

@@ -1,4 +1,4 @@
-"""The README.md of a pruned model, and what megaprune reads back from one."""
+"""The model card (README.md) of a pruned model: writing it, and reading its window length."""
 
 import re
 from pathlib import Path
@@ -17,14 +17,14 @@ CARD_NAME = "README.md"
 def model_card(
     report: Report, *, source_name: str, command: str, license: str | None = None, adapter: bool = False
 ) -> str:
-    """The model card of the pruned model, as Hugging Face's README.md with YAML front matter.
+    """Return the model card of the pruned model, a README.md with Hugging Face's YAML front matter.
 
     Args:
         report: report.json's contents.
-        source_name: the source model's hub id, or the path of its folder, of which only the name is shown.
+        source_name: the source model's hub id, or the path of its folder; only the folder's name is shown.
         command: the command line that made the model.
-        license: the source's licence identifier, where known; a pruned model inherits it.
-        adapter: what was trained is a LoRA adapter that stands apart from the model.
+        license: the source's license identifier, where known; a pruned model inherits it.
+        adapter: whether a LoRA adapter was trained, which is not part of the model.
     """
     base_model = _public_name(source_name)
     front_matter = yaml.safe_dump(
@@ -71,9 +71,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 
 
 def read_seq_length(hf_dir: str | Path) -> int | None:
-    """`megaprune.seq_length` from the card of the model in `hf_dir`: the window that it was trained with.
+    """Return `megaprune.seq_length` from the card of the model in `hf_dir`: the window length of its training.
 
-    None where there is no card, no front matter, or none that megaprune wrote.
+    None if there is no card, or none that megaprune wrote.
     """
     card = Path(hf_dir) / CARD_NAME
     if not card.is_file():
@@ -89,7 +89,7 @@ def read_seq_length(hf_dir: str | Path) -> int | None:
 
 
 def _public_name(source_name: str) -> str:
-    """A hub id as it is; of a local path the last part, since the rest is the author's disk."""
+    """Return a hub id unchanged, and only the last part of a local path: the rest is private."""
     path = Path(source_name)
     try:
         validate_repo_id(source_name)
@@ -122,7 +122,7 @@ def _training_clause(report: Report, adapter: bool) -> str:
 
 
 def _mixture_rows(report: Report) -> str:
-    """What a model with experts lost of each kind; nothing for a dense model."""
+    """Rows with the change of a model with experts by kind of layer; nothing for a dense model."""
     before, after = report.layer_kinds_before, report.layer_kinds_after
     if not before["moe"]:
         return ""

@@ -29,7 +29,7 @@ def write_plots(
     records: Sequence[Record],
     plots_dir: str | Path,
     kept_layers: Sequence[int],
-    valid: dict[str, dict[str, float]] | None = None,
+    valid: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> list[Path]:
     """Write the plots that the records allow and return their paths.
 
@@ -47,7 +47,9 @@ def write_plots(
     return written
 
 
-def plot_loss(records: Sequence[Record], path: str | Path, valid: dict[str, dict[str, float]] | None = None) -> Path:
+def plot_loss(
+    records: Sequence[Record], path: str | Path, valid: Mapping[str, Mapping[str, float | None]] | None = None
+) -> Path:
     """Plot training loss over iterations and tokens, with search and recovery in different colors.
 
     Args:

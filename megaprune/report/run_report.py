@@ -1,4 +1,4 @@
-"""report.json: what a run did and what came of it, and the table printed at its end."""
+"""report.json, the record of a run and its results, and the table printed at the end of a run."""
 
 import importlib.metadata
 import json
@@ -31,13 +31,13 @@ class Report:
 
     Args:
         kept_layers: source indices, from 0, of the layers in the pruned model; pruned_layers: of the others.
-        scores: one per source layer, higher = keep; None where the method scores no single layers.
+        scores: one per source layer, higher = keep; None if the method does not score single layers.
         layer_kinds_before: number of dense and of MoE layers.
         seq_length: tokens of one training window.
         stages: seconds and tokens of each stage, in the order run.
         valid: validation loss in nats of the teacher, the pruned and the recovered model, where measured.
         versions: of the packages that decide the numbers.
-        candidates: what the method chose among, with its measure of each.
+        candidates: the alternatives that the method considered, with its measure of each.
     """
 
     method: str
@@ -71,10 +71,10 @@ class LayerScores:
     """The scores of a model's layers.
 
     Args:
-        scores: one per layer, higher = keep; None where the method chooses layers together.
-        kept_layers: the method's choice, where the call says how much goes; pruned_layers: the others.
-        candidates: what the method chose among, with its measure of each.
-        tokens: tokens that went forward through all layers for this.
+        scores: one per layer, higher = keep; None if the method chooses layers jointly.
+        kept_layers: the method's choice, if the call says how much to remove; pruned_layers: the others.
+        candidates: the alternatives that the method considered, with its measure of each.
+        tokens: cost in tokens that pass forward through all layers.
     """
 
     method: str
@@ -106,17 +106,17 @@ def build_report(
     seq_length: int,
     candidates: Sequence[dict[str, Any]] = (),
 ) -> Report:
-    """The contents of report.json.
+    """Return the report of a run.
 
     Args:
-        method: what `--method` said.
-        before: what the source model is made of, and `after`, the pruned one.
+        method: the method's name.
+        before: the inventory of the source model; `after`: of the pruned model.
         kept_layers: source indices, from 0, of the layers in the pruned model.
-        scores: one per source layer, higher = keep; None where the method scores no single layers.
+        scores: one per source layer, higher = keep; None if the method does not score single layers.
         stages: {name: {"seconds": s, "tokens": n}} in the order run.
         valid: {"teacher" | "pruned" | "recovered": {"loss": nats}}, those measured; {} for no `--valid-data`.
         seq_length: tokens of one training window.
-        candidates: what the method chose among, with its measure of each.
+        candidates: the alternatives that the method considered, with its measure of each.
     """
     kept = sorted(kept_layers)
     return Report(
@@ -142,7 +142,7 @@ def build_report(
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Writes report.json, whole or not at all; numbers that aren't finite become null."""
+    """Write report.json, whole or not at all; numbers that aren't finite become null."""
     write_json(path, report.to_dict())
 
 
@@ -161,32 +161,32 @@ def read_report(path: str | Path) -> Report:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a run's numbers."""
+    """Return the versions of the packages that determine a run's numbers."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
     return {"megaprune": __version__, **packages, "python": platform.python_version()}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is beyond a float."""
+    """Return exp(loss), or infinity if that overflows a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def measured_losses(valid: Mapping[str, dict[str, float | None]]) -> dict[str, float]:
-    """report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
+def measured_losses(valid: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """Return report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
     losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
     return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def ideal_speedup(report: Report) -> float:
-    """L / (L - p): the speed-up if time were spent in layers alone."""
+    """Return L / (L - p), the speed-up if all time were spent in layers."""
     return (report.num_layers + len(report.pruned_layers)) / report.num_layers
 
 
 def result_table(report: Report, run_dir: str | Path | None = None) -> str:
-    """The plain-text table that a run ends with: no trailing newline, under 100 columns except for paths.
+    """Return the plain-text table printed at the end of a run: under 100 columns except for paths.
 
     Args:
-        run_dir: what exists there of a run's outputs is listed with its path.
+        run_dir: the run's folder; the outputs that exist there are listed with their paths.
     """
     lines = [_headline(report), "", *_model_rows(report), ""]
     facts = [
@@ -214,7 +214,7 @@ def _headline(report: Report) -> str:
 
 
 def _mixture_facts(report: Report) -> list[tuple[str, str]]:
-    """What a model with experts lost of each kind; nothing for a dense model."""
+    """The change of a model with experts by kind of layer; nothing for a dense model."""
     before, after = report.layer_kinds_before, report.layer_kinds_after
     if not before["moe"]:
         return []

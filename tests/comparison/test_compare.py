@@ -142,7 +142,7 @@ def test_rows_are_means_over_seeds(tmp_path):
 def test_sizes_keep_their_type_beside_others(tmp_path):
     results = [result("a", 1, [1, 2], 3.0) | {"size": 0.25}, result("m", 1, [1, 2], 3.0) | {"size": 2}]
     write_tables(rows_of(results), tmp_path)
-    write_runs(results, tmp_path)
+    write_runs([one | {"seed": 1} for one in results], tmp_path)
     for name in ("table.csv", "runs.csv"):
         with (tmp_path / name).open() as file:
             assert [row["size"] for row in csv.DictReader(file)] == ["0.25", "2"]
