@@ -11,6 +11,7 @@ import torch
 from megaprune.cli.parser import parse_flags
 from megaprune.config.fields import flag
 from megaprune.models import Architecture
+from megaprune.models.gqa import GQA
 from megaprune.report.run_report import versions
 from megaprune.utils.errors import UsageError
 from megaprune.utils.files import write_json
@@ -53,6 +54,7 @@ class TrainStepConfig:
                 layernorm_epsilon=1e-6,
                 qk_layernorm=True,
             ),
+            attention=GQA,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.seq_length,
             rotary_base=1e4,

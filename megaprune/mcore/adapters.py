@@ -1,7 +1,6 @@
 """LoRA adapters of a built model: fresh ones, the same at every layout, and their export in PEFT's format."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,22 +16,19 @@ from megaprune.mcore.hf_weights import (
     global_name,
     is_first_holder,
     rules_by_parameter,
-    source_name,
 )
-from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialise_adapter
+from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
 from megaprune.mcore.parallel import on_first_rank, raise_together
-from megaprune.models import Architecture, Shard, WeightRule
+from megaprune.models import Architecture, WeightRule
+from megaprune.models.names import name_in_layer, source_name, without_expert
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import merge_shards
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, join_shards
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The parts of the one file that PEFT reads: what a rank keeps in memory until it is written.
 _PART_BYTES = 10**9
-_LOCAL_EXPERT = re.compile(r"\.local_experts\.\d+")
-_LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 # Names of HF modules, each with its A [r, in] and B [out, r].
 _Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -47,7 +43,7 @@ def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layer
     """
     add_adapters(model, options)
     for name, layer in adapted_layers(model).items():
-        initialise_adapter(layer, source_name(global_name(name, model), kept_layers), seed)
+        initialize_adapter(layer, source_name(global_name(name, model), kept_layers), seed)
 
 
 @torch.no_grad()
@@ -77,7 +73,7 @@ def export_adapter(
                 new_name = source.renamed(name, kept_layers)
                 if new_name is None or not writes:
                     continue
-                targets.add(_LAYER.sub("", name))
+                targets.add(name_in_layer(name))
                 for which, matrix in zip("AB", matrices, strict=True):
                     writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
         mine = (writer.close(), targets)
@@ -105,7 +101,7 @@ def _hf_adapters(
     groups: dict[str, list[tuple[WeightRule, Tensor, Tensor]]] = {}
     for name, layer in adapted_layers(model).items():
         rule = rules[source_name(global_name(f"{name}.weight", model), model_layers)]
-        group = groups.setdefault(_LOCAL_EXPERT.sub("", name), [])
+        group = groups.setdefault(without_expert(name), [])
         group.append((rule, layer.lora_a.detach(), layer.lora_b.detach()))
     for group in groups.values():
         writes = is_first_holder(group[0][0])
@@ -119,10 +115,10 @@ def _hf_adapters(
 
 def _merged(rule: WeightRule, lora_a: Tensor, lora_b: Tensor, arch: Architecture) -> _Adapters:
     """One Megatron layer's adapter, whole, for each of the HF modules that make up the layer: they share A."""
-    if rule.shard is Shard.ROW:
+    if rule.shard.dim == 1:
         adapters = {rule.hf[0]: (torch.cat(gather_shards(lora_a, rule), dim=1), lora_b)}
     else:
-        parts = merge_shards(rule, gather_shards(lora_b, rule), arch)
+        parts = rule.merge(gather_shards(lora_b, rule), arch)
         # each a copy: a safetensors file holds no tensor twice
         adapters = {name: (lora_a.clone(), part) for name, part in parts.items()}
     return {name.removesuffix(".weight"): matrices for name, matrices in adapters.items()}

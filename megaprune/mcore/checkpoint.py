@@ -25,6 +25,7 @@ from megaprune.mcore import optimizer_state, parallel
 from megaprune.mcore.distributed_adam import make_loadable
 from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.optimizer import Trainer
+from megaprune.models.names import source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
 
@@ -57,7 +58,6 @@ serialization.save_config = _postponing(serialization.save_config)
 # It logs what its workers met, and then raises it.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-_LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _GO_ON = "give the same command to go on from the last checkpoint"
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
@@ -184,7 +184,7 @@ def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequenc
     if kept_layers is not None:
         for entry in nested_values(model):
             if isinstance(entry, ShardedBase):
-                entry.key = _LAYER_KEY.sub(lambda m: f"{m[1]}{kept_layers[int(m[2])]}{m[3]}", entry.key)
+                entry.key = source_name(entry.key, kept_layers)
     steps = optimizer_state.align_steps(trainer.optimizer)
     # The optimizer names its states after the model's keys, and so follows the renaming.
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())

@@ -1,6 +1,5 @@
 """Weights of a built model: HF tensors into each rank's shards, and shards back into HF tensors."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,15 +13,13 @@ from megatron.core.models.gpt import GPTModel
 from megaprune.mcore.builder import uses_transformer_engine
 from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.parallel import expert_tensor_parallel, on_first_rank, raise_together, tensor_parallel
-from megaprune.models import Shard, WeightRule
+from megaprune.models import WeightRule
+from megaprune.models.names import source_name, with_expert, with_layer
+from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
 from megaprune.weights.source import HFSource
 from megaprune.weights.writer import ShardWriter, finish_shards
-
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
-_LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)|(\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 
 def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -36,18 +33,13 @@ def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def global_name(name: str, model: GPTModel) -> str:
     """The name in the whole model of a parameter or module of this rank's part."""
-    match = _LAYER.match(name)
-    if match:
-        layer = model.decoder.layers[int(match.group(2))].layer_number - 1
-        name = f"{match.group(1)}{layer}{match.group(3)}"
 
-    def globalised(match: re.Match[str]) -> str:
+    def first_expert() -> int:
         local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        first = local * parallel_state.get_expert_model_parallel_rank()
-        before, index, after = (match[1], match[2], match[3]) if match[1] else (match[4], match[5], "")
-        return f"{before}{first + int(index)}{after}"
+        return local * parallel_state.get_expert_model_parallel_rank()
 
-    return _LOCAL_EXPERT.sub(globalised, name)
+    name = with_layer(name, lambda layer: model.decoder.layers[layer].layer_number - 1)
+    return with_expert(name, lambda expert: first_expert() + expert)
 
 
 def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
@@ -81,7 +73,7 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
     try:
         for name, parameter in global_weights(model):
             rule = rules[source_name(name, kept_layers)]
-            shard, hf_name = read_shard(rule, source, arch, _cut(rule)), rule.hf[0]
+            shard, hf_name = rule.read(source, arch, _cut(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
@@ -136,7 +128,7 @@ def export_weights(
             parts = gather_shards(parameter.detach(), rule)
             if not (rule.export and is_first_holder(rule)):
                 continue
-            for hf_name, tensor in merge_shards(rule, parts, arch).items():
+            for hf_name, tensor in rule.merge(parts, arch).items():
                 tensor = _as_stored(tensor, source, hf_name)
                 add(hf_name, tensor)
                 for copy in source.copies(hf_name, keep_mtp):
@@ -188,7 +180,7 @@ def gather_over_tensor_parallel(shard: torch.Tensor) -> list[torch.Tensor]:
 
 def gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
     """The shards of all ranks that share the rule's parameter, in order."""
-    if rule.shard is Shard.COPY:
+    if rule.shard.dim is None:
         return [shard]
     if rule.expert:
         return gather_over(shard, parallel_state.get_expert_tensor_parallel_group())
@@ -209,11 +201,3 @@ def is_first_holder(rule: WeightRule) -> bool:
     if rule.expert:
         return expert_tensor_parallel().rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     return tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
-def source_name(name: str, kept_layers: Sequence[int] | None) -> str:
-    """The name that a pruned model's parameter has in the source model."""
-    match = _LAYER.match(name)
-    if not match or kept_layers is None:
-        return name
-    return f"{match.group(1)}{kept_layers[int(match.group(2))]}{match.group(3)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megaprune.models import Family, HFConfig, family_of
+from megaprune.models.names import hf_layer, hf_name, renumbered
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.dtypes import FP8, TORCH_NAMES
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-_LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
 
 class HFSource:
@@ -159,13 +158,13 @@ class HFSource:
     @cached_property
     def mtp_layers(self) -> list[int]:
         """The multi-token-prediction layers that are stored behind the model's own, by their index in the names."""
-        matches = (_LAYER.match(name) for name in self._files)
-        return sorted({int(match[2]) for match in matches if match and int(match[2]) >= self.num_layers})
+        layers = {hf_layer(name) for name in self._files}
+        return sorted(layer for layer in layers if layer is not None and layer >= self.num_layers)
 
     def mtp_copies(self, name: str) -> list[str]:
         """The MTP layers' own copies of the embedding or the output layer."""
         suffix = {EMBEDDING: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"}.get(name)
-        copies = [f"model.layers.{layer}.{suffix}" for layer in self.mtp_layers]
+        copies = [hf_name(layer, suffix) for layer in self.mtp_layers] if suffix else []
         return [copy for copy in copies if copy in self._files]
 
     def copies(self, name: str, keep_mtp: bool = True) -> list[str]:
@@ -189,7 +188,7 @@ class HFSource:
     def renamed(self, name: str, kept_layers: Sequence[int], keep_mtp: bool = True) -> str | None:
         """The name of a tensor after pruning; None where it is gone. MTP layers move up behind the kept ones."""
         behind = [layer for layer in self.mtp_layers if keep_mtp]
-        return renamed(name, [*kept_layers, *behind])
+        return renumbered(name, [*kept_layers, *behind])
 
     def pruned_layout(self, kept_layers: Sequence[int], keep_mtp: bool = True) -> StoredLayout:
         """How a pruned model is stored: as the source is."""
@@ -212,8 +211,8 @@ class HFSource:
 
     def belongs_to_mtp(self, name: str) -> bool:
         """Whether a tensor is a multi-token-prediction layer's."""
-        match = _LAYER.match(name)
-        return bool(match and self.family.mtp_keys and int(match[2]) >= self.num_layers)
+        layer = hf_layer(name)
+        return bool(self.family.mtp_keys) and layer is not None and layer >= self.num_layers
 
     def file(self, name: str) -> Path:
         """The file that a tensor is stored in."""
@@ -235,17 +234,6 @@ class HFSource:
             raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
         self._headers[path] = _open_safetensors(path)
         self._stored[path] = set(self._headers[path].keys())
-
-
-def renamed(name: str, kept_layers: Sequence[int]) -> str | None:
-    """The name of an HF tensor after pruning; None where its layer is gone."""
-    match = _LAYER.match(name)
-    if not match:
-        return name
-    layer = int(match.group(2))
-    if layer not in kept_layers:
-        return None
-    return f"{match.group(1)}{list(kept_layers).index(layer)}{match.group(3)}"
 
 
 def read_hf_config(folder: Path) -> HFConfig:

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaprune.models.names import BASE_PREFIX, is_of_base_model
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.weights.fp8 import SCALE_SUFFIX
 
-_BASE = "model."
-_OF_BASE = re.compile(r"^(layers\.\d+\.|embed_tokens\.|norm\.)")
-_STACK = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)({SCALE_SUFFIX})?$")
-_EXPERT = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$")
+_STACK = re.compile(rf"^(model\..+\.mlp\.experts)\.(gate_up_proj|down_proj)({SCALE_SUFFIX})?$")
+_EXPERT = re.compile(rf"^(model\..+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$")
 _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -61,7 +60,7 @@ class StoredLayout:
     def of(cls, names: Iterable[str], tied: bool) -> "StoredLayout":
         """The layout in which these tensors are stored."""
         names = set(names)
-        bare = any(map(_OF_BASE.match, names)) and not any(name.startswith(_BASE) for name in names)
+        bare = any(map(is_of_base_model, names)) and not any(name.startswith(BASE_PREFIX) for name in names)
         full = {_full_name(name) for name in names} if bare else names
         stacks = frozenset(name for name in full if _STACK.match(name) and not name.endswith(SCALE_SUFFIX))
         return cls(bare, stacks, tied and OUTPUT in full and EMBEDDING not in full)
@@ -106,7 +105,7 @@ class StoredLayout:
     def _outer(self, name: str) -> str:
         if self.embedding_as_output and name == EMBEDDING:
             return OUTPUT
-        return name.removeprefix(_BASE) if self.bare else name
+        return name.removeprefix(BASE_PREFIX) if self.bare else name
 
     def written_name(self, name: str) -> str:
         """The name under which a tensor is written at first: its own where it is to be stacked."""
@@ -145,7 +144,7 @@ PLAIN = StoredLayout()
 
 
 def _full_name(name: str) -> str:
-    return _BASE + name if _OF_BASE.match(name) else name
+    return BASE_PREFIX + name if is_of_base_model(name) else name
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -157,7 +157,7 @@ _FORMS = {ColumnParallelLinear: LoRAColumnParallelLinear, RowParallelLinear: LoR
 
 def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
     """Freezes the model and gives its decoder's targeted linear layers their adapters (undefined: see
-    `initialise_adapter`)."""
+    `initialize_adapter`)."""
     model.requires_grad_(False)
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
@@ -175,7 +175,7 @@ def is_adapter(name: str) -> bool:
     return bool(_ADAPTER.search(name))
 
 
-def initialise_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
+def initialize_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
     """A as in PEFT (uniform, Kaiming with a = sqrt 5), B zero: the same whatever the layout.
 
     Args:
