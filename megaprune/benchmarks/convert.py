@@ -18,10 +18,10 @@ import torch
 from megaprune.models import HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.fp8 import BLOCK, dequantise, scale_shape
-from megaprune.weights.safetensors_io import write_safetensors
-from megaprune.weights.source import INDEX
+from megaprune.weights.fp8 import BLOCK, dequantize, scale_shape
+from megaprune.weights.reader import INDEX
 from megaprune.weights.torch_dist.engine import cut
+from megaprune.weights.writer import write_safetensors
 
 _SHARD_BYTES = 5 * 10**9
 _TOOL = "from megaprune.cli.main import main; main('convert')"
@@ -133,12 +133,12 @@ def measure(num_bytes: int, hidden_size: int, repeats: int, with_transformers: b
 
 
 def measure_fp8(repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds on one thread to dequantise one matrix, by our code and by two plain versions."""
+    """Milliseconds on one thread to dequantize one matrix, by our code and by two plain versions."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(FP8_SHAPE, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape(FP8_SHAPE), generator=generator)
     versions: dict[str, Callable[[], torch.Tensor]] = {
-        "megaprune": lambda: dequantise(weight, scale),
+        "megaprune": lambda: dequantize(weight, scale),
         "loop over blocks": lambda: _by_loop(weight, scale),
         "view as blocks": lambda: _by_view(weight, scale),
     }

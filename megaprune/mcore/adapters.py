@@ -23,8 +23,8 @@ from megaprune.models import Architecture, WeightRule
 from megaprune.models.names import name_in_layer, source_name, without_expert
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.source import HFSource
-from megaprune.weights.writer import ShardWriter, join_shards
+from megaprune.weights.tensor_source import TensorSource
+from megaprune.weights.writer import ShardWriter, WrittenShard, join_shards
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The parts of the one file that PEFT reads: what a rank keeps in memory until it is written.
@@ -49,7 +49,7 @@ def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layer
 @torch.no_grad()
 def export_adapter(
     model: GPTModel,
-    source: HFSource,
+    source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
     options: LoRAOptions,
@@ -65,9 +65,10 @@ def export_adapter(
         whole: the model still holds the other layers, too.
     """
     writer = ShardWriter(folder, _PART_BYTES, dist.get_rank())
-    error, mine = None, ([], set())
+    error: MegapruneError | None = None
+    mine: tuple[list[WrittenShard], set[str]] = [], set()
     try:
-        targets = set()
+        targets: set[str] = set()
         for names, writes in _hf_adapters(model, source, None if whole else kept_layers):
             for name, matrices in names.items():
                 new_name = source.renamed(name, kept_layers)
@@ -94,7 +95,7 @@ def export_adapter(
 
 
 def _hf_adapters(
-    model: GPTModel, source: HFSource, model_layers: Sequence[int] | None
+    model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None
 ) -> Iterator[tuple[_Adapters, bool]]:
     """Adapters under HF's names in the source, and whether they are this rank's to write. Collective."""
     arch, rules = source.family.architecture(source.config), rules_by_parameter(source)
@@ -139,7 +140,7 @@ def _stacked(local: Sequence[_Adapters]) -> _Adapters:
     return {f"{experts}.{parameter}": (lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1))}
 
 
-def _stacks_experts(source: HFSource) -> bool:
+def _stacks_experts(source: TensorSource) -> bool:
     return source.family.stacks_experts and source.family.architecture(source.config).num_experts > 0
 
 

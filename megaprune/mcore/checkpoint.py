@@ -28,6 +28,7 @@ from megaprune.mcore.optimizer import Trainer
 from megaprune.models.names import source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
 
 # 0.16.1 has its writers report to a manager process, for saves that run on beside the training. It takes seconds and
 # 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.
@@ -90,7 +91,7 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
     The folder gets its name only when every rank has written its part.
     """
     final = folder / f"iter_{iteration:07d}"
-    aside = folder / f"{final.name}.tmp"
+    aside = aside_folder(final)
     sharded = _sharded_state(trainer) if trainer else {}
     num_bytes = sum(parallel.from_all_ranks(_bytes_of(sharded)))
     try:

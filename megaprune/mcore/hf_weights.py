@@ -18,7 +18,7 @@ from megaprune.models.names import source_name, with_expert, with_layer
 from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
 
@@ -42,7 +42,7 @@ def global_name(name: str, model: GPTModel) -> str:
     return with_expert(name, lambda expert: first_expert() + expert)
 
 
-def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
+def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
     """The rule of each Megatron parameter of the source model, by its name under the layer spec in use."""
     rules: dict[str, WeightRule] = {}
     for rule in source.family.rules(source.config):
@@ -58,7 +58,7 @@ def _cut(rule: WeightRule) -> TensorParallel:
 
 
 @torch.no_grad()
-def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int] | None = None) -> None:
+def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[int] | None = None) -> None:
     """Fills this rank's parameters from the HF folder, reading only its slices. Collective.
 
     Args:
@@ -91,7 +91,7 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
 @torch.no_grad()
 def export_weights(
     model: GPTModel,
-    source: HFSource,
+    source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
     max_shard_bytes: int,
@@ -118,7 +118,9 @@ def export_weights(
     writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
 
     def add(hf_name: str, tensor: torch.Tensor) -> None:
-        writer.add(layout.written_name(source.renamed(hf_name, kept_layers)), tensor)
+        new_name = source.renamed(hf_name, kept_layers)
+        assert new_name is not None  # only kept layers' tensors come here
+        writer.add(layout.written_name(new_name), tensor)
 
     try:
         for name, parameter in global_weights(model):
@@ -150,7 +152,7 @@ def export_weights(
     on_first_rank(finish)
 
 
-def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:
+def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:
     """The weight in the source's dtype; the source's own bits where nothing but the run's coarser dtype changed it."""
     dtype = source.dtype(hf_name)
     if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
@@ -161,7 +163,7 @@ def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Te
 
 
 @torch.no_grad()
-def round_to_source_dtype(model: GPTModel, source: HFSource, model_layers: Sequence[int] | None) -> None:
+def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None) -> None:
     """Rounds the weights to what the export will hold, so that what is measured is what is shipped.
 
     Args:

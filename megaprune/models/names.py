@@ -50,7 +50,7 @@ def renumbered(name: str, kept_layers: Sequence[int]) -> str | None:
 
 
 def is_of_base_model(name: str) -> bool:
-    """Whether an HF name is one of a base model, which lacks the prefix ``model.``."""
+    """Return whether an HF name is one of a base model, which lacks the prefix ``model.``."""
     return bool(_OF_BASE.match(name))
 
 

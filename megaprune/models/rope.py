@@ -32,7 +32,7 @@ _ABOUT_ROPE = re.compile(r"(rope|rotary|partial_rotary|yarn|mrope)_")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's inverse frequencies are stretched; a type leaves the fields that it does not read at None.
+    """The stretching of RoPE's inverse frequencies; a type leaves the fields that it does not read at None.
 
     Args:
         rope_type: ``linear``, ``llama3`` or ``yarn``.

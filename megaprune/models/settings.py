@@ -58,7 +58,7 @@ def flag(config: HFConfig, key: str, default: bool) -> bool:
 
 
 def text(config: HFConfig, key: str, default: str, only: str) -> None:
-    """Checks that a setting has the one value that is supported; ``default`` if the key is absent.
+    """Check that a setting has the one value that is supported; ``default`` if the key is absent.
 
     Raises:
         MegapruneError: it has another.
@@ -100,7 +100,7 @@ def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; true and false are none."""
+    """Return whether a value is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -100,7 +100,7 @@ class Architecture:
 
     @property
     def mla(self) -> bool:
-        """Whether attention is multi-head latent attention."""
+        """Return whether attention is multi-head latent attention."""
         return bool(self.transformer.get("multi_latent_attention"))
 
     @property
@@ -117,7 +117,7 @@ class Architecture:
         return self.transformer.get("num_moe_experts", 0)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         return bool(self.num_experts and self.transformer["moe_layer_freq"][layer])
 
     def pruned(self, kept_layers: Sequence[int]) -> Architecture:

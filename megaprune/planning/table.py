@@ -1,10 +1,10 @@
 """A plan for the terminal and as JSON."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megaprune.planning.plan import Phase, Plan, Stage
+from megaprune.utils.text import number_ranges
 
 _GIB = 2**30
 _NOT_COUNTED = (
@@ -122,7 +122,7 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
         row = [
             str(number),
             _ranks(stage),
-            _ranges(stage.running_layers),
+            number_ranges(stage.running_layers, ","),
             f"{stage.dense_layers}+{stage.moe_layers}",
             f"{stage.parameters:,}",
             f"{stage.trained_parameters:,}",
@@ -150,7 +150,7 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     lines = []
     for phase, stages in found:
         fullest = max(stages, key=lambda stage: stage.memory.total)
-        numbers = _ranges([number for number, stage in enumerate(phase.stages) if stage in stages])
+        numbers = number_ranges((number for number, stage in enumerate(phase.stages) if stage in stages), ",")
         lines.append(
             f"does not fit in {device_memory_gib:g} GiB: {phase.name}, stages {numbers}; the fullest needs "
             f"{fullest.memory.total / _GIB:,.1f} GiB on each rank of {_ranks(fullest)}"
@@ -159,7 +159,7 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
 
 
 def _ranks(stage: Stage) -> str:
-    return _ranges(range(stage.first_rank, stage.last_rank + 1))
+    return number_ranges(range(stage.first_rank, stage.last_rank + 1), ",")
 
 
 def _layers(phase: Phase) -> str:
@@ -172,14 +172,3 @@ def _layers(phase: Phase) -> str:
 def _sizes(phase: Phase) -> str:
     active = f", {phase.size.active:,} of them active for a token" if phase.size.active != phase.size.total else ""
     return f"{phase.size.total:,} parameters{active}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-3,5 for 0, 1, 2, 3, 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"

@@ -31,9 +31,9 @@ from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.teacher_cache import cache_key, check_cacheable
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.weights.source import HFSource
-from megaprune.weights.writer import aside_folder
 
 _FLAG = "--output"
 

@@ -36,9 +36,10 @@ from megaprune.selection.one_shot import random_layers
 from megaprune.selection.segments import cut_position
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.files import aside_folder
 from megaprune.utils.locks import locked
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
-from megaprune.weights.writer import aside_folder, parse_size
+from megaprune.weights.writer import parse_size
 
 GO_ON = "give the same command to go on from the last checkpoint"
 

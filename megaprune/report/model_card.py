@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from megaprune.report.run_report import Report, ideal_speedup, layer_ranges, measured_losses, perplexity
+from megaprune.report.run_report import Report, ideal_speedup, measured_losses, perplexity
+from megaprune.utils.text import number_ranges
 
 CARD_NAME = "README.md"
 
@@ -53,8 +54,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 | layers | {before} | {report["num_layers"]} |
 | parameters | {report["params_before"]:,} | {report["params_after"]:,} |
 {_mixture_rows(report)}
-- kept layers (source indices, from 0): {layer_ranges(report["kept_layers"])}
-- removed layers: {layer_ranges(report["pruned_layers"])}
+- kept layers (source indices, from 0): {number_ranges(report["kept_layers"])}
+- removed layers: {number_ranges(report["pruned_layers"])}
 - ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
 {_quality(report, adapter)}
 ## How it was made

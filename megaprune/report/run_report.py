@@ -10,6 +10,7 @@ from typing import Any
 from megaprune import __version__
 from megaprune.models.sizes import Inventory
 from megaprune.utils.files import write_json
+from megaprune.utils.text import number_ranges
 
 MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
 OUTPUTS = (
@@ -109,8 +110,8 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
     lines = [_headline(report), "", *_model_rows(report), ""]
     facts = [
         *_mixture_facts(report),
-        ("kept layers", layer_ranges(report["kept_layers"])),
-        ("pruned layers", layer_ranges(report["pruned_layers"])),
+        ("kept layers", number_ranges(report["kept_layers"])),
+        ("pruned layers", number_ranges(report["pruned_layers"])),
         ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
         ("tokens seen", f"{report['tokens_seen']:,}"),
     ]
@@ -121,17 +122,6 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
         found = [(name, Path(run_dir) / place) for name, place in OUTPUTS]
         facts += [(name, str(path)) for name, path in found if path.exists()]
     return "\n".join(lines + [f"{name:<16}{value}" for name, value in facts])
-
-
-def layer_ranges(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"; "none" for no layers."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
 def _headline(report: Report) -> str:

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
+def aside_folder(final: Path) -> Path:
+    """The folder in which the parts of the folder `final` are gathered until it is whole; it then takes its name."""
+    return final.with_name(final.name + ".tmp")
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes `path`'s place when the block ends well.
+    """Yield a path beside `path` to write to, which takes `path`'s place when the block ends well.
 
     A reader sees the old file or the new one, never half of it; a block that raises leaves no trace.
     The folder is made where it is missing. The suffix stays last, since matplotlib reads the format from it.
@@ -32,7 +37,7 @@ def strict_json(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` to `path` as indented JSON, whole or not at all (see `strict_json`)."""
+    """Write `value` to `path` as indented JSON, whole or not at all (see `strict_json`)."""
     with whole_file(path) as aside:
         aside.write_text(strict_json(value, indent=2) + "\n")
 

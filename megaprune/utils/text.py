@@ -1,12 +1,23 @@
-"""Text for people: first lines of errors, columns of tables."""
+"""Text for people: first lines of errors, ranges of numbers, columns of tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message, or its class where it has none."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".: ") if text else type(error).__name__
+
+
+def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
+    """Return [0, 1, 2, 5], in any order, as "0-2, 5"; "none" for no numbers."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return separator.join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How an HF folder names and stacks its tensors, where that is not as the families' tables have it.
+"""The names and stacks in which an HF folder stores its tensors, where they differ from the families' tables.
 
 The tables name each expert's matrices, all under ``model.``. transformers also saves the experts of a layer as two
 stacked tensors (``gate_up_proj``, for each expert its gate, then its up; and ``down_proj``), a base model without the
@@ -6,7 +6,7 @@ prefix ``model.``, and of tied embeddings either name. Each tensor of the tables
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the tables lies: in a stored tensor, whole, or as one of its equal parts in order."""
+    """The place of a tensor of the tables: a stored tensor, whole, or one of its equal parts in order."""
 
     stored: str
     part: int = 0
@@ -36,7 +36,7 @@ class Place:
 
     def at(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Its expert, its first row within the expert, and its rows, in a stack of this shape."""
-        of_expert = self.parts // shape[0]
+        of_expert = (self.parts or 1) // shape[0]
         expert, half = divmod(self.part, of_expert)
         rows = shape[1] // of_expert
         return expert, half * rows, rows
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredLayout:
-    """What differs from the tables.
+    """The differences from the tables.
 
     Args:
         bare: names lack ``model.``.
@@ -67,14 +67,14 @@ class StoredLayout:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "StoredLayout":
-        """What `record` gave."""
+        """The layout that `record` gave."""
         return cls(record["bare"], frozenset(record["stacks"]), record["embedding_as_output"])
 
     def record(self) -> dict[str, Any]:
         """The layout for JSON."""
         return {"bare": self.bare, "stacks": sorted(self.stacks), "embedding_as_output": self.embedding_as_output}
 
-    def renamed(self, rename: Any) -> "StoredLayout":
+    def renamed(self, rename: Callable[[str], str | None]) -> "StoredLayout":
         """The layout of a pruned model.
 
         Args:
@@ -149,4 +149,5 @@ def _full_name(name: str) -> str:
 
 def _order(name: str) -> tuple[int, str]:
     match = _EXPERT.match(name)
+    assert match, name
     return int(match[2]), match[3]  # gate before up

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megaprune.report.run_report import layer_ranges, perplexity, result_table, write_report
+from megaprune.report.run_report import perplexity, result_table, write_report
 from megaprune.utils.files import whole_file
 
 
@@ -77,11 +77,6 @@ def test_result_table_without_validation(report):
     table = result_table(report)
     assert "recovered" not in table
     assert "teacher            8           8,000,000            -             -" in table
-
-
-def test_layer_ranges():
-    assert layer_ranges([3, 1, 2, 9, 11, 12]) == "1-3, 9, 11-12"
-    assert layer_ranges([]) == "none"
 
 
 def test_perplexity_of_a_hopeless_loss():
