@@ -1,5 +1,6 @@
 # make demo   prune the demo model end to end, on CPU, in minutes
-# make test   run the whole test suite
+# make test         run every test that this machine can run, in under 20 minutes on 2 cores
+# make test-quick   run the tests that start no torchrun and take seconds, in under 3 minutes
 # make docs   build the documentation site in site/
 # All create .venv and install what they need at the versions in constraints.txt; `make setup` does only that.
 
@@ -10,13 +11,13 @@ DOCS_STAMP := .venv/.docs-installed
 
 # With glibc's defaults, small training steps on a CPU spend half of their time on returning memory to the kernel and
 # faulting it in again.
-test demo: export MALLOC_MMAP_THRESHOLD_ := 1073741824
-test demo: export MALLOC_TRIM_THRESHOLD_ := 2000000000
-test demo: export MALLOC_TOP_PAD_ := 268435456
+test test-quick demo: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+test test-quick demo: export MALLOC_TRIM_THRESHOLD_ := 2000000000
+test test-quick demo: export MALLOC_TOP_PAD_ := 268435456
 # One thread per process, because the demo and the parallel tests start several processes.
-test demo: export OMP_NUM_THREADS := 1
+test test-quick demo: export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint format docs clean
+.PHONY: setup demo test test-quick lint format docs clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not parallel"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

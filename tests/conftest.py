@@ -1,11 +1,32 @@
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
-# The suite is one of CPU processes, several at a time; set before torch is loaded.
+# Most tests are of CPU processes, several at a time; set before torch is loaded. A run of the tests that need a GPU
+# (-m gpu) shows them the devices: CUDA_VISIBLE_DEVICES=0 .venv/bin/python -m pytest -m gpu.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+_PARALLEL = Path(__file__).with_name("parallel")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in tests/parallel, and skip those that need what this machine lacks."""
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no GPU is visible (the tests hide it unless CUDA_VISIBLE_DEVICES is set)"
+    if find_spec("vllm") is None:
+        reasons["serving"] = "vLLM is not installed"
+    for item in items:
+        if item.path.is_relative_to(_PARALLEL):
+            item.add_marker(pytest.mark.parallel)
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +66,7 @@ def tiny_data(tmp_path_factory):
     """A folder with train.jsonl and valid.jsonl."""
     from tests.helpers import tiny
 
-    folder = tmp_path_factory.mktemp("data")
-    tiny.make_data(folder / "train.jsonl", rows=150, seed=1)
-    tiny.make_data(folder / "valid.jsonl", rows=15, seed=2)
-    return folder
+    return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=150, valid_rows=15)
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megaprune.benchmarks.options import ConvertOptions
+from megaprune.benchmarks.timing import Result, environment
 from megaprune.models import HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
+from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.text import aligned
 from megaprune.weights.fp8 import BLOCK, dequantize, scale_shape
 from megaprune.weights.reader import INDEX
 from megaprune.weights.torch_dist.engine import cut
@@ -49,8 +53,52 @@ class Sample:
     peak_bytes: int
 
 
+def measure(options: ConvertOptions) -> Result:
+    """Time import, export and copying of the same bytes.
+
+    Raises:
+        MegapruneError: a conversion failed, or there is no room.
+    """
+    num_bytes = int(options.size_gb * 1e9)
+    check_room(Path(options.folder or tempfile.gettempdir()), 3 * num_bytes)
+    fp8 = measure_fp8(max(5, options.repeats))
+    records = measure_conversions(num_bytes, options.hidden_size, options.repeats, options.transformers, options.folder)
+    return {
+        "benchmark": "convert",
+        "settings": asdict(options),
+        "environment": environment("cpu", 1),
+        "cases": records,
+        "fp8": fp8,
+    }
+
+
+def table(result: Result) -> str:
+    """Return the measured conversions as a table for the terminal."""
+    cases = result["cases"]
+    rows = [("", "seconds", "GB/s", "ratio", "processor s", "peak MiB")] + [
+        (
+            record["case"],
+            f"{record['seconds']:.2f}",
+            f"{record['gigabytes_per_second']:.2f}",
+            f"{record['ratio']:.2f}",
+            f"{record['processor_seconds']:.2f}",
+            f"{record['peak_bytes'] / 2**20:,.0f}",
+        )
+        for record in cases
+    ]
+    fp8 = [("one FP8 matrix", "ms", "bit-equal")] + [
+        (record["case"], f"{record['milliseconds']:.1f}", "yes" if record["bit_equal"] else "NO")
+        for record in result["fp8"]
+    ]
+    head = (
+        f"{cases[0]['bytes'] / 1e9:.2f} GB, largest tensor {cases[0]['largest_tensor_bytes'] / 2**20:,.0f} MiB; "
+        f"medians of {result['settings']['repeats']} rounds; ratios are to cp"
+    )
+    return "\n".join([head, *aligned(rows), "", *aligned(fp8)])
+
+
 def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
-    """Writes a bf16 checkpoint in LLaMA's shape, of about so many bytes; gives the bytes of its largest tensor."""
+    """Write a bf16 checkpoint in LLaMA's shape of about this size; return the bytes of its largest tensor."""
     config: HFConfig = dict(
         model_type="llama",
         architectures=["LlamaForCausalLM"],
@@ -73,7 +121,7 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
     shapes = _shapes(config)
     files = cut(((name, _bytes(shape)) for name, shape in shapes.items()), _SHARD_BYTES)
     noise = torch.randn(max(_bytes(shape) for shape in shapes.values()) // 2).to(torch.bfloat16)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (names, _) in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         described = {name: (shapes[name], "BF16") for name in names}
@@ -86,12 +134,14 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
     return max(map(_bytes, shapes.values()))
 
 
-def measure(num_bytes: int, hidden_size: int, repeats: int, with_transformers: bool, folder: str | None) -> list[dict]:
-    """Runs every command once a round, each as a process of its own; one record a case.
+def measure_conversions(
+    num_bytes: int, hidden_size: int, repeats: int, with_transformers: bool, folder: str | None
+) -> list[dict[str, Any]]:
+    """Run every command once a round, each in its own process; return a record per case.
 
-    Before each, its input is read once, what is dirty is written out, and a file of the model's size is written and
-    removed: the page cache holds the input, and the memory that it grows into was in use a moment ago. (On a virtual
-    machine whose host takes free memory back, the first touch of a page costs ten times the copying.)
+    Before each command, its input is read once, dirty pages are written out, and a file of the model's size is written
+    and removed: the page cache holds the input, and the memory for the output was in use a moment ago. (On a virtual
+    machine whose host reclaims free memory, the first touch of a page costs ten times the copying.)
 
     Raises:
         MegapruneError: a command failed.
@@ -133,7 +183,7 @@ def measure(num_bytes: int, hidden_size: int, repeats: int, with_transformers: b
 
 
 def measure_fp8(repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds on one thread to dequantize one matrix, by our code and by two plain versions."""
+    """Time the dequantization of one matrix on one thread, by our code and by two plain versions."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(FP8_SHAPE, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape(FP8_SHAPE), generator=generator)
@@ -162,7 +212,9 @@ def measure_fp8(repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def _record(name: str, samples: Sequence[Sample], baseline: Sequence[Sample], total: int, largest: int) -> dict:
+def _record(
+    name: str, samples: Sequence[Sample], baseline: Sequence[Sample], total: int, largest: int
+) -> dict[str, Any]:
     seconds = statistics.median(sample.seconds for sample in samples)
     return {
         "case": name,

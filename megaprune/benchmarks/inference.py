@@ -1,6 +1,7 @@
 """The benchmark `inference`: an exported model beside its original, in transformers or vLLM."""
 
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any, Literal
 import torch
 
 from megaprune import device
-from megaprune.benchmarks.timing import interleaved, median_ratio
+from megaprune.benchmarks.options import InferenceOptions
+from megaprune.benchmarks.timing import Result, environment, interleaved, median_ratio
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.text import aligned
 
 Engine = Literal["transformers", "vllm"]
 ORIGINAL, PRUNED = "original", "pruned"
-# Takes prompts [batch, length] and how many tokens to make; returns when they are there.
+# Continues prompts [batch, length] by a number of tokens, and returns when they are done.
 Generate = Callable[[torch.Tensor, int], None]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of random tokens, all alike in length, and how many tokens each is continued by (at least 2)."""
+    """Prompts of random tokens and of equal length, and the number of tokens (at least 2) that continue each."""
 
     batch_size: int
     prompt_length: int
@@ -30,20 +33,89 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds to the first token (TTFT) and for each further one of a batch (TPOT)."""
+    """Time to the first token (TTFT) and per further token (TPOT) of a batch, in seconds."""
 
     first_token: float
     further_token: float
 
     def total(self, new_tokens: int) -> float:
-        """Seconds from the prompt to the last token."""
+        """Return the seconds from the prompt to the last token."""
         return self.first_token + (new_tokens - 1) * self.further_token
 
 
-def measure(
+def measure(options: InferenceOptions) -> Result:
+    """Time both models for each batch size and prompt length.
+
+    Raises:
+        MegapruneError: a model can't be loaded.
+        UsageError: the engine is not installed.
+    """
+    return {
+        "benchmark": "inference",
+        "settings": asdict(options),
+        "environment": environment(device.NAME, 1),
+        "cases": _cases(options),
+    }
+
+
+def table(result: Result) -> str:
+    """Return the measured workloads as a table for the terminal."""
+    cases = result["cases"]
+    rows: list[tuple[str, ...]] = [("", "original s", "pruned s", "speed-up", "of ideal")]
+    for record in cases:
+        name = f"{record['batch_size']} x {record['prompt_length']} tokens"
+        for kind, label in (
+            ("first_token", "first token"),
+            ("further_token", "per further token"),
+            ("total", f"{record['new_tokens']} tokens"),
+        ):
+            seconds = record[f"{kind}_seconds"]
+            rows.append(
+                (
+                    f"{name}: {label}",
+                    f"{seconds['original']:.4f}",
+                    f"{seconds['pruned']:.4f}",
+                    f"{record[f'{kind}_speed_up']:.3f}",
+                    f"{record[f'{kind}_of_ideal']:.3f}",
+                )
+            )
+    layers, machine = cases[0]["layers"], result["environment"]
+    head = (
+        f"{layers['original']} -> {layers['pruned']} layers, ideal speed-up {cases[0]['ideal_speed_up']:.3f}; medians "
+        f"of {result['settings']['repeats']} rounds in {result['settings']['engine']} on {machine['device']}, "
+        f"{machine['threads']} threads"
+    )
+    return "\n".join([head, *aligned(rows)])
+
+
+def _cases(options: InferenceOptions) -> list[dict[str, Any]]:
+    workloads = [
+        Workload(batch, length, options.new_tokens)
+        for batch in options.batch_sizes
+        for length in options.prompt_lengths
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.hf_model and options.pruned_model:
+            models = {ORIGINAL: Path(options.hf_model), PRUNED: Path(options.pruned_model)}
+        else:
+            heads = options.num_attention_heads
+            sizes = dict(
+                hidden_size=options.hidden_size,
+                intermediate_size=3 * options.hidden_size,
+                num_attention_heads=heads,
+                num_key_value_heads=heads if heads % 2 else heads // 2,
+                head_dim=options.hidden_size // heads,
+                vocab_size=options.vocab_size,
+                max_position_embeddings=max(options.prompt_lengths) + options.new_tokens,
+            )
+            models = make_models(Path(folder), options.num_layers, options.num_pruned, sizes)
+        return measure_models(models, options.engine, options.dtype, workloads, options.repeats, options.warmup)
+
+
+def measure_models(
     models: dict[str, Path], engine: Engine, dtype: str, workloads: Sequence[Workload], repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
-    """Times both models on every workload, interleaved.
+    """Time both models on every workload, interleaved.
 
     Args:
         models: folders of `ORIGINAL` and `PRUNED`.
@@ -99,8 +171,8 @@ def _record(workload: Workload, samples: dict[str, list[Sample]], layers: dict[s
     return record | {"rounds": {name: [asdict(sample) for sample in found] for name, found in samples.items()}}
 
 
-def make_models(folder: Path, num_layers: int, num_pruned: int, sizes: dict[str, int]) -> dict[str, Path]:
-    """Writes two Qwen3-like models with random weights, one with fewer layers."""
+def make_models(folder: Path, num_layers: int, num_pruned: int, sizes: dict[str, Any]) -> dict[str, Path]:
+    """Write two Qwen3-like models with random weights, one with fewer layers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     made = {}
@@ -133,7 +205,8 @@ def _in_transformers(folder: Path, dtype: str) -> Generate:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.torch_device()).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = model.to(device.torch_device()).eval()
     except Exception as error:  # transformers raises many kinds; all mean the same here
         raise MegapruneError(f"{folder} can't be loaded by transformers: {str(error).splitlines()[0]}") from None
 

@@ -1,11 +1,11 @@
-"""What caching a teacher costs beside its forward pass, how fast a cache is read, and what its 16 bits lose."""
+"""The cost of caching a teacher beside its forward pass, the speed of reading, and the error of 16 bits a logit."""
 
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,90 @@ import torch
 from torch import Tensor
 
 from megaprune import device
-from megaprune.benchmarks.timing import interleaved, median_ratio
-from megaprune.data.batches import PADDING_ID, Windows, batches_for, eval_batches
+from megaprune.benchmarks.options import TeacherCacheOptions
+from megaprune.benchmarks.timing import Result, environment, interleaved, median_ratio
+from megaprune.data.batches import PADDING_ID, Windows, batches_for, eval_batches, prepare_dataset
+from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, distillation_loss, teacher_targets
 from megaprune.distillation.teachers import vocab_shard
-from megaprune.mcore import schedule
+from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
+from megaprune.utils.errors import UsageError
+from megaprune.utils.text import aligned
+from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 FORWARD, TARGETS, CACHING, READING = "forward pass", "and top k", "and written", "read"
-# A student as far off as recovery brings it, and one that has hardly learned.
+_LONGEST_DEFAULT_WINDOW = 256
+# Noise on the teacher's logits: of a student that has recovered, and of one that has hardly learned.
 _STUDENTS = {"near": 0.3, "far": 2.0}
 
 
+def measure(options: TeacherCacheOptions) -> Result:
+    """Time caching and reading, and measure the encodings' errors, on this process alone.
+
+    Raises:
+        MegapruneError: the model or the data can't be used.
+        UsageError: there are several processes.
+    """
+    if parallel.world_size() > 1:
+        raise UsageError("teacher-cache is for one process: start it without torchrun")
+    source, sizes = HFSource(resolve_hf_model(str(options.hf_model))), parallel.ParallelSizes()
+    positions = source.family.architecture(source.config).max_position_embeddings
+    seq_length = options.seq_length or min(_LONGEST_DEFAULT_WINDOW, positions)
+    if seq_length > positions:
+        raise UsageError(f"--seq-length {seq_length} is more than the model's {positions} positions")
+    source.check_tensors()
+    parallel.initialize(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_in(source.folder, False)
+        dataset = prepare_dataset(
+            options.data,
+            tokenizer,
+            seq_length=seq_length,
+            cache_dir=Path(folder),
+            flag="--data",
+            vocab_size=source.family.architecture(source.config).vocab_size,
+        )
+        fused = device.use_transformer_engine("auto")
+        engine = EngineOptions(sizes, fused, options.bf16, seq_length=seq_length)
+        windows = min(options.windows, len(dataset))
+        measured = measure_caching(source, dataset, engine, windows, options.micro_batch_size, options.repeats)
+    parallel.finish()
+    parallel.leave()
+    return {
+        "benchmark": "teacher-cache",
+        "settings": asdict(options),
+        "environment": environment(device.NAME, 1),
+        **measured,
+    }
+
+
+def table(result: Result) -> str:
+    """Return the measured cases and encodings as a table for the terminal."""
+    rows = [("", "tokens/s", "time by the forward pass")] + [
+        (record["case"], f"{record['tokens_per_second']:,.0f}", f"{record['ratio']:.3f}") for record in result["cases"]
+    ]
+    errors = [("error of the loss, nats", "student", "a token at most", "of the mean")] + [
+        (record["encoding"], record["student"], f"{record['largest']:.1e}", f"{record['of_the_mean']:.1e}")
+        for record in result["encodings"]
+    ]
+    head = f"{result['tokens']:,} tokens, {result['bytes_per_token']:.2f} bytes each; medians of the rounds"
+    return "\n".join([head, *aligned(rows), "", *aligned(errors)])
+
+
 def measure_caching(
-    source: HFSource, dataset: Windows, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
+    source: TensorSource, dataset: Windows, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
 ) -> dict[str, Any]:
-    """Tokens a second of each case, medians over rounds, and the losses' errors by encoding.
+    """Measure the tokens per second of each case, medians over rounds, and the losses' errors by encoding.
 
     Args:
-        windows: the first so many of the data are what every round sees.
+        windows: the number of windows, from the first on, that every round passes.
     """
     arch = source.family.architecture(source.config)
     model = build_model(arch, [arch.num_layers], engine)
@@ -46,7 +106,7 @@ def measure_caching(
     key = CacheKey("model", "tokenizer", "data", dataset.seq_length, windows, arch.vocab_size)
     plan, shard = CachePlan(key, 10, "bf16" if engine.bf16 else "fp32"), vocab_shard(arch)
 
-    def forward(collect: Callable[[Tensor, int], Any]) -> float:
+    def forward(collect: Callable[[Tensor, schedule.LossTokens], Any]) -> float:
         start = time.perf_counter()
         schedule.forward(teacher, batches, collect)
         device.synchronize()
@@ -55,21 +115,20 @@ def measure_caching(
     def keep(some: range, add: Callable[[Sequence[int], TeacherTargets], None]) -> None:
         own = list(batches_for(dataset, some, micro_batch_size=micro_batch_size, dp_rank=0, dp_size=1))
 
-        def collect(logits: Tensor, number: int) -> None:
-            ids = [window for window in own[number].sample_ids if window != PADDING_ID]
-            found = teacher_targets(logits, plan.top_k, shard)
-            add(ids, TeacherTargets(*(column[:, : len(ids)].cpu() for column in found.__dict__.values())))
+        def collect(logits: Tensor, tokens: schedule.LossTokens) -> None:
+            ids = [window for window in own[tokens.number].sample_ids if window != PADDING_ID]
+            add(ids, teacher_targets(logits, plan.top_k, shard).map(lambda column: column[:, : len(ids)].cpu()))
 
         schedule.forward(teacher, own, collect)
 
     with tempfile.TemporaryDirectory() as folder:
         cases = {
-            FORWARD: lambda: forward(lambda logits, number: None),
-            TARGETS: lambda: forward(lambda logits, number: teacher_targets(logits, plan.top_k, shard)),
+            FORWARD: lambda: forward(lambda logits, tokens: None),
+            TARGETS: lambda: forward(lambda logits, tokens: teacher_targets(logits, plan.top_k, shard)),
             CACHING: lambda: _cache(Path(folder), plan, keep),
             READING: lambda: _read(Path(folder) / "cache", plan, micro_batch_size),
         }
-        cases[CACHING]()  # what is read
+        cases[CACHING]()  # the cache that is read
         samples = interleaved(cases, repeats, warmup=1)
     tokens = windows * dataset.seq_length
     return {
@@ -88,7 +147,7 @@ def measure_caching(
 
 
 def _cache(folder: Path, plan: CachePlan, keep: Callable[..., None]) -> float:
-    """Seconds of a pass whose targets are written, shard by shard."""
+    """Return the seconds of a pass whose targets are written, shard by shard."""
     work, final = folder / "work", folder / "cache"
     shutil.rmtree(final, ignore_errors=True)
     work.mkdir()
@@ -104,7 +163,7 @@ def _cache(folder: Path, plan: CachePlan, keep: Callable[..., None]) -> float:
 
 
 def _read(folder: Path, plan: CachePlan, micro_batch_size: int) -> float:
-    """Seconds in which all windows are read in another order, as a run would."""
+    """Return the seconds in which all windows are read in random order, as a run reads them."""
     order = torch.randperm(plan.key.windows, generator=torch.Generator().manual_seed(0)).split(micro_batch_size)
     start = time.perf_counter()
     cache = TeacherCache(folder, plan.key, plan.top_k)
@@ -114,11 +173,11 @@ def _read(folder: Path, plan: CachePlan, micro_batch_size: int) -> float:
 
 
 def _encodings(teacher: torch.nn.Module, batches: list, plan: CachePlan, shard: VocabShard) -> list[dict[str, Any]]:
-    """The error of the loss by encoding and student: of a token at most, and of the mean."""
+    """Return the error of the loss per encoding and student: the maximum over tokens, and of the mean."""
     errors: dict[tuple[str, str], list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def collect(logits: Tensor, number: int) -> None:
+    def collect(logits: Tensor, tokens: schedule.LossTokens) -> None:
         targets = teacher_targets(logits, plan.top_k, shard)
         for student, spread in _STUDENTS.items():
             noise = torch.randn(logits.shape, generator=generator).to(logits.device)
@@ -137,28 +196,23 @@ def _encodings(teacher: torch.nn.Module, batches: list, plan: CachePlan, shard: 
 
 
 def _encoded(targets: TeacherTargets, plan: CachePlan) -> Mapping[str, TeacherTargets]:
-    """The targets [s, b, ...] as each way to spend 16 bits a logit gives them back."""
+    """Return the targets [s, b, ...] after encoding and decoding, for each way to spend 16 bits a logit."""
     logits, logsumexp = targets.logits, targets.logsumexp.unsqueeze(-1)
     below = (logits - logits[..., :1]).half().float()
     top = (logits[..., :1] - logsumexp).half().float()
     stored = [
-        plan.layout.decode(_bytes(plan.layout.encode(_column(targets, place))), plan.top_k)
+        plan.layout.decode(_bytes(plan.layout.encode(targets.window(place))), plan.top_k)
         for place in range(logits.shape[1])
     ]
-    names = targets.__dict__
     return {
         "fp16 logits": replace(targets, logits=logits.half().float()),
         "fp16 log-probabilities": replace(targets, logits=(logits - logsumexp).half().float() + logsumexp),
         "fp16 log-probability of the first, others by the first": replace(targets, logits=logsumexp + top + below),
-        "fp16 log-odds of the top k, others by the first (stored)": TeacherTargets(
-            *(torch.stack([getattr(one, name) for one in stored], dim=1).to(logits.device) for name in names)
+        "fp16 log-odds of the top k, others by the first (stored)": TeacherTargets.stack(stored).map(
+            lambda column: column.to(logits.device)
         ),
         "bf16 logits": replace(targets, logits=logits.bfloat16().float()),
     }
-
-
-def _column(targets: TeacherTargets, place: int) -> TeacherTargets:
-    return TeacherTargets(*(column[:, place] for column in targets.__dict__.values()))
 
 
 def _bytes(block: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: cases interleaved in one process, and the bytes that a forward pass keeps."""
+"""Measuring: cases interleaved in one process, and the bytes that a forward pass keeps."""
 
 import statistics
 import weakref
@@ -9,13 +9,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megaprune.report.run_report import versions
+
 T = TypeVar("T")
+# The settings, the environment and the measured cases of a benchmark, for JSON.
+Result = dict[str, Any]
+
+
+def environment(device_name: str, processes: int) -> dict[str, Any]:
+    """Return the device, processes, threads and versions behind a result."""
+    return {
+        "device": torch.cuda.get_device_name() if device_name == "cuda" else device_name,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def interleaved(cases: Mapping[str, Callable[[], T]], repeats: int, warmup: int) -> dict[str, list[T]]:
-    """Runs every case once a round, and returns what each gave in the rounds after the warm-up, in order.
+    """Run every case once a round, and return the results of each in the rounds after the warm-up, in order.
 
-    What disturbs the machine thus meets all cases alike. The order rotates, so that none always follows the same one.
+    Background load thus affects every case equally. The order rotates, so that no case always follows the same one.
     """
     names = list(cases)
     samples: dict[str, list[T]] = {name: [] for name in names}
@@ -29,21 +43,20 @@ def interleaved(cases: Mapping[str, Callable[[], T]], repeats: int, warmup: int)
 
 
 def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
-    """The median over rounds of a case's sample by the baseline's of the same round.
+    """Return the median over rounds of a case's sample divided by the baseline's sample of the same round.
 
-    Steadier than the ratio of the medians where the machine is not quiet: both samples of a round saw the same.
+    On a busy machine it varies less than the ratio of the medians, because load affects both samples of a round.
     """
     return statistics.median(a / b for a, b in zip(samples, baseline, strict=True))
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, while it is entered, the bytes that autograd holds for the backward pass; ``peak`` is the most at once.
+    """A block that counts the bytes that autograd holds for the backward pass; ``peak`` is the maximum.
 
-    Tensors that share a storage count once. Like an allocator's counter, and unlike the process's size, this sees what
-    the graph holds and nothing else; unlike it, it works on any device.
+    Tensors that share a storage count once. Nothing but the graph is counted, and it works on any device.
 
     Args:
-        not_counted: tensors that live anyway, such as parameters.
+        not_counted: tensors that exist anyway, such as parameters.
     """
 
     def __init__(self, not_counted: Iterable[Tensor] = ()) -> None:
@@ -70,7 +83,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Saved:
-    """A saved tensor, in an object whose end can be seen."""
+    """A saved tensor in an object that a finalizer can watch."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -2,108 +2,84 @@
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from megaprune import device
-from megaprune.benchmarks.timing import SavedActivations, interleaved, median_ratio
-from megaprune.data.batches import Batch
-from megaprune.distillation.cache_format import CacheKey, CachePlan
-from megaprune.distillation.cache_reader import TeacherCache
-from megaprune.distillation.cache_writer import ShardFile, begin, finish
-from megaprune.distillation.losses import TeacherTargets
-from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher, vocab_shard
+from megaprune.benchmarks.options import TrainStepOptions
+from megaprune.benchmarks.step_cases import Case, Memory, Sample, StepCases, cases
+from megaprune.benchmarks.timing import Result, environment, interleaved, median_ratio
 from megaprune.mcore import parallel
-from megaprune.mcore.adapters import attach_adapters
-from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
-from megaprune.mcore.layers.gated import LayerGate
-from megaprune.mcore.layers.lora import LoRAOptions
-from megaprune.mcore.optimizer import OptimizerOptions, Trainer
+from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.models import Architecture
-from megaprune.pruning.step import Objective, search_step, train_step
-from megaprune.selection.budget import Budget
-from megaprune.selection.gumbel_topk import GumbelTopK
-
-PLAIN = "plain"
-RECOVERY, ADAPTERS = "recovery, cross-entropy", "adapters, cross-entropy"
-_TOP_K = 10
-_ADAPTERS = LoRAOptions(16, 32.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
-# Small, so that random labels don't blow the random weights up.
-_LR = 1e-5
+from megaprune.models.gqa import GQA
+from megaprune.utils.text import aligned
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kind of step.
+def measure(options: TrainStepOptions) -> Result:
+    """Time the steps of all cases, interleaved, and measure their memory. Collective.
 
-    Args:
-        kept_layers: layers that run and learn.
-        ideal: compute of the layers by the baseline's, where a backward pass costs two forward passes, or one where
-            weights are frozen.
-        baseline: the case that this one is compared with.
-        kind: a plain training step, a search step of the gated model, recovery of a pruned model, or of adapters.
-        teacher: what recovery learns from; None is the data alone.
-        skip_masked_backward: see `LayerGate`.
+    Raises:
+        UsageError: the options don't fit the processes.
     """
-
-    name: str
-    kept_layers: int
-    ideal: float
-    baseline: str = PLAIN
-    kind: Literal["plain", "search", "recovery", "adapters"] = "search"
-    teacher: Literal["online", "cached", "self"] | None = None
-    skip_masked_backward: bool = True
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one step: all of it, and without clearing gradients and updating weights."""
-
-    step: float
-    forward_backward: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that one step takes. `activations`: the most that autograd held for the backward pass, parameters left
-    out; `peak`: the most that was allocated beyond weights, gradients and optimizer state (None: nobody counts)."""
-
-    activations: int
-    peak: int | None
+    arch, sizes = _architecture(options), parallel.ParallelSizes(tensor=options.tensor_model_parallel_size)
+    check_parallel_sizes(arch, sizes, parallel.world_size())
+    engine = EngineOptions(
+        sizes, device.use_transformer_engine(options.transformer_impl), options.bf16, seq_length=options.seq_length
+    )
+    parallel.initialize(sizes)
+    records = measure_steps(arch, engine, options.micro_batch_size, options.repeats, options.warmup)
+    result: Result = {
+        "benchmark": "train-step",
+        "settings": asdict(options),
+        "environment": environment(device.NAME, parallel.world_size()),
+        "cases": records,
+    }
+    parallel.finish()
+    parallel.leave()
+    return result
 
 
-def cases(num_layers: int) -> list[Case]:
-    """The steps that are compared; the first is the baseline of all steps of the whole model."""
-    quarter, half = (num_layers - round(share * num_layers) for share in (0.25, 0.5))
-    share = quarter / num_layers
-    return [
-        Case(PLAIN, num_layers, 1.0, kind="plain"),
-        Case("gated, nothing masked", num_layers, 1.0),
-        Case("search, 25% masked", quarter, (1 + 2 * share) / 3),
-        Case("search, 50% masked", half, (1 + 2 * half / num_layers) / 3),
-        Case("50% masked, backward not skipped", half, 1.0, skip_masked_backward=False),
-        Case(RECOVERY, quarter, share, kind="recovery"),
-        Case("recovery, cached teacher", quarter, 1.0, RECOVERY, "recovery", "cached"),
-        Case("recovery, online teacher", quarter, 1 + 1 / (3 * share), RECOVERY, "recovery", "online"),
-        Case(ADAPTERS, quarter, 2 * share / 3, kind="adapters"),
-        Case("adapters, self as teacher", quarter, 1 + 1 / (2 * share), ADAPTERS, "adapters", "self"),
+def table(result: Result) -> str:
+    """Return the measured steps as a table for the terminal."""
+    header = ("", "kept", "fwd+bwd s", "ratio", "ideal", "step s", "ratio", "tokens/s", "activations MiB", "ratio")
+    rows = [header] + [
+        (
+            record["case"],
+            str(record["kept_layers"]),
+            f"{record['forward_backward_seconds']:.4f}",
+            f"{record['forward_backward_ratio']:.3f}",
+            f"{record['ideal_ratio']:.3f}",
+            f"{record['step_seconds']:.4f}",
+            f"{record['step_ratio']:.3f}",
+            f"{record['tokens_per_second']:,.0f}",
+            f"{record['activation_bytes'] / 2**20:,.1f}",
+            f"{record['activation_ratio']:.3f}",
+        )
+        for record in result["cases"]
     ]
+    if result["cases"][0]["peak_bytes"] is not None:
+        peaks = ["peak MiB", *(f"{record['peak_bytes'] / 2**20:,.1f}" for record in result["cases"])]
+        rows = [(*row, peak) for row, peak in zip(rows, peaks, strict=True)]
+    lines = aligned(rows)
+    machine = result["environment"]
+    where = f"{machine['device']}, {machine['processes']} processes x {machine['threads']} threads"
+    head = (
+        f"medians of {result['settings']['repeats']} rounds on {where}; ratios are to plain, those beside a teacher to "
+        "the same step with cross-entropy"
+    )
+    return "\n".join([head, *lines])
 
 
 def measure_steps(
     arch: Architecture, engine: EngineOptions, micro_batch_size: int, repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
-    """Times the steps of all cases, interleaved, then measures the memory of one more step of each. Collective.
+    """Time the steps of all cases, interleaved, then measure the memory of one more step of each. Collective.
 
-    The steps are the run's own (`megaprune.pruning.step`), with one micro-batch: gradients cleared, mask drawn,
-    teacher asked, forward, backward, reductions, weights and scores updated. The loss is cross-entropy, and with a
-    teacher the adaptive one. Recovery is of a model that lacks a quarter of the layers.
+    The steps are those of a run (`megaprune.pruning.step`) with one micro-batch: clear gradients, sample the mask, ask
+    the teacher, forward, backward, reductions, update weights and scores. The loss is cross-entropy, or adaptive KL
+    with a teacher. Recovery trains a model without a quarter of the layers.
 
     Args:
         arch: at least 4 layers, of which the first and the last are never masked.
@@ -113,7 +89,7 @@ def measure_steps(
     """
     every = cases(arch.num_layers)
     with tempfile.TemporaryDirectory() as folder:
-        setup = _Setup(arch, engine, micro_batch_size, repeats + warmup + 1, Path(folder))
+        setup = StepCases(arch, engine, micro_batch_size, repeats + warmup + 1, Path(folder))
         steps = {case.name: setup.stepper(case) for case in every}
         samples = interleaved({name: stepper.timed_step for name, stepper in steps.items()}, repeats, warmup)
         memory = {name: stepper.measure_memory() for name, stepper in steps.items()}
@@ -142,172 +118,23 @@ def _record(case: Case, tokens: int, samples: dict[str, list[Sample]], memory: d
     }
 
 
-class _Setup:
-    """What the cases share: the batch, and a model of each kind that is trained."""
-
-    def __init__(
-        self, arch: Architecture, engine: EngineOptions, micro_batch_size: int, rounds: int, folder: Path
-    ) -> None:
-        self._arch, self._engine, self._rounds, self._folder = arch, engine, rounds, folder
-        self._shard = vocab_shard(arch)
-        self._batch = _random_batch(arch.vocab_size, micro_batch_size, engine.seq_length)
-        self._gates = {"search": LayerGate(), "adapters": LayerGate()}
-        self._trainers: dict[str, _TimedTrainer] = {}
-
-    def stepper(self, case: Case) -> "_Stepper":
-        trainer = self._trainer(case)
-        if case.kind == "search":
-            return _Stepper(trainer, self._search(case, trainer))
-        objective = self._objective(case, trainer)
-        return _Stepper(trainer, lambda number: train_step(trainer, [self._batch], objective, number))
-
-    def _trainer(self, case: Case) -> "_TimedTrainer":
-        if case.kind not in self._trainers:
-            dropped = self._arch.num_layers - case.kept_layers if case.kind in ("recovery", "adapters") else 0
-            kept = [0, *range(1 + dropped, self._arch.num_layers)]
-            whole = case.kind != "recovery"
-            model = self._model(self._arch if whole else self._arch.pruned(kept), self._gates.get(case.kind))
-            if case.kind == "adapters":
-                attach_adapters(model, _ADAPTERS, seed=0)
-                self._gates["adapters"].bypass(set(range(self._arch.num_layers)) - set(kept))
-            self._trainers[case.kind] = _TimedTrainer(model, self._engine, _optimizer_options(self._rounds))
-        return self._trainers[case.kind]
-
-    def _model(self, arch: Architecture, gate: LayerGate | None) -> torch.nn.Module:
-        model = build_model(arch, [arch.num_layers], self._engine, gate)
-        _initialize(model)
-        return model
-
-    def _search(self, case: Case, trainer: "_TimedTrainer") -> Callable[[int], None]:
-        num_layers, gate = self._arch.num_layers, self._gates["search"]
-        # Another draw at every step, always of this many layers.
-        selector = GumbelTopK(
-            torch.zeros(num_layers),
-            Budget.of_layers(num_layers, case.kept_layers),
-            {0, num_layers - 1},
-            self._rounds,
-            ramp=1 / self._rounds,
-        )
-        objective = Objective("ce", "rest", self._shard, None)
-
-        def step(number: int) -> None:
-            gate.skip_masked_backward = case.skip_masked_backward
-            search_step(trainer, [self._batch], objective, number, selector, gate)
-
-        return step
-
-    def _objective(self, case: Case, trainer: "_TimedTrainer") -> Objective:
-        if case.teacher is None:
-            return Objective("ce", "rest", self._shard, None)
-        if case.teacher == "self":
-            teacher: Teacher = SelfTeacher(trainer.ddp, self._gates["adapters"], self._shard, _TOP_K)
-        else:
-            model = in_half_precision(self._model(self._arch, None), self._engine)
-            teacher = OnlineTeacher(model, self._shard, _TOP_K)
-        if case.teacher == "cached":
-            teacher = self._cached(teacher)
-        return Objective("adaptive", "rest", self._shard, teacher)
-
-    def _cached(self, teacher: Teacher) -> CachedTeacher:
-        """What a teacher says of the batch, through the disk."""
-        windows = len(self._batch.sample_ids)
-        key = CacheKey("model", "tokenizer", "data", self._engine.seq_length, windows, self._arch.vocab_size)
-        plan = CachePlan(key, _TOP_K, "bf16" if self._engine.bf16 else "fp32")
-        folder = self._folder / f"replica-{parallel.rank()}"
-        found = teacher.targets([self._batch])[0]
-        folder.mkdir()
-        for number in range(plan.num_shards):
-            some = plan.windows_of(number)
-            with ShardFile(folder, plan, number) as shard:
-                columns = (column[:, some.start : some.stop].cpu() for column in found.__dict__.values())
-                shard.add(some, TeacherTargets(*columns))
-                shard.close()
-        begin(folder, plan)
-        finish(folder, folder.with_name(f"{folder.name}-cache"), plan)
-        return CachedTeacher(TeacherCache(folder.with_name(f"{folder.name}-cache"), key, _TOP_K))
-
-
-def _optimizer_options(rounds: int) -> OptimizerOptions:
-    return OptimizerOptions(
-        lr=_LR,
-        min_lr=_LR,
-        lr_decay_style="constant",
-        lr_warmup_iters=0,
-        train_iters=rounds,
-        weight_decay=0.0,
-        clip_grad=1.0,
+def _architecture(options: TrainStepOptions) -> Architecture:
+    """A Qwen3-like model of the options' size."""
+    heads = options.num_attention_heads
+    groups = options.num_query_groups or (heads if heads % 2 else heads // 2)
+    return Architecture(
+        transformer=dict(
+            num_layers=options.num_layers,
+            hidden_size=options.hidden_size,
+            ffn_hidden_size=options.ffn_hidden_size or 3 * options.hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=options.hidden_size // heads,
+            layernorm_epsilon=1e-6,
+            qk_layernorm=True,
+        ),
+        attention=GQA,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=options.seq_length,
+        rotary_base=1e4,
     )
-
-
-class _Stepper:
-    """Takes a case's steps one by one."""
-
-    def __init__(self, trainer: "_TimedTrainer", step: Callable[[int], Any]) -> None:
-        self._trainer, self._step, self._number = trainer, step, 0
-
-    def _next(self) -> None:
-        self._step(self._number)
-        self._number += 1
-
-    def timed_step(self) -> Sample:
-        self._trainer.seconds = 0.0
-        with _stopwatch() as elapsed:
-            self._next()
-        return Sample(elapsed(), elapsed() - self._trainer.seconds)
-
-    def measure_memory(self) -> Memory:
-        saved = SavedActivations(self._trainer.model.parameters())
-        with saved:
-            peak = device.peak_memory_of(self._next)
-        return Memory(saved.peak, peak)
-
-
-class _TimedTrainer(Trainer):
-    """Adds up the time of clearing gradients and updating weights."""
-
-    seconds = 0.0
-
-    def zero_grad(self) -> None:
-        with _stopwatch() as elapsed:
-            super().zero_grad()
-        self.seconds += elapsed()
-
-    def step(self, iteration: int) -> tuple[float, float | None]:
-        with _stopwatch() as elapsed:
-            result = super().step(iteration)
-        self.seconds += elapsed()
-        return result
-
-
-@contextmanager
-def _stopwatch() -> Iterator[Callable[[], float]]:
-    """Yields what, after the block, gives the seconds that the block and the device's work in it took."""
-    device.synchronize()
-    start, end = time.perf_counter(), None
-    yield lambda: end - start
-    device.synchronize()
-    end = time.perf_counter()
-
-
-def _random_batch(vocab_size: int, micro_batch_size: int, seq_length: int) -> Batch:
-    """The same on all ranks of a replica."""
-    generator = torch.Generator().manual_seed(parallel.data_parallel_rank())
-    tokens = torch.randint(vocab_size, (micro_batch_size, seq_length + 1), generator=generator)
-    return Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(micro_batch_size, seq_length),
-        position_ids=torch.arange(seq_length).expand(micro_batch_size, seq_length),
-        sample_ids=list(range(micro_batch_size)),
-    )
-
-
-@torch.no_grad()
-def _initialize(model: torch.nn.Module) -> None:
-    """Weights as a new model's: normal(0, 0.02), norms 1."""
-    generator = torch.Generator().manual_seed(parallel.tensor_parallel().rank)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))

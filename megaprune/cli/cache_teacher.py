@@ -45,6 +45,8 @@ def cache_from_flags(argv: Sequence[str]) -> None:
     if not settings.output:
         raise UsageError("--output is required: the folder of the cache")
     # Imported here, so that --help and wrong flags don't wait for megatron.
+    from megaprune.mcore import parallel
     from megaprune.pruning.cache_teacher import cache_teacher
+    from megaprune.pruning.resolve import open_caching
 
-    cache_teacher(config, Path(settings.output))
+    cache_teacher(*open_caching(config, Path(settings.output), parallel.world_size()))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaprune.cli.parser import parse_flags
+from megaprune.cli.signals import StopRequest
 from megaprune.config.fields import flag
 from megaprune.utils.errors import UsageError
 
@@ -34,5 +35,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
     comparison = read_comparison(Path(settings.config), Path(settings.save))
     # Imported here, so that a wrong file does not wait for megatron.
     from megaprune.comparison.compare import compare
+    from megaprune.mcore import parallel
 
-    compare(comparison, Path(settings.save))
+    compare(comparison, Path(settings.save), StopRequest())
+    parallel.leave()

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from megaprune import api
 from megaprune.cli.parser import Parser
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.progress import say
 
 _DIFFERENCES_SHOWN = 10
 
@@ -56,28 +57,22 @@ def _positive(text: str) -> int:
     return number
 
 
-def _import(config: argparse.Namespace) -> None:
-    from megaprune.weights.hub import resolve_hf_model
-    from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Labour
-    from megaprune.weights.torch_dist.import_hf import import_checkpoint
-
-    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}[config.dtype]
-    source, folder = HFSource(resolve_hf_model(config.hf_model)), Path(config.megatron_path).absolute()
-    import_checkpoint(source, folder, dtype, Labour(config.workers, config.resume))
-    _say(f"imported {len(source.names):,} tensors of {source.folder} into {folder}")
+def _import(given: argparse.Namespace) -> None:
+    report = api.import_hf(
+        given.hf_model, given.megatron_path, dtype=given.dtype, workers=given.workers, resume=given.resume
+    )
+    say(f"imported {report.tensors:,} tensors of {report.source} into {report.output}")
 
 
-def _export(config: argparse.Namespace) -> None:
-    from megaprune.weights.torch_dist.engine import Labour
-    from megaprune.weights.torch_dist.export_hf import export_checkpoint
-    from megaprune.weights.torch_dist.source import CheckpointSource
-    from megaprune.weights.writer import parse_size
-
-    size = parse_size(config.max_shard_size)
-    source, folder = CheckpointSource(config.megatron_path), Path(config.hf_path).absolute()
-    export_checkpoint(source, folder, size, Labour(config.workers, config.resume))
-    _say(f"exported {len(source.names):,} tensors of {config.megatron_path} into {folder}")
+def _export(given: argparse.Namespace) -> None:
+    report = api.export_hf(
+        given.megatron_path,
+        given.hf_path,
+        max_shard_size=given.max_shard_size,
+        workers=given.workers,
+        resume=given.resume,
+    )
+    say(f"exported {report.tensors:,} tensors of {given.megatron_path} into {report.output}")
 
 
 def _verify(config: argparse.Namespace) -> None:
@@ -90,10 +85,3 @@ def _verify(config: argparse.Namespace) -> None:
     if differences:
         raise MegapruneError(f"{equal:,} tensors are equal, {len(differences):,} are not")
     print(f"{equal:,} tensors, all equal")
-
-
-def _say(text: str) -> None:
-    from megaprune.weights.torch_dist.engine import is_first
-
-    if is_first():
-        print(text, flush=True)

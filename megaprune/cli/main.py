@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megaprune.cli.console import console
 from megaprune.utils import failure
 from megaprune.utils.disk import disk_error, explain
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from megaprune.utils.ranks import forget_stale_variables, rank, world_size
 
 VERBS = {
@@ -44,6 +45,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
         if not words or words[0] not in VERBS:
             _usage(words)
         verb = words.pop(0)
+    failure.end_together()
     try:
         status, line = attempt(verb, words)
     except Exception as error:
@@ -61,7 +63,10 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     try:
         forget_stale_variables(verb in _JOBS)
         module = importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}")
-        module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        with console():
+            module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+    except RunStopped:
+        return 0, None
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
     except Exception as error:

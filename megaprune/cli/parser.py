@@ -45,6 +45,7 @@ def parse_flags(
     Raises:
         UsageError: a flag or a recipe is wrong; names it.
     """
+    _load_first(argv, groups)
     given = vars(_parser(groups, prog, description, recipes).parse_args(list(argv)))
     path = given.pop("config", None) if recipes else None
     if path is None:
@@ -52,6 +53,17 @@ def parse_flags(
     recipe = read_recipe(Path(path))
     fill(groups, _placeholders(groups, recipe) | recipe, f"--config {path}: ")  # refuses what a flag replaces too
     return fill(groups, overridden(recipe, given, alternatives))
+
+
+def _load_first(argv: Sequence[str], groups: Sequence[type]) -> None:
+    """Load what flags name on which the choices of others, and so `--help`, depend."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    loaders = {name: setting.loads for name, setting in settings_of(groups).items() if setting.loads is not None}
+    for name in loaders:
+        parser.add_argument(flag_name(name), f"--{name}", dest=name, nargs="*", default=[])
+    given, _ = parser.parse_known_args(list(argv))
+    for name, load in loaders.items():
+        load(getattr(given, name))
 
 
 def _placeholders(groups: Sequence[type], given: Collection[str]) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def _add(section: Any, setting: Setting) -> None:
 
 
 def _help(setting: Setting) -> str:
-    text, default = setting.field.metadata["help"].replace("%", "%%"), setting.field.default
+    text, default = setting.help.replace("%", "%%"), setting.field.default
     if default in (None, MISSING, "") or "(default" in text:
         return text
     return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"

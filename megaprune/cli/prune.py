@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from megaprune import api
 from megaprune.cli.parser import parse_flags
+from megaprune.cli.signals import StopRequest
 from megaprune.config.checks import check_run
 from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
 
@@ -27,9 +29,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
         command: the whole command line, for the model card.
     """
     config = parse_config(argv)
-    # Imported here, so that --help and wrong flags don't wait for megatron.
+    api.prune(config, should_stop=StopRequest() if config.run.exit_on_signal else None, command=command)
     from megaprune.mcore import parallel
-    from megaprune.pruning import runner
 
-    runner.run(config, command)
     parallel.leave()

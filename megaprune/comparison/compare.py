@@ -1,4 +1,4 @@
-"""Runs a comparison, and measures what came of it."""
+"""A comparison: its runs, and the measurement of their results."""
 
 import json
 import math
@@ -11,38 +11,43 @@ from megaprune.comparison.grid import Comparison, PlannedRun
 from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
 from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.mcore import parallel
-from megaprune.pruning.prepare import prepare
+from megaprune.pruning.context import ShouldStop
+from megaprune.pruning.resolve import open_run
 from megaprune.pruning.runner import run
 from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
 from megaprune.utils.locks import LOCK_NAME, locked
+from megaprune.utils.progress import say
 
 _EVALUATION = "evaluation.json"
 
 
-def compare(comparison: Comparison, save: Path) -> None:
+def compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None = None) -> None:
     """Makes the runs one after the other, each resumable, then `table.csv`, `table.md`, `runs.csv` and plots in `save`.
     Collective.
 
+    Args:
+        should_stop: asked on every rank after each iteration of the runs that `--exit-on-signal` lets stop.
+
     Raises:
         MegapruneError: a run was refused; those before it are kept.
+        RunStopped: `should_stop` said so.
     """
     _check(comparison)
     parallel.join()
     with locked(save / LOCK_NAME, f"--save {save}"):
-        _compare(comparison, save)
-    parallel.leave()
+        _compare(comparison, save, should_stop)
 
 
-def _compare(comparison: Comparison, save: Path) -> None:
+def _compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None) -> None:
     runs = comparison.runs
     for number, planned in enumerate(runs, start=1):
-        if parallel.rank() == 0:
-            print(f"\n[{number}/{len(runs)}] {planned.folder.name}", flush=True)
+        say(f"\n[{number}/{len(runs)}] {planned.folder.name}")
         with _naming(planned):
-            run(planned.config, "compare.py")
+            options, source = open_run(planned.config, parallel.world_size())
+            run(options, source, "compare.py", should_stop if planned.config.run.exit_on_signal else None)
     rankings = _rankings(comparison, save)
     if parallel.rank() == 0:
         results = [_result(planned) | _rank(planned, rankings) for planned in runs]
@@ -54,8 +59,8 @@ def _compare(comparison: Comparison, save: Path) -> None:
             plot_comparison([row for row in rows if row["model"] == model], save / f"quality{ending}")
             records = {r["name"]: read_metrics(r["folder"]) for r in results if r["model"] == model}
             plot_recovery(records, save / f"recovery{ending}")
-        print((save / "table.md").read_text(), flush=True)
-        print(f"written to {save}", flush=True)
+        say((save / "table.md").read_text())
+        say(f"written to {save}")
 
 
 @contextmanager
@@ -67,7 +72,7 @@ def _naming(planned: PlannedRun) -> Iterator[None]:
 
 
 def _check(comparison: Comparison) -> None:
-    """What would be refused in hours is refused now."""
+    """Check all runs before the first one starts."""
     met = set()
     for planned in comparison.runs:
         what = (planned.model, planned.label, planned.size)
@@ -75,28 +80,28 @@ def _check(comparison: Comparison) -> None:
             continue
         met.add(what)
         with _naming(planned):
-            setup = prepare(planned.config)
-            if comparison.rank_windows and setup.manual is None:
-                all_masks(setup)
+            options, _ = open_run(planned.config, parallel.world_size())
+            if comparison.rank_windows and options.selection.manual is None:
+                all_masks(options.selection)
 
 
 def _masks_of(planned: PlannedRun) -> tuple[str, int, str]:
-    """What the masks depend on that a finished run's is ranked among: the model, how many layers go, the protected."""
+    """The key of the masks that a finished run's mask is ranked among: model, number of pruned layers, protection."""
     pruned = json.loads((planned.folder / "report.json").read_text())["pruned_layers"]
     return planned.model, len(pruned), planned.config.search.protect_layers
 
 
 def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], Ranking]:
-    """Where the file asks for them. Measured once, and then read."""
+    """Return the rankings that the file asks for; each is measured once and then read."""
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
         key = _masks_of(planned)
-        if key not in found and planned.config.prune.method != "manual":
+        if key not in found and not planned.config.method.names_layers:
             model, pruned, protected = key
             name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
             path = save / ("-".join(filter(None, name)) + ".json")
-            if parallel.rank() == 0 and not path.is_file():
-                print(f"measuring all masks for {path}", flush=True)
+            if not path.is_file():
+                say(f"measuring all masks for {path}")
             found[key] = rank_all_masks(planned.config, comparison.rank_windows, path)
     return found
 
@@ -116,7 +121,7 @@ def _result(planned: PlannedRun) -> dict[str, Any]:
 
 
 def _evaluation(planned: PlannedRun) -> dict[str, float]:
-    """KL and agreement of the export with the original in transformers, measured once."""
+    """Return KL and agreement of the export with the original in transformers; measured once and then read."""
     path, config = planned.folder / _EVALUATION, planned.config
     if not path.is_file():
         found = {"kl": math.nan, "top1_agreement": math.nan}

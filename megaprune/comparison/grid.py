@@ -1,4 +1,4 @@
-"""What is compared: one run for each model, method, size and seed, all with the same other flags."""
+"""The runs of a comparison: one per model, method, size and seed, all with the same other flags."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from typing import Any
 
 from megaprune.config.mapping import read_yaml
 from megaprune.config.schema import WHAT_TO_PRUNE, Config, pruned_layers_of
+from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import Method, find
 from megaprune.utils.errors import UsageError
 
 _KEYS = ("run", "models", "methods", "seeds", "rank_windows", *WHAT_TO_PRUNE)
-# what differs from run to run, or would leave a comparison without results
+# flags that differ from run to run, or would leave a comparison without results
 _NOT_COMMON = ("method", "seed", "save", "dry_run", *WHAT_TO_PRUNE)
 
 
@@ -26,25 +28,28 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
+        assert self.config.run.save is not None  # `read_comparison` sets it
         return Path(self.config.run.save)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs, and on how many validation windows their masks are ranked among all masks (0: not)."""
+    """The runs, and the number of validation windows on which their masks are ranked among all masks (0: none)."""
 
     runs: list[PlannedRun]
     rank_windows: int = 0
 
 
 def read_comparison(path: Path, save: Path) -> Comparison:
-    """The runs that a YAML file asks for, each checked like a command line.
+    """Read the runs that a YAML file asks for, each checked like a command line.
 
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
     `label`, and `seeds` of its own), `seeds`, and one of `num_layers_to_prune`, `prune_ratio`, `target_params` (a list
     of sizes). `models`, where there are several, maps their names to the flags of each. With `rank_windows` each mask
-    is ranked among all masks of its size. So that all recover alike, `clp` trains all layers here unless its mapping
-    says otherwise. `manual` runs once, with the `prune_layers` of its mapping.
+    is ranked among all masks of its size. So that all recover alike, methods such as `clp`, which train the layers
+    beside the cut by default, train all layers here unless their mapping says otherwise. `manual` runs once, with the
+    `prune_layers` of its mapping.
 
     Raises:
         UsageError: names the key or the run.
@@ -83,13 +88,14 @@ def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Itera
             label = _as_folder(path, "label", own.pop("label", own["method"]))
             seeds = _listed(path, own if "seeds" in own else asked, "seeds")
             own.pop("seeds", None)
-            if own["method"] == "clp":
+            chosen = _method(path, label, asked["run"] | flags_of_model | own)
+            if chosen.recovers != "all":
                 own.setdefault("recovery_layers", "all")
             sizes = _listed(path, asked, size_key)
-            if own["method"] == "manual":
+            if chosen.names_layers:
                 sizes = [len(pruned_layers_of(str(own.get("prune_layers", ""))))]
             for size, seed in itertools.product(sizes, seeds):
-                of_run = {"seed": seed} if own["method"] == "manual" else {"seed": seed, size_key: size}
+                of_run = {"seed": seed} if chosen.names_layers else {"seed": seed, size_key: size}
                 flags = asked["run"] | flags_of_model | own | of_run
                 flags["save"] = str(save / "runs" / "-".join(filter(None, [model, label, str(size), f"seed{seed}"])))
                 try:
@@ -99,8 +105,18 @@ def _runs(path: Path, asked: dict[str, Any], size_key: str, save: Path) -> Itera
                 yield PlannedRun(label, size, config, model)
 
 
+def _method(path: Path, label: str, flags: dict[str, Any]) -> Method:
+    """The method of a run, from the modules that its flags name."""
+    modules = next((value for key, value in flags.items() if str(key).replace("-", "_") == "method_module"), None) or []
+    try:
+        load_modules([str(module) for module in (modules if isinstance(modules, list) else [modules])])
+        return find(flags["method"])
+    except UsageError as error:
+        raise UsageError(f"--config {path}, {label}: {error}") from None
+
+
 def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The flags of each model by its name; one without a name where none is named."""
+    """Return the flags of each model by its name; one nameless entry if the file names no models."""
     models = asked.get("models", {"": {}})
     if not isinstance(models, dict) or not models or not all(isinstance(flags, dict) for flags in models.values()):
         raise UsageError(f"--config {path}: models must map names to flags, such as small: {{hf_model: DIR}}")
@@ -108,7 +124,7 @@ def _models(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _as_folder(path: Path, kind: str, name: Any) -> str:
-    """A name that a folder can have."""
+    """Return a name after checking that it can be part of a folder's name."""
     if not isinstance(name, str | int | float) or "/" in str(name) or str(name) in (".", ".."):
         raise UsageError(f"--config {path}: the {kind} {name!r} can't be part of a folder's name; give it another")
     return str(name)

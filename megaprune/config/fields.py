@@ -1,5 +1,6 @@
 """Fields of configuration dataclasses: a help text and bounds beside each default."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -23,9 +24,24 @@ class Bounds:
     between: tuple[float, float] | None = None
 
 
-def flag(help: str, default: Any = None, **bounds: Any) -> Any:
-    """Return a dataclass field with its help text and the bounds of its value (see `Bounds`)."""
-    metadata = {"help": help, "bounds": Bounds(**bounds)}
+def flag(
+    help: str | Callable[[], str],
+    default: Any = None,
+    *,
+    choices: Callable[[], Iterable[str]] | None = None,
+    loads: Callable[[list[str]], None] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Return a dataclass field with its help text and the bounds of its value (see `Bounds`).
+
+    Args:
+        help: the text, or a function that gives it when `--help` is printed.
+        choices: gives the values to choose from, where they aren't a Literal's.
+        loads: called with the values before other settings are looked at, as their choices may follow from it.
+    """
+    metadata: dict[str, Any] = {"help": help, "bounds": Bounds(**bounds), "loads": loads}
+    if choices is not None:
+        metadata["choices"] = choices
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

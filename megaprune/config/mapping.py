@@ -3,7 +3,7 @@
 import difflib
 import math
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,17 @@ class Setting:
         return get_args(self._without_none) if get_origin(self._without_none) is Literal else ()
 
     @property
+    def help(self) -> str:
+        """The help text."""
+        text = self.field.metadata["help"]
+        return text() if callable(text) else text
+
+    @property
+    def loads(self) -> Callable[[list[str]], None] | None:
+        """The function that takes the values before other settings are looked at."""
+        return self.field.metadata.get("loads")
+
+    @property
     def required(self) -> bool:
         return self.field.default is MISSING and self.field.default_factory is MISSING
 
@@ -82,7 +93,11 @@ def fill(groups: Sequence[type], values: Mapping[str, Any], origin: str = "") ->
     """
     settings = settings_of(groups)
     given: dict[type, dict[str, Any]] = {group: {} for group in groups}
-    for name, value in normalized(values, settings, origin).items():
+    named = normalized(values, settings, origin)
+    for name, value in named.items():
+        if (load := settings[name].loads) is not None:
+            load(_converted(settings[name], value, origin))
+    for name, value in named.items():
         setting = settings[name]
         given[setting.group][name] = _converted(setting, value, origin)
     missing = [flag_name(name) for name, setting in settings.items() if setting.required and name not in values]

@@ -7,16 +7,22 @@ from typing import Any, Literal
 
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
+from megaprune.selection import registry
+from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import Method
 from megaprune.utils.errors import UsageError
 
-SEARCHES = ("e3", "sheared")
-# Methods that look at calibration data, and do not train.
-CALIBRATED = ("auto", "clp", "shortgpt", "minitron", "sleb", "shortened", "evolution", "kl-init", "exhaustive")
 _LONGEST_DEFAULT_WINDOW = 4096
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
 # Of each of these one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
+
+
+def _methods() -> str:
+    """The methods, each with its line."""
+    lines = [f"{' or '.join([method.name, *method.aliases])}: {method.description}" for method in registry.methods()]
+    return "how layers are chosen (docs/methods.md). " + "; ".join(lines)
 
 
 @dataclass
@@ -60,21 +66,12 @@ class PruneConfig:
     """What to prune."""
 
     _argument_group_name = "what to prune"
-    method: Literal[
-        "e3",
-        "auto",
-        "clp",
-        "shortgpt",
-        "minitron",
-        "sheared",
-        "sleb",
-        "shortened",
-        "evolution",
-        "kl-init",
-        "exhaustive",
-        "random",
-        "manual",
-    ] = flag("how layers are chosen (docs/methods.md); random is a control, manual takes --prune-layers", "e3")
+    method: str = flag(_methods, "e3", choices=registry.names)
+    method_module: list[str] = flag(
+        "Python files or modules that register methods of your own with @megaprune.selection.register",
+        [],
+        loads=load_modules,
+    )
     num_layers_to_prune: int | None = flag("how many layers go", least=1)
     prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers", between=(0, 1))
     prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
@@ -98,11 +95,6 @@ class SearchConfig:
     )
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
-    )
-    mask_noise: Literal["shared", "replica"] = flag(
-        "whether all data-parallel replicas try the same mask in a step, or each one of its own, and the scores' "
-        "gradients are averaged",
-        "shared",
     )
     gumbel_temperature: float = flag("temperature at the start of the search", 1.0, above=0)
     gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9, least=0, below=1)
@@ -152,7 +144,7 @@ class DistillationConfig:
     distill_loss: Literal["adaptive", "kl", "ce"] = flag(
         "adaptive: KL on the teacher's top k, weighted by its entropy; kl: unweighted; ce: no teacher", "adaptive"
     )
-    distill_tail: Literal["renormalised", "rest", "full"] = flag(
+    distill_tail: Literal["renormalized", "rest", "full"] = flag(
         "the tokens beyond the teacher's top k: left out, one bucket of all of them, or the student's full softmax",
         "rest",
     )
@@ -294,7 +286,7 @@ class Config:
     @property
     def calibrates(self) -> bool:
         """Whether layers are judged on windows of the training data."""
-        return self.prune.method in ("e3", *CALIBRATED) or self.stitches
+        return self.method.needs_data or self.stitches
 
     @property
     def reads_training_data(self) -> bool:
@@ -307,6 +299,24 @@ class Config:
         return self.reads_training_data or bool(self.data.valid_data)
 
     @property
+    def method(self) -> Method:
+        """The method that chooses the layers."""
+        return registry.find(self.prune.method)
+
+    def method_options(self) -> dict[str, Any]:
+        """The flags that the method takes by keyword. Defaults of those that depend on the training are filled in.
+
+        Raises:
+            MegapruneError: it takes a keyword that is no flag.
+        """
+        listed = self.prune.prune_layers
+        filled = {
+            "search_iters": self.search_iters if self.method.searches else self.gradient_steps,
+            "prune_layers": pruned_layers_of(listed) if listed is not None else None,
+        }
+        return self.method.options(self.flat() | filled)
+
+    @property
     def distils(self) -> bool:
         """Whether the student learns from a teacher."""
         return bool(self.recovery.train_iters) and self.distillation.distill_loss != "ce"
@@ -314,13 +324,7 @@ class Config:
     @property
     def tunes_endpoints(self) -> bool:
         """Whether recovery trains only the layers beside the cut."""
-        chosen = self.recovery.recovery_layers
-        return self.prune.method == "clp" if chosen is None else chosen == "endpoints"
-
-    @property
-    def own_masks(self) -> bool:
-        """Whether each replica tries a mask of its own in the search."""
-        return self.search.mask_noise == "replica"
+        return (self.recovery.recovery_layers or self.method.recovers) == "endpoints"
 
     @property
     def stitches(self) -> bool:
@@ -345,7 +349,7 @@ class Config:
     @property
     def search_iters(self) -> int:
         """Iterations of search: none for methods that don't search."""
-        if self.prune.method not in SEARCHES:
+        if not self.method.searches:
             return 0
         chosen = self.search.search_iters
         return self.tenth_of_training if chosen is None else chosen

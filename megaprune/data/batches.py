@@ -132,13 +132,13 @@ def prepare_dataset(
     Raises UsageError or MegapruneError, naming `flag` and the file and line, for data that cannot be used,
     and for fewer tokens than one window.
     """
-    from megaprune.data import blend  # which builds on this module
+    from megaprune.data.blend import find_blend, open_blend, stored_windows  # which builds on this module
 
-    blend = blend.find_blend(paths, flag)
+    blend = find_blend(paths, flag)
     if blend is not None:
         pad_id = end_of_text(tokenizer, vocab_size, flag)
-        files = blend.open_blend(blend, flag, seq_length, vocab_size, whole=True)
-        return blend.stored_windows(blend, files, seq_length, pad_id, pad_last, flag)
+        files = open_blend(blend, flag, seq_length, vocab_size, whole=True)
+        return stored_windows(blend, files, seq_length, pad_id, pad_last, flag)
     stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag, vocab_size)
     dataset = PackedDataset(stream, seq_length, tokenizer.eos_token_id, pad_last)
     if not len(dataset):

@@ -260,10 +260,10 @@ def training_windows(
 
     # Drawn by rank 0 for all: 0 where the indices are there, else what their folder aside is called by.
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
-    number = int(parallel.of_first_rank(torch.tensor(number)))
+    number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
         aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
-        parallel.on_first_rank(lambda: _make(aside))
+        parallel.on_rank0(lambda: _make(aside))
         _build(lambda: blended(aside, build=True), aside, folder)
         parallel.barrier()
     unseen = None

@@ -34,6 +34,7 @@ from megaprune.data.sources import (
     source_identity,
 )
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.text import first_line
 
 _FORMAT = 2  # raise it when the same sources would give other tokens or other files
@@ -164,7 +165,9 @@ class Encoder:
 
     def encode(self, documents: Iterable[Document], flag: str) -> Iterator[_Encoded]:
         """Raises MegapruneError where the tokenizer or its chat template refuses a document."""
-        with tqdm(desc=f"tokenising {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY) as bar:
+        with tqdm(
+            desc=f"tokenising {flag}", unit=" tokens", unit_scale=True, delay=_BAR_DELAY, disable=not bars_are_shown()
+        ) as bar:
             for batch in _batches(documents):
                 for tokens, loss_mask in self.encode_batch(batch):
                     yield tokens, loss_mask

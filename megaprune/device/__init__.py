@@ -1,11 +1,12 @@
-"""One import decides where the run lives: CUDA with NCCL where there is a GPU, otherwise the CPU with gloo.
+"""Device of the run: CUDA with NCCL if there is a GPU, otherwise the CPU with gloo.
 
-Nothing else in the project asks which device it is on.
+The choice is made on import. No other package depends on the kind of device.
 """
 
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -50,29 +51,34 @@ _device = torch.device(NAME)
 
 
 def torch_device() -> torch.device:
-    """The device on which this process keeps its tensors."""
+    """Return the device of this process's tensors."""
     return _device
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within the block tensors have shapes and no memory: all new ones, the core's too, are on torch's meta device."""
+    """Create all new tensors within the block, including the core's, on the meta device: with shapes but no memory."""
     global _device
-    device, current_device = _device, torch.cuda.current_device
+    cuda: Any = torch.cuda
+    device, current_device = _device, cuda.current_device
     meta = _device = torch.device("meta")
-    torch.cuda.current_device = lambda: meta
+    cuda.current_device = lambda: meta
     try:
         with meta:
             yield
     finally:
-        _device, torch.cuda.current_device = device, current_device
+        _device, cuda.current_device = device, current_device
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
-    """Resolves ``--transformer-impl``: Transformer Engine where it is importable beside a GPU, else local.
+    """Return whether to use Transformer Engine, given ``--transformer-impl``.
+
+    Args:
+        transformer_impl: ``auto`` (Transformer Engine if it is installed and there is a GPU), ``transformer_engine`` or
+            ``local``.
 
     Raises:
-        UsageError: ``transformer_engine`` was asked for where it can't run.
+        UsageError: ``transformer_engine`` was requested, but cannot run here.
     """
     available = NAME == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "transformer_engine" and not available:

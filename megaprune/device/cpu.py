@@ -1,8 +1,8 @@
-"""Megatron-Core 0.16.1 on the CPU with gloo: every patch that this takes, each with its reason.
+"""Device functions for the CPU with gloo, and the patches that let Megatron-Core 0.16.1 run on it.
 
-The core assumes CUDA in four ways: it names the device, it uses CUDA's streams and events, it keeps CUDA RNG states,
-and it tells dtypes by the names of CUDA tensor types. The patches map each onto its CPU counterpart, the way vendors'
-``transfer_to_npu`` modules do. This module is imported only where there is no CUDA.
+The core assumes CUDA in four ways: it names the device, it uses CUDA streams and events, it keeps CUDA RNG states, and
+it compares dtypes by the names of CUDA tensor types. The patches map each of them to its CPU counterpart, as the
+``transfer_to_npu`` modules of other hardware vendors do. This module is imported only if CUDA is not available.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ _FACTORIES = [
 
 
 def bind_local_device(local_rank: int) -> None:
-    """All processes of a host share its CPU: nothing to bind."""
+    """Do nothing: all processes of a host share its CPU."""
 
 
 def synchronize() -> None:
-    """CPU work is done when the call returns."""
+    """Do nothing: CPU operations are synchronous."""
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process."""
+    """Return the peak resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_memory_of(run: Callable[[], object]) -> int | None:
-    """Runs it. None: the process's size tells nothing about one step of many."""
+    """Call `run` and return None: the peak resident set size covers the whole process, not a single call."""
     run()
     return None
 
 
 @functools.cache
 def prepare_megatron() -> None:
-    """Patches torch and Megatron-Core so that the core runs here. Call before the first import of megatron."""
-    # `jit_fuser` is torch.compile: no compiler can be assumed on a laptop, and warm-up would cost more than it gives.
+    """Patch torch and Megatron-Core so that the core runs on the CPU. Must precede the first import of megatron."""
+    # The core's `jit_fuser` is torch.compile, which needs a C++ compiler and costs more time than it saves here.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     _map_device_names()
     _map_streams_and_events()
@@ -58,25 +58,30 @@ def prepare_megatron() -> None:
 
 
 def _map_device_names() -> None:
-    """0.16.1 passes ``torch.cuda.current_device()`` and ``device="cuda"`` to factories, and calls ``.cuda()``."""
+    """Map CUDA devices to the CPU.
+
+    0.16.1 passes ``torch.cuda.current_device()`` and ``device="cuda"`` to factories, and calls ``.cuda()``.
+    """
     cuda: Any = torch.cuda
+    tensor_class: Any = torch.Tensor
+    module_class: Any = torch.nn.Module
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
     cuda.set_device = lambda *args, **kwargs: None
     cuda.empty_cache = lambda *args, **kwargs: None
     cuda.memory_allocated = lambda *args, **kwargs: 0
     cuda.reset_peak_memory_stats = lambda *args, **kwargs: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    # `with torch.device(...)` knows the factories by identity: let it learn the originals, which the wrappers call.
+    tensor_class.cuda = lambda self, *args, **kwargs: self
+    module_class.cuda = lambda self, *args, **kwargs: self
+    # `with torch.device(...)` recognizes factories by identity. It must see the originals, which the wrappers call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)
+    tensor_class.to = _on_cpu(torch.Tensor.to)
 
 
 def _on_cpu(function: Any) -> Any:
-    """Wraps a torch function so that the device "cuda" means the CPU."""
+    """Wrap a torch function so that a device named "cuda" means the CPU."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +96,7 @@ def _on_cpu(function: Any) -> Any:
 
 
 class _Stream:
-    """Stands in for CUDA's stream: CPU work is in order and done when the call returns."""
+    """Substitute for a CUDA stream; CPU operations are ordered and synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -102,7 +107,7 @@ class _Stream:
 
 
 class _Event:
-    """Stands in for CUDA's event, which has always happened."""
+    """Substitute for a CUDA event that has always completed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...
@@ -113,20 +118,21 @@ class _Event:
 
 
 def _map_streams_and_events() -> None:
-    """Schedules, dispatchers and DDP of 0.16.1 order their copies by streams and events."""
+    """Replace streams and events, by which schedules, dispatchers and DDP of 0.16.1 order their copies."""
     cuda: Any = torch.cuda
     cuda.synchronize = lambda *args, **kwargs: None
-    cuda.Stream = _Stream  # a class: libraries name it in annotations
+    cuda.Stream = _Stream  # a class, because libraries use it in annotations
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.Event = _Event
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx = types.SimpleNamespace(range_push=lambda *args: None, range_pop=lambda *args: None)
-    torch.Tensor.record_stream = lambda self, *args: None
+    tensor_class: Any = torch.Tensor
+    tensor_class.record_stream = lambda self, *args: None
 
 
 def _map_rng_states() -> None:
-    """The RNG tracker of 0.16.1 keeps CUDA generator states: here the CPU's serve."""
+    """Use the CPU's generator where the RNG tracker of 0.16.1 uses CUDA generators."""
     cuda: Any = torch.cuda
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -136,7 +142,7 @@ def _map_rng_states() -> None:
 
 
 def _map_tensor_types() -> None:
-    """The optimizers of 0.16.1 compare ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and its like."""
+    """Return CUDA names from ``Tensor.type()``, which the optimizers of 0.16.1 compare with those of CUDA tensors."""
     for name in ("Float", "BFloat16", "Half", "Int", "Long", "Byte", "Bool", "Double"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     tensor_type = torch.Tensor.type
@@ -148,22 +154,24 @@ def _map_tensor_types() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return tensor_type(self, dtype, *args, **kwargs)
 
-    torch.Tensor.type = cuda_type
+    tensor_class: Any = torch.Tensor
+    tensor_class.type = cuda_type
 
 
 def _patch_core() -> None:
+    """Replace functions of the core that have no CPU path."""
     import megatron.core.optimizer.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    # 0.16.1 reaches for torch.cuda.default_generators, which is empty without CUDA.
+    # 0.16.1 uses torch.cuda.default_generators, which is empty without CUDA.
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 
-    # 0.16.1 scales gradients by the multi-tensor kernels of Transformer Engine or apex; its stand-in asserts CUDA.
+    # 0.16.1 scales gradients with the multi-tensor kernels of Transformer Engine or apex; its fallback asserts CUDA.
     optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
 
-    # The all-to-all dispatcher of 0.16.1 brings its split sizes to the host only if they were on a GPU.
+    # The all-to-all dispatcher of 0.16.1 converts its split sizes to host values only if they were on a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
@@ -172,6 +180,7 @@ def _patch_core() -> None:
 def _clip_grad_by_total_norm(
     parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
 ) -> None:
+    """Scale gradients in place if their norm exceeds `max_norm`."""
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
     coefficient = max_norm / (total_norm + 1.0e-6)
     grads = [p.grad for p in parameters if p.grad is not None]

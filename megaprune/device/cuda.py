@@ -1,4 +1,4 @@
-"""CUDA with NCCL: Megatron-Core's home. Nothing needs patching."""
+"""Device functions for CUDA with NCCL. Megatron-Core needs no patches here."""
 
 from collections.abc import Callable
 
@@ -9,26 +9,26 @@ BACKEND = "nccl"
 
 
 def prepare_megatron() -> None:
-    """Megatron-Core runs on CUDA as it is."""
+    """Do nothing: Megatron-Core runs on CUDA without patches."""
 
 
 def bind_local_device(local_rank: int) -> None:
-    """Makes ``cuda:local_rank`` this process's device."""
+    """Make ``cuda:local_rank`` the device of this process."""
     torch.cuda.set_device(local_rank)
 
 
 def synchronize() -> None:
-    """Waits for the work that was queued."""
+    """Wait for all queued work of the device."""
     torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
-    """The largest number of bytes that tensors have held in this process."""
+    """Return the peak number of bytes allocated by tensors of this process."""
     return torch.cuda.max_memory_allocated()
 
 
 def peak_memory_of(run: Callable[[], object]) -> int | None:
-    """Runs it, and returns the bytes that tensors held at most, beyond those held before."""
+    """Call `run` and return its peak of bytes allocated by tensors, minus those allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

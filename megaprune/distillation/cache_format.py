@@ -1,21 +1,21 @@
-"""The teacher cache on disk: what a token becomes, and what the manifest says of the whole.
+"""The teacher cache on disk: the encoding of a token, and the manifest.
 
-A window of the packed data is a block of fixed size, so that any token is found by arithmetic: block `w` holds the
-window's tokens, number w * seq_length of the token stream and following. Shards are files of so many blocks, in order,
-and behind them the CRC-32 of each (little-endian uint32, begun with the window's number, so that a block in another's
-place is found too). Of each shard the manifest has the digest of these sums, and of itself its own: a flipped bit
-anywhere is found.
+A window of the packed data is a block of fixed size, so the place of any token is computed: block `w` holds the
+window's tokens, which begin at token w * seq_length of the stream. A shard file holds a number of consecutive blocks,
+followed by the CRC-32 of each (little-endian uint32, computed over the window's number and the block, so that a
+misplaced block is detected). The manifest holds a digest of each shard's checksums and one of itself: a flipped bit
+anywhere is detected.
 
-A block lies in columns, each over all its tokens s and their k largest logits, by falling logit; little-endian:
+A block holds columns, each over all its tokens s and their k largest logits in descending order; little-endian:
 
 - the low 16 bits of each index, uint16 [s, k];
 - each higher bit that the vocabulary needs, the lowest first, [s, k], packed as by numpy.packbits;
-- fp16 [s, k]: first the log-odds of the top k against all other tokens, then each logit less the largest;
-- the log-sum-exp over the whole vocabulary, the upper 24 bits of its fp32, [s];
+- fp16 [s, k]: first the log-odds of the top k against all other tokens, then each logit minus the largest;
+- the logsumexp over the whole vocabulary, the upper 24 bits of its fp32, [s];
 - the entropy of the full distribution in nats, fp16 [s].
 
-At k = 10 that is 45 bytes a token up to a vocabulary of 65,536, and 47.5 up to 262,144 (18 bits). Why these numbers:
-docs/teacher-cache.md.
+At k = 10 that is 45 bytes a token up to a vocabulary of 65,536, and 47.5 up to 262,144 (18 bits).
+docs/teacher-cache.md explains the choice.
 """
 
 import hashlib
@@ -39,16 +39,16 @@ CHECKSUM_BYTES = 4
 _FORMAT = "megaprune teacher cache"
 _VERSION = 1
 _LOW_BITS = 16
-_LARGEST_GAP = 65504.0  # fp16's largest number: e to the minus that is nothing
+_LARGEST_GAP = 65504.0  # fp16's largest number; exp(-65504) is 0
 _SHARD_BYTES = 64 * 10**6
-# Small data are cut into about so many shards, so that the replicas have something to share out.
+# A small data set is cut into about this many shards, so that the replicas can share the work.
 _FEWEST_SHARDS = 256
 _SMALLEST_SHARD_WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How a window's targets lie in a block."""
+    """The layout of a window's targets in a block."""
 
     seq_length: int
     top_k: int
@@ -71,10 +71,10 @@ class BlockLayout:
         return [2 * picked, *planes, 2 * picked, 3 * self.seq_length, 2 * self.seq_length]
 
     def encode(self, targets: TeacherTargets) -> bytes:
-        """The block of one window's targets [s, ...].
+        """Return the block of one window's targets [s, ...].
 
         Raises:
-            ValueError: a number is not finite, and so of no use as a target.
+            ValueError: a number is not finite.
         """
         indices = targets.indices.cpu().numpy()
         planes = [np.packbits(((indices >> bit) & 1).astype(np.uint8)) for bit in range(_LOW_BITS, self.index_bits)]
@@ -88,26 +88,26 @@ class BlockLayout:
         columns = (odds_and_gaps, targets.logsumexp, targets.entropy)
         if not all(column.isfinite().all() for column in columns):
             raise ValueError("the teacher's logits are not finite")
-        odds_and_gaps, logsumexp, entropy = (column.float().cpu().numpy() for column in columns)
+        odds_and_gaps_16, logsumexp_32, entropy_16 = (column.float().cpu().numpy() for column in columns)
         # To the nearest: the bits of a float, taken as an integer, order as floats do.
-        upper = (logsumexp.astype("<f4").view("<u4") + 0x80) >> 8
+        upper = (logsumexp_32.astype("<f4").view("<u4") + 0x80) >> 8
         return b"".join(
             [
                 (indices & 0xFFFF).astype("<u2").tobytes(),
                 *(plane.tobytes() for plane in planes),
-                odds_and_gaps.astype("<f2").tobytes(),
+                odds_and_gaps_16.astype("<f2").tobytes(),
                 upper.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes(),
-                entropy.astype("<f2").tobytes(),
+                entropy_16.astype("<f2").tobytes(),
             ]
         )
 
     def decode(self, block: np.ndarray, top_k: int) -> TeacherTargets:
-        """A block's targets, [s, ...], of them the first `top_k` logits.
+        """Return a block's targets, [s, ...], with the first `top_k` logits.
 
         Args:
             block: uint8 [num_bytes].
         """
-        low, *planes, values, upper, entropy = np.split(block, np.cumsum(self._column_bytes)[:-1])
+        low, *planes, packed, upper, entropy = np.split(block, np.cumsum(self._column_bytes)[:-1])
         shape = self.seq_length, self.top_k
         indices = low.view("<u2").reshape(shape).astype(np.int64)
         for bit, plane in enumerate(planes, start=_LOW_BITS):
@@ -115,7 +115,7 @@ class BlockLayout:
         bits = np.zeros((self.seq_length, 4), np.uint8)
         bits[:, 1:] = upper.reshape(-1, 3)
         logsumexp = torch.from_numpy(bits.view("<f4").reshape(-1).astype(np.float32))
-        values = torch.from_numpy(values.view("<f2").reshape(shape).astype(np.float32))
+        values = torch.from_numpy(packed.view("<f2").reshape(shape).astype(np.float32))
         logits = F.pad(values[:, 1:], (1, 0))
         # The top k's share of the distribution is e^odds / (1 + e^odds).
         logits = logits + (logsumexp + F.logsigmoid(values[:, 0]) - logits.logsumexp(-1)).unsqueeze(-1)
@@ -128,18 +128,18 @@ class BlockLayout:
 
 
 def block_checksum(block: bytes | np.ndarray, window: int) -> int:
-    """CRC-32 of a window's block."""
-    return zlib.crc32(block, zlib.crc32(window.to_bytes(8, "little")))
+    """Return the CRC-32 of a window's block."""
+    return zlib.crc32(block if isinstance(block, bytes) else block.data, zlib.crc32(window.to_bytes(8, "little")))
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache was made from; targets are right for nothing else.
+    """The inputs of a cache; its targets are valid for these alone.
 
     Args:
         model, tokenizer, data: their fingerprints.
-        seq_length: tokens of a window, before which the teacher sees nothing.
-        windows: how many windows the data make.
+        seq_length: tokens of a window; the teacher's context begins with the window.
+        windows: number of windows in the data.
         vocab_size: of the model.
     """
 
@@ -151,10 +151,10 @@ class CacheKey:
     vocab_size: int
 
     def check(self, wanted: "CacheKey", what: str, remedy: str) -> None:
-        """Checks that a cache is the one that is wanted.
+        """Check that a cache was made from the wanted inputs.
 
         Raises:
-            MegapruneError: it is of something else; says of what.
+            MegapruneError: it was made from others; names what differs.
         """
         for name, said in (("model", "another model"), ("tokenizer", "another tokenizer"), ("data", "other data")):
             if getattr(self, name) != getattr(wanted, name):
@@ -169,7 +169,7 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A cache before it is made: what follows from its key, and from nothing else.
+    """The properties of a cache that follow from its key, before it is made.
 
     Args:
         computed_in: the dtype of the teacher's weights, ``fp32`` or ``bf16``.
@@ -181,17 +181,18 @@ class CachePlan:
 
     @cached_property
     def layout(self) -> BlockLayout:
-        """How blocks are laid out."""
+        """The layout of the blocks."""
         return BlockLayout(self.key.seq_length, self.top_k, self.key.vocab_size)
 
     @property
     def windows_per_shard(self) -> int:
-        """Windows of every shard but the last. No parallel layout has a part in it."""
+        """Windows of every shard but the last; independent of the parallel layout."""
         fits = max(1, _SHARD_BYTES // (self.layout.num_bytes + CHECKSUM_BYTES))
         return min(fits, max(_SMALLEST_SHARD_WINDOWS, -(-self.key.windows // _FEWEST_SHARDS)))
 
     @property
     def num_shards(self) -> int:
+        """Number of shards."""
         return -(-self.key.windows // self.windows_per_shard)
 
     @property
@@ -200,31 +201,31 @@ class CachePlan:
         return self.key.windows * (self.layout.num_bytes + CHECKSUM_BYTES)
 
     def windows_of(self, shard: int) -> range:
-        """The windows that a shard holds."""
+        """Return the windows that a shard holds."""
         first = shard * self.windows_per_shard
         return range(first, min(first + self.windows_per_shard, self.key.windows))
 
     def shard_bytes(self, shard: int) -> int:
-        """The size of a shard's file."""
+        """Return the size of a shard's file."""
         return len(self.windows_of(shard)) * (self.layout.num_bytes + CHECKSUM_BYTES)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan for JSON."""
         return asdict(self)
 
 
 def shard_name(shard: int) -> str:
-    """The file of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{shard:05d}.bin"
 
 
 def checksums_digest(checksums: bytes) -> str:
-    """What the manifest has of a shard's checksums."""
+    """Return the digest of a shard's checksums, for the manifest."""
     return hashlib.blake2b(checksums, digest_size=16).hexdigest()
 
 
 def write_manifest(folder: Path, plan: CachePlan, digests: list[str]) -> None:
-    """Writes the manifest of a folder with all its shards.
+    """Write the manifest of a folder that holds all shards.
 
     Args:
         digests: `checksums_digest` of each shard.
@@ -253,13 +254,13 @@ def write_manifest(folder: Path, plan: CachePlan, digests: list[str]) -> None:
 
 
 def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
-    """The plan of a finished cache, and `checksums_digest` of each of its shards.
+    """Return the plan of a finished cache, and `checksums_digest` of each of its shards.
 
     Args:
-        flag: what the user calls the folder.
+        flag: the flag that names the folder.
 
     Raises:
-        MegapruneError: there is no cache, it is damaged, or of a version that this code does not read.
+        MegapruneError: there is no cache, it is damaged, or it has a version that this code does not read.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Reading a teacher cache: mapped, read ahead, and nothing taken unchecked."""
+"""Reading a teacher cache: memory-mapped, read ahead, every block checked."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megaprune.distillation.cache_format import (
     CHECKSUM_BYTES,
@@ -22,20 +21,20 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 _FLAG = "--teacher-logits"
 _REMEDY = "give the right one, or make one with cache_teacher.py"
-_OPEN_SHARDS = 64  # each takes a file descriptor, of which a process may have 1,024
+_OPEN_SHARDS = 64  # each takes a file descriptor; the usual limit of a process is 1,024
 _THREADS = 2
 
 
 class TeacherCache:
-    """The targets of every window of a data set. Opening it reads the manifest and looks at the files' sizes.
+    """The targets of every window of a data set. Opening it reads the manifest and checks the files' sizes.
 
     Args:
-        wanted: what the targets must have been made from.
-        top_k: logits that are taken of each token; at most as many as are stored.
+        wanted: the inputs that the targets must have been made from.
+        top_k: logits that are read per token; at most as many as are stored.
 
     Raises:
-        MegapruneError: there is no cache, it was made from something else, or it is damaged.
-        UsageError: it holds fewer logits of each token.
+        MegapruneError: there is no cache, it was made from other inputs, or it is damaged.
+        UsageError: it holds fewer logits per token.
     """
 
     def __init__(self, folder: Path, wanted: CacheKey, top_k: int) -> None:
@@ -54,39 +53,38 @@ class TeacherCache:
         self._ahead: dict[int, Future[TeacherTargets]] = {}
 
     def check_shards(self) -> None:
-        """Checks the table of checksums at the end of every shard; the blocks are checked as they are read.
+        """Check the table of checksums at the end of every shard; blocks are checked when they are read.
 
         Raises:
-            MegapruneError: one is damaged.
+            MegapruneError: a table is damaged.
         """
         for shard in range(self.plan.num_shards):
             self._open(shard)
 
     def window(self, window: int) -> TeacherTargets:
-        """The targets of one window, [s, ...].
+        """Return the targets of one window, [s, ...].
 
         Raises:
-            MegapruneError: what is stored is not what was written.
+            MegapruneError: the stored bytes differ from those that were written.
         """
         shard = window // self.plan.windows_per_shard
         blocks, checksums = self._open(shard)
         place = window - self.plan.windows_of(shard).start
-        block = np.array(blocks[place])  # read once: what is checked is what is used
+        block = np.array(blocks[place])  # a copy, so that the checked bytes are the ones used
         if block_checksum(block, window) != checksums[place]:
             raise self._damaged(shard)
         return self.plan.layout.decode(block, self._top_k)
 
     def windows(self, windows: Sequence[int]) -> TeacherTargets:
-        """The targets of the windows of a micro-batch, [s, b, ...], on the CPU. Raises as `window`."""
+        """Return the targets of a micro-batch's windows, [s, b, ...], on the CPU. Raises as `window`."""
         found = []
         for window in windows:
             ahead = self._ahead.pop(window, None)
             found.append(self.window(window) if ahead is None else ahead.result())
-        names = ("indices", "logits", "logsumexp", "entropy")
-        return TeacherTargets(*(torch.stack([getattr(targets, name) for targets in found], dim=1) for name in names))
+        return TeacherTargets.stack(found)
 
     def prefetch(self, windows: Sequence[int]) -> None:
-        """Begins to read these windows in the background, for a later `windows`, which must come."""
+        """Start to read these windows in the background; a later call of `windows` must take them."""
         for window in windows:
             if window not in self._ahead:
                 self._ahead[window] = self._pool.submit(self.window, window)
@@ -104,7 +102,7 @@ class TeacherCache:
                 raise self._damaged(shard)
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """A shard's mapped blocks, uint8 [windows, bytes], and their checksums."""
+        """Return a shard's mapped blocks, uint8 [windows, bytes], and their checksums."""
         blocks, checksums = map_shard(self.folder / shard_name(shard), self.plan, shard)
         if checksums_digest(checksums.tobytes()) != self._digests[shard]:
             raise self._damaged(shard)
@@ -118,8 +116,10 @@ class TeacherCache:
 
 
 def map_shard(path: Path, plan: CachePlan, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's mapped blocks, uint8 [windows, bytes of a block], and their checksums, uint32 [windows]. Its size must
-    be right."""
+    """Return a shard's mapped blocks, uint8 [windows, bytes of a block], and their checksums, uint32 [windows].
+
+    The caller has checked the file's size.
+    """
     whole = np.memmap(path, np.uint8, mode="r")
     count = len(plan.windows_of(shard))
     blocks = whole[: -count * CHECKSUM_BYTES].reshape(count, plan.layout.num_bytes)

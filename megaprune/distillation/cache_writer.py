@@ -1,4 +1,4 @@
-"""Writing a teacher cache: shards aside, each named when it is whole, and a manifest that comes last."""
+"""Writing a teacher cache: each shard gets its name when it is complete, and the manifest comes last."""
 
 import json
 import os
@@ -28,7 +28,7 @@ _PLAN = "plan.json"
 
 
 def check_plan(folder: Path, plan: CachePlan) -> None:
-    """Checks that a folder is free, or holds unfinished work on this very cache.
+    """Check that a folder is empty or holds an unfinished cache of the same plan.
 
     Raises:
         MegapruneError: it holds something else.
@@ -54,17 +54,17 @@ def check_plan(folder: Path, plan: CachePlan) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a folder holds unfinished work."""
+    """Return whether a folder holds an unfinished cache."""
     return (folder / _PLAN).is_file()
 
 
 def begin(folder: Path, plan: CachePlan) -> None:
-    """Marks a folder as this plan's."""
+    """Mark a folder as this plan's."""
     write_json(folder / _PLAN, plan.record())
 
 
 def is_written(folder: Path, plan: CachePlan, shard: int) -> bool:
-    """Whether a shard is there, each of its bytes as it was written."""
+    """Return whether a shard is complete and its checksums match."""
     path = folder / shard_name(shard)
     if not path.is_file() or path.stat().st_size != plan.shard_bytes(shard):
         return False
@@ -74,7 +74,7 @@ def is_written(folder: Path, plan: CachePlan, shard: int) -> bool:
 
 
 def finish(folder: Path, final: Path, plan: CachePlan) -> None:
-    """Completes a folder with all its shards, and names it `final`."""
+    """Write the manifest of a folder with all its shards, and rename the folder to `final`."""
     digests = [
         checksums_digest(map_shard(folder / shard_name(shard), plan, shard)[1].tobytes())
         for shard in range(plan.num_shards)
@@ -85,7 +85,7 @@ def finish(folder: Path, final: Path, plan: CachePlan) -> None:
 
 
 class ShardFile:
-    """One shard in the making. Packs and writes in the background, in the order in which windows come."""
+    """A shard that is being written. Windows are encoded and written in the background, in the order of arrival."""
 
     def __init__(self, folder: Path, plan: CachePlan, shard: int) -> None:
         self._path, self._plan, self._shard = folder / shard_name(shard), plan, shard
@@ -97,20 +97,21 @@ class ShardFile:
         self._pending: list[Future[None]] = []
 
     def add(self, windows: Iterable[int], targets: TeacherTargets) -> None:
-        """Takes the targets [s, b, ...] of consecutive windows, on the CPU."""
+        """Add the targets [s, b, ...] of consecutive windows, on the CPU."""
         self._pending.append(self._pool.submit(self._write, list(windows), targets))
 
     def close(self) -> None:
-        """Gives the shard its name, once all its windows are written.
+        """Wait until all windows are written, and give the shard its name.
 
         Raises:
-            MegapruneError: it can't be written, or targets are no numbers.
+            MegapruneError: it can't be written, or targets are not finite.
         """
         self._pool.shutdown()
         try:
             for written in self._pending:
                 written.result()
             assert next(self._left, None) is None, "a shard was closed before it was full"
+            assert self._file is not None, "a shard was closed before it was begun"
             self._file.write(np.asarray(self._checksums, "<u4").tobytes())
             self._file.close()
             os.replace(self._aside, self._path)
@@ -125,7 +126,7 @@ class ShardFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._file is not None:
-            with suppress(OSError):  # what is left to write has no room either
+            with suppress(OSError):  # flushing the rest may fail as well
                 self._file.close()
             if error is not None:
                 self._aside.unlink(missing_ok=True)
@@ -135,9 +136,8 @@ class ShardFile:
             self._file = self._aside.open("wb")
         for place, window in enumerate(windows):
             assert window == next(self._left), "windows of a shard came out of order"
-            one = TeacherTargets(*(column[:, place] for column in targets.__dict__.values()))
             try:
-                block = self._plan.layout.encode(one)
+                block = self._plan.layout.encode(targets.window(place))
             except ValueError as error:
                 raise MegapruneError(f"{error} in window {window} of --train-data: look at the model") from None
             self._checksums.append(block_checksum(block, window))

@@ -8,6 +8,7 @@ group in the forward pass is the identity in the backward pass. Padding columns 
 no gradient.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from megaprune.utils.errors import MegapruneError, UsageError
 
-Tail = Literal["renormalised", "rest", "full"]
+Tail = Literal["renormalized", "rest", "full"]
 LossKind = Literal["adaptive", "kl", "ce"]
 
 # Ranking takes up to 20 bytes a logit. Done in blocks of rows of this many logits, it takes at most some 300 MB.
 _LOGITS_AT_ONCE = 2**24
-# A student's mass on the rest of the vocabulary counts as e^-80 of the top k's at least: it is 0 if k is all.
+# The student's mass on the rest of the vocabulary is at least e^-80 of the top k's: it is 0 if k is the vocabulary.
 _MIN_REST = -80.0
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the vocabulary this rank's logits are."""
+    """The columns of the vocabulary that this rank's logits hold."""
 
     start: int
     """Global index of the first local column."""
@@ -41,18 +42,19 @@ class VocabShard:
     """The tensor-parallel group whose shards make up the vocabulary; None if this shard is all of it."""
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Local columns of global `indices`, and whether each is here (where not, the column is any)."""
+        """Return the local columns of global `indices`, and whether each is on this rank (if not, the column is
+        arbitrary)."""
         local = indices - self.start
         return local.clamp(0, self.size - 1), (local >= 0) & (local < self.valid)
 
     def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """`values`, reduced over the shards in place."""
+        """Reduce `values` over the shards, in place."""
         if self.group is not None:
             dist.all_reduce(values, op=op, group=self.group)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """The shards' `values`, [..., n] each, side by side: [..., n * tp]."""
+        """Concatenate the shards' `values`, [..., n] each: [..., n * tp]."""
         if self.group is None:
             return values
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
@@ -62,7 +64,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What stays of a teacher's forward pass, for every token."""
+    """The part of a teacher's output that a loss needs, for every token."""
 
     indices: Tensor
     """[..., k] int64, global vocabulary indices, by falling logit."""
@@ -73,17 +75,34 @@ class TeacherTargets:
     entropy: Tensor
     """[...], nats, of the teacher's full distribution."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TeacherTargets":
+        """Apply a function to every tensor."""
+        return TeacherTargets(*map(function, self._tensors()))
+
+    def window(self, place: int) -> "TeacherTargets":
+        """Return the targets [s, ...] of one window of a micro-batch's [s, b, ...]."""
+        return self.map(lambda column: column[:, place])
+
+    @classmethod
+    def stack(cls, windows: Sequence["TeacherTargets"]) -> "TeacherTargets":
+        """Join the targets [s, ...] of windows to those of a micro-batch, [s, b, ...]."""
+        columns = zip(*(targets._tensors() for targets in windows), strict=True)
+        return cls(*(torch.stack(column, dim=1) for column in columns))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.indices, self.logits, self.logsumexp, self.entropy
+
 
 def vocab_logsumexp(logits: Tensor, shard: VocabShard) -> Tensor:
-    """[..., V/tp] to [...]: the logsumexp over the whole vocabulary. Differentiable."""
+    """Return the logsumexp [...] over the whole vocabulary of [..., V/tp]. Differentiable."""
     none = torch.empty(*logits.shape[:-1], 0, dtype=torch.long, device=logits.device)
     return _PickedAndOthers.apply(logits, none, shard)[1]
 
 
 def gather_logits(logits: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
-    """The logits at global vocabulary `indices` [..., k]: [..., k], fp32. Differentiable.
+    """Return the logits at global vocabulary `indices` [..., k]: [..., k], fp32. Differentiable.
 
-    An index outside the real vocabulary (-100, padding) gives 0: its loss is for the caller to mask.
+    An index outside the real vocabulary (-100, padding) gives 0; the caller masks its loss.
     """
     local, here = shard.locate(indices)
     picked = logits.gather(-1, local).to(_compute_dtype(logits))
@@ -91,9 +110,9 @@ def gather_logits(logits: Tensor, indices: Tensor, shard: VocabShard) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
-    """Next-token cross-entropy, [...], against `labels` [...], global indices.
+    """Return the cross-entropy [...] against `labels` [...], global indices.
 
-    A label outside the real vocabulary gives a finite number without meaning: the loss mask is to cover it.
+    A label outside the real vocabulary gives a finite number without meaning; the loss mask must exclude it.
     """
     picked, others = _PickedAndOthers.apply(logits, labels.unsqueeze(-1), shard)
     # -log(e^picked / (e^picked + e^others)), exact for likely labels too.
@@ -102,10 +121,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
 
 @torch.no_grad()
 def teacher_targets(logits: Tensor, k: int, shard: VocabShard) -> TeacherTargets:
-    """The teacher's top k, logsumexp and entropy (E3-Pruner keeps k = 10).
+    """Return the teacher's top k, logsumexp and entropy (E3-Pruner keeps k = 10).
 
-    The same indices in the same order at every layout: equal logits, common in bf16, go by lower index.
-    `k` is at most the real vocabulary; UsageError if it isn't and that can be seen from one rank.
+    The indices and their order are the same at every layout: of equal logits, common in bf16, the lower index comes
+    first.
+
+    Raises:
+        UsageError: `k` is more than the vocabulary, which a rank can see if it holds all of it.
     """
     if shard.group is None and k > shard.valid:
         raise UsageError(f"--distill-top-k: {k} is more than the vocabulary's {shard.valid} tokens; lower it")
@@ -120,20 +142,20 @@ def teacher_targets(logits: Tensor, k: int, shard: VocabShard) -> TeacherTargets
 
 
 def top_k_log_odds(targets: TeacherTargets) -> Tensor:
-    """The logarithm [...] of the top k's probability by that of all other tokens; finite."""
+    """Return the log-odds [...] of the top k against all other tokens; finite."""
     log_mass = _log_mass(targets)
     return log_mass - _log1mexp(log_mass)
 
 
 def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: VocabShard, tail: Tail) -> Tensor:
-    """KL(teacher || student) of every token, [...], from the teacher's top k (E3-Pruner, adaptive KD).
+    """Return KL(teacher || student) of every token, [...], from the teacher's top k (E3-Pruner, adaptive KD).
 
-    What the tokens beyond the top k count for is `tail`:
-    - "renormalised": nothing; teacher and student are both softmaxed over the k (the paper's form).
+    `tail` says how the tokens beyond the top k count:
+    - "renormalized": nothing; teacher and student are both softmaxed over the k (the paper's form).
     - "rest": one more outcome, whose probability is all the rest, on both sides.
     - "full": the student's probabilities are those of its full softmax; the teacher's sum to 1 over the k.
     """
-    if tail == "renormalised":
+    if tail == "renormalized":
         student = gather_logits(student_logits, targets.indices, shard).log_softmax(-1)
         return _kl(targets.logits.log_softmax(-1), student)
 
@@ -146,11 +168,11 @@ def distillation_loss(student_logits: Tensor, targets: TeacherTargets, shard: Vo
         return _kl(targets.logits.log_softmax(-1), student[..., :-1])
     if tail == "rest":
         return _kl(_teacher_with_rest(targets), student)
-    raise MegapruneError(f"unknown tail {tail!r} of the distillation loss: give renormalised, rest or full")
+    raise MegapruneError(f"unknown tail {tail!r} of the distillation loss: give renormalized, rest or full")
 
 
 def full_kl(reference_logits: Tensor, logits: Tensor, shard: VocabShard) -> Tensor:
-    """KL(reference || model) of every token over the whole vocabulary, [...].
+    """Return KL(reference || model) of every token over the whole vocabulary, [...].
 
     Differentiable in `logits`, not in `reference_logits`. Rounding may leave a zero KL at about -1e-6.
     """
@@ -163,29 +185,10 @@ def full_kl(reference_logits: Tensor, logits: Tensor, shard: VocabShard) -> Tens
     return _SumOverShards.apply(expected, shard) - (reference_logsumexp - vocab_logsumexp(logits, shard))
 
 
-@torch.no_grad()
-def top1(logits: Tensor, shard: VocabShard) -> Tensor:
-    """The most likely token of every position, [...] global index; of equals, the lower."""
-    return _top_k(logits, 1, shard)[0].squeeze(-1)
-
-
-def token_weights(kind: LossKind, loss_mask: Tensor, targets: TeacherTargets | None) -> Tensor:
-    """The weight of every token's loss, shaped as `loss_mask` (1 = counts), [s, b].
-
-    "adaptive" weighs by the teacher's entropy H (E3-Pruner's adaptive KD); "kl" and "ce" all alike. The loss
-    is to be divided by the sum of the weights over the global batch, which makes the weights H / mean H.
-    """
-    if kind != "adaptive":
-        return loss_mask
-    if targets is None:
-        raise MegapruneError("--distill-loss adaptive weighs tokens by the teacher's entropy: it needs a teacher")
-    return targets.entropy * loss_mask
-
-
 class _PickedAndOthers(torch.autograd.Function):
-    """The logits at `indices` [..., k], distinct, and the logsumexp [...] of all others.
+    """The logits at distinct `indices` [..., k], and the logsumexp [...] of all others.
 
-    Together they are all that the losses need of the vocabulary. The backward pass recomputes the softmax
+    The losses need nothing else of the vocabulary. The backward pass recomputes the softmax
     from the logits as they came, in one fp32 buffer, and rounds the finished gradient to their dtype once.
     """
 
@@ -195,7 +198,7 @@ class _PickedAndOthers(torch.autograd.Function):
         local, here = shard.locate(indices)
         picked = logits.gather(-1, local).to(dtype).masked_fill_(~here, 0.0)
         others = _exclude(logits.to(dtype, copy=True), local, here, shard)
-        # Finite even where no column is left, so that nothing below computes inf - inf.
+        # Finite even where no column is left, so that inf - inf never occurs below.
         peak = others.amax(-1).clamp_min_(torch.finfo(dtype).min)
         peak = shard.reduce(peak, dist.ReduceOp.MAX)
         total = shard.reduce(others.sub_(peak.unsqueeze(-1)).exp_().sum(-1))
@@ -232,9 +235,9 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _exclude(values: Tensor, local: Tensor, here: Tensor, shard: VocabShard) -> Tensor:
-    """Puts -inf, in place, into padding columns and the columns `local` that are `here`."""
+    """Put -inf, in place, into padding columns and the columns `local` that are `here`."""
     values[..., shard.valid :] = -torch.inf
-    # Added and not set: an index of another shard is clamped onto a column that must stay as it is.
+    # Added and not set: an index of another shard is clamped to a column that must not change.
     excluded = torch.zeros_like(local, dtype=values.dtype).masked_fill_(here, -torch.inf)
     return values.scatter_add_(-1, local, excluded)
 
@@ -272,7 +275,7 @@ def _row_blocks(logits: Tensor, shard: VocabShard) -> list[Tensor]:
 
 
 def _exp_sums(logits: Tensor, peak: Tensor) -> Tensor:
-    """[n, valid] logits and peaks [n, 1] to [2, n]: the sums of e^d and of d e^d with d = logit - peak."""
+    """Return the sums [2, n] of e^d and of d e^d, d = logit - peak, of [n, valid] logits and peaks [n, 1]."""
     # Finite, so that a logit of -inf adds 0 to both sums, and not 0 * -inf.
     below = (logits - peak).clamp_min_(-1e9)
     exp = below.exp()
@@ -289,10 +292,13 @@ def _top_k(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
 
 
 def _local_top_keys(logits: Tensor, k: int, start: int) -> Tensor:
-    """The ranking keys [n, k] of the k largest of [n, valid] logits, falling, where `start` is the first column's
-    index; as `_top_keys` where there are fewer."""
+    """Return the ranking keys [n, k] of the k largest of [n, valid] logits, descending; padded as by `_top_keys`.
+
+    Args:
+        start: the global index of the first column.
+    """
     valid = logits.shape[-1]
-    # Ranking logits is cheaper than making and ranking keys, and leaves open only which of equals come in.
+    # Ranking logits is cheaper than ranking keys, and is ambiguous only where the last of the k has equals.
     values, columns = logits.topk(min(k + 1, valid), dim=-1)
     keys = _top_keys(_ranking_keys(values, columns + start), k)
     if valid > k:
@@ -303,11 +309,10 @@ def _local_top_keys(logits: Tensor, k: int, start: int) -> Tensor:
 
 
 def _ranking_keys(logits: Tensor, indices: Tensor) -> Tensor:
-    """[n, m] logits and their global indices, [n, m] or [m], to [n, m] int64 that order by logit, then by falling
-    index; no two of a row are equal.
+    """Return int64 keys [n, m] that order logits [n, m] with global indices [n, m] or [m]: by logit, then by
+    descending index. No two keys of a row are equal.
 
-    The upper half is the bits of the fp32 logit, those of negative numbers flipped: so integers order as
-    floats do.
+    The upper half is the bits of the fp32 logit, flipped for negative numbers, so that integers order as floats do.
     """
     bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0, its equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -315,6 +320,6 @@ def _ranking_keys(logits: Tensor, indices: Tensor) -> Tensor:
 
 
 def _top_keys(keys: Tensor, k: int) -> Tensor:
-    """The k largest of [n, m] keys, falling; made up to k with the lowest key if m < k."""
+    """Return the k largest of [n, m] keys, descending; padded to k with the lowest key if m < k."""
     top = keys.topk(min(k, keys.shape[-1]), dim=-1).values
     return F.pad(top, (0, k - top.shape[-1]), value=torch.iinfo(torch.int64).min)

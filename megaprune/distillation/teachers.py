@@ -1,7 +1,6 @@
-"""Where a student's targets come from. A teacher is asked before the step for all of its micro-batches."""
+"""Sources of a student's targets. A teacher is asked before the step for all of its micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -28,16 +27,17 @@ def vocab_shard(arch: Architecture) -> VocabShard:
 
 
 class Teacher(Protocol):
-    """Gives what the distillation loss needs of the original model."""
+    """The source of what a loss needs of the original model."""
 
     def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
-        """The targets of each micro-batch, shapes [s, b, ...], on the last pipeline stage; elsewhere nothing."""
+        """Return the targets of each micro-batch, shapes [s, b, ...], on the last pipeline stage; [] on the others.
+        Collective."""
 
 
 class OnlineTeacher:
     """The frozen original model beside the student, at the same parallel layout.
 
-    Its pass is forward only; of its logits, the top k, their log-sum-exp and their entropy stay.
+    Its pass is forward only, and keeps the top k, the logsumexp and the entropy of its logits.
     """
 
     def __init__(self, model: torch.nn.Module, shard: VocabShard, top_k: int) -> None:
@@ -53,7 +53,7 @@ class OnlineTeacher:
 class SelfTeacher:
     """The student's own frozen weights, with adapters off and every layer on: no second copy of the model.
 
-    Right for a student that trains adapters only, and that keeps its pruned layers resident.
+    For a student that trains adapters only and whose pruned layers stay in memory.
     """
 
     def __init__(self, student: torch.nn.Module, gate: LayerGate, shard: VocabShard, top_k: int) -> None:
@@ -69,22 +69,23 @@ class SelfTeacher:
 
 
 class CachedTeacher:
-    """What a teacher said of the same windows before, read from disk: no model at all.
+    """A teacher's stored targets of the same windows, read from disk: no model at all.
 
-    A batch is known by the windows that it holds, so that neither the order nor the layout needs to be that in which
-    the cache was made.
+    Targets are found by the numbers of a batch's windows, so the order of the batches and the parallel layout may
+    differ from those that made the cache.
     """
 
     def __init__(self, cache: TeacherCache) -> None:
         self._cache = cache
 
     def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
-        """See `Teacher`. Collective: where one rank finds the cache damaged, all refuse.
+        """See `Teacher`. If one rank finds the cache damaged, all ranks refuse it.
 
         Raises:
-            MegapruneError: what is stored is not what was written; names the file.
+            MegapruneError: the stored bytes differ from those that were written; names the file.
         """
-        found, error = [], None
+        found: list[TeacherTargets] = []
+        error: MegapruneError | None = None
         if parallel.is_last_stage():
             try:
                 found = [self._cache.windows(batch.sample_ids) for batch in batches]
@@ -92,9 +93,4 @@ class CachedTeacher:
                 error = met
         if parallel.any_rank(error is not None):
             parallel.raise_together(error)
-        target = device.torch_device()
-        return [_moved(targets, target) for targets in found]
-
-
-def _moved(targets: TeacherTargets, target: torch.device) -> TeacherTargets:
-    return TeacherTargets(*(getattr(targets, field.name).to(target) for field in fields(targets)))
+        return [targets.map(lambda column: column.to(device.torch_device())) for targets in found]

@@ -20,12 +20,12 @@ def run_harness(
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Runs `tasks` on `hf_model` with lm_eval.simple_evaluate and returns {task: {metric: value}}.
+    """Run `tasks` on `hf_model` with lm_eval.simple_evaluate and return {task: {metric: value}}.
 
     Args:
         tasks: names of tasks, groups or tags, or paths of task YAML files.
         dtype: a torch dtype, or "auto" for the model's own.
-        limit: examples of each task; None for all. Only for trying things out.
+        limit: examples of each task; None for all. For trial runs only.
 
     Raises:
         MegapruneError: lm_eval isn't installed, or a task's data can't be fetched.
@@ -54,7 +54,7 @@ def run_harness(
 
 
 def find_tasks(tasks: Sequence[str]) -> Any:
-    """lm_eval's TaskManager, once it is clear that it knows every one of `tasks`. Raises as `run_harness`."""
+    """Return lm_eval's TaskManager after checking that it knows all `tasks`. Raises as `run_harness`."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

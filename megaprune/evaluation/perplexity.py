@@ -1,6 +1,6 @@
 """Loss of an HF model, and its distance from a teacher, with stock transformers.
 
-Nothing here knows of pruning: what is measured is what a user of the exported folder would get.
+Nothing here depends on pruning: the numbers are those that a user of the exported folder gets.
 """
 
 import math
@@ -41,25 +41,25 @@ def evaluate_model(
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Mean next-token cross-entropy of `hf_model` on `data`, and its divergence from `teacher`.
+    """Return the mean next-token cross-entropy of `hf_model` on `data`, and its divergence from `teacher`.
 
-    The text is one token stream cut into windows of `seq_length` that don't overlap: window i predicts
-    tokens i * seq_length + 1 to (i + 1) * seq_length, each from those before it in the window. The last
-    window may be shorter, so every token but the first is predicted exactly once.
+    The text is one token stream, cut into windows of `seq_length` that don't overlap: window i predicts tokens
+    i * seq_length + 1 to (i + 1) * seq_length, each from the tokens before it in the window. The last window may be
+    shorter, so every token but the first is predicted exactly once.
 
     Args:
         hf_model, teacher: folders or hub ids. The tokenizer is `hf_model`'s.
-        data: what `--train-data` takes.
-        seq_length: tokens of a window; by default what the model card says the model was trained with,
-            else the model's context or 2048, whichever is less.
+        data: as of `--train-data`.
+        seq_length: tokens of a window; by default the length in the model card, else the model's context or 2048,
+            whichever is less.
         dtype: "fp32", "bf16", "fp16", or "auto": fp32 on the CPU, on a GPU each model's own.
         device: "auto" is the GPU where there is one.
-        limit: only the first so many windows.
+        limit: number of windows, from the first on; None for all.
 
     Returns:
         hf_model, data, seq_length, dtype, tokens (predicted), loss (nats per token), perplexity; with a
         teacher also teacher, kl (mean KL(teacher ‖ model) over the whole vocabulary, nats per token) and
-        top1_agreement (share of tokens where both rank the same token first).
+        top1_agreement (share of positions where both rank the same token first).
 
     Raises:
         MegapruneError or UsageError: a model or data that can't be read, a teacher with another vocabulary
@@ -100,8 +100,8 @@ def evaluate_model(
 
 
 def load_model(flag: str, path: str, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool) -> Any:
-    """The causal language model at `path` in evaluation mode, whole: a tensor that is missing is refused,
-    where transformers would go on with random numbers.
+    """Load the causal language model at `path` in evaluation mode. A missing tensor is an error, where transformers
+    would continue with random numbers.
 
     Raises:
         MegapruneError: the model can't be loaded; the message begins with `flag`.
@@ -116,7 +116,7 @@ def load_model(flag: str, path: str, dtype: torch.dtype | str, device: torch.dev
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device meant; "auto" is the one that megaprune runs on."""
+    """Return the device that `--device` names; "auto" is the one that megaprune runs on."""
     if device != "auto":
         return torch.device(device)
     from megaprune.device import torch_device
@@ -125,7 +125,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """The dtype that `--dtype` names; "auto" is fp32 on the CPU and stays "auto", the model's own, elsewhere.
+    """Return the dtype that `--dtype` names; "auto" is fp32 on the CPU and stays "auto", the model's own, elsewhere.
 
     Raises:
         UsageError: there is no such dtype.
@@ -139,7 +139,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 @torch.inference_mode()
 def _totals(model: Any, teacher: Any | None, batches: Iterable[Batch]) -> tuple[int, float, float, float]:
-    """Sums over all predicted tokens: their number, cross-entropy, KL(teacher ‖ model), agreements."""
+    """Return sums over all predicted tokens: their number, cross-entropy, KL(teacher ‖ model), agreements."""
     tokens, sums = 0, [0.0, 0.0, 0.0]
     for batch in batches:
         inputs = batch.tokens.to(model.device)
@@ -152,21 +152,22 @@ def _totals(model: Any, teacher: Any | None, batches: Iterable[Batch]) -> tuple[
         rows = zip(logits, teacher_logits, labels, wanted, strict=True)
         batch_sums = torch.stack([_row_sums(*row) for row in rows]).sum(0).tolist()
         if not all(map(math.isfinite, batch_sums)):
-            flag, culprit = ("--teacher", teacher) if math.isfinite(batch_sums[0]) else ("--hf-model", model)
-            raise MegapruneError(
-                f"{flag} {culprit.name_or_path}: the loss isn't finite; its weights are damaged, or try --dtype fp32"
-            )
+            flag, name = ("--hf-model", model.name_or_path)
+            if teacher and math.isfinite(batch_sums[0]):
+                flag, name = ("--teacher", teacher.name_or_path)
+            raise MegapruneError(f"{flag} {name}: the loss isn't finite; its weights are damaged, or try --dtype fp32")
         sums = [total + part for total, part in zip(sums, batch_sums, strict=True)]
         tokens += int(wanted.sum())
     if not tokens:
         raise MegapruneError("--data holds no token that carries loss in these windows: raise --limit")
-    return tokens, *sums
+    loss, kl, agreed = sums
+    return tokens, loss, kl, agreed
 
 
 def _row_sums(
     logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy, KL and agreements of one window, summed over the wanted tokens, float64 [3].
+    """Return cross-entropy, KL and agreements of one window, summed over the wanted tokens, float64 [3].
 
     logits, teacher_logits: [s, v]; labels, wanted: [s].
     """
@@ -207,7 +208,7 @@ def _check_vocabulary(config: Any, hf_model: str, teacher: str, trust_remote_cod
 
 
 def _load(flag: str, path: str, auto_class: Any, trust_remote_code: bool, **options: Any) -> Any:
-    """`auto_class.from_pretrained`, with its long-winded errors turned into one line."""
+    """Call `auto_class.from_pretrained`; its errors become one line."""
     path = _located(flag, path)
     try:
         return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
@@ -220,8 +221,7 @@ def _load(flag: str, path: str, auto_class: Any, trust_remote_code: bool, **opti
 
 
 def _located(flag: str, path: str) -> str:
-    """The path, for transformers to load from, or an id for it to ask the hub for. Refuses what is plainly no model
-    before the hub is asked."""
+    """Return the path or hub id that transformers loads. What can't be a model is refused before the hub is asked."""
     folder = Path(path)
     if folder.is_dir():
         check_links(folder)

@@ -1,27 +1,21 @@
-"""What calibration data says of the original model without some of its layers, and what it costs to ask."""
+"""Losses and scores of the original model's layers on calibration data, and their cost in tokens."""
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 
-from megaprune import device
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import VocabShard, cross_entropy
-from megaprune.importance.measures import (
-    LossOfMasks,
-    block_influence,
-    jump_across,
-    mask_gradient,
-    mask_losses,
-    shared_cost,
-)
+from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
 from megaprune.mcore.gradients import taylor_importance
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.selection.budget import Budget
+from megaprune.selection.evaluator import LossKind
+from megaprune.selection.masks import masks_of, sets_without_each, shared_cost
 from megaprune.utils.errors import MegapruneError
 
 # A backward pass is booked as two forward ones.
@@ -30,8 +24,8 @@ _PASSES_OF_A_GRADIENT = 4  # the original's, the masked model's, and its backwar
 _WINDOWS_OF_A_STEP = 4
 
 
-class Judge:
-    """Losses of the original model without some of its layers, on calibration data. Collective.
+class LayerEvaluator:
+    """The evaluator that methods get (see `megaprune.selection.evaluator.Evaluator`). Collective.
 
     `tokens` counts what was spent, in tokens that went forward through all layers: layers that one pass shares with
     the one before it, or that are left out, cost nothing.
@@ -55,11 +49,11 @@ class Judge:
         self._model, self._gate, self._shard, self._budget = model, gate, shard, budget
         self._windows = lru_cache(maxsize=4)(windows)
         self._num_windows = num_windows
-        self._known: dict[tuple[LossOfMasks, float], dict[tuple[int, ...], float]] = {}
+        self._known: dict[tuple[LossKind, float], dict[tuple[int, ...], float]] = {}
 
-    def losses(self, kept_sets: Sequence[Sequence[int]], loss: LossOfMasks = "kl", share: float = 1.0) -> list[float]:
-        """One loss for each set of kept layers, in nats per token; on a share of the windows. What was asked before
-        is not computed again."""
+    def losses(self, kept_sets: Sequence[Sequence[int]], loss: LossKind = "kl", share: float = 1.0) -> list[float]:
+        """One loss for each set of kept layers, in nats per token, on a share of the windows. Sets that were evaluated
+        before are not computed again."""
         known = self._known.setdefault((loss, share), {})
         new = self._new(kept_sets, known)
         if new:
@@ -72,7 +66,7 @@ class Judge:
         return [known[tuple(kept)] for kept in kept_sets]
 
     def affordable(self, kept_sets: Sequence[Sequence[int]], tokens: int) -> int:
-        """How many of these sets, from the first on, have their KL for so many tokens."""
+        """The number of these sets, from the first on, whose KL costs at most so many tokens."""
         known = self._known.get(("kl", 1.0), {})
 
         def passes(count: int) -> float:
@@ -83,8 +77,8 @@ class Judge:
         # more sets never cost less: what they share, they share with fewer too
         return max(0, bisect.bisect_right(range(len(kept_sets) + 1), most, key=passes) - 1)
 
-    def without_each(self, protected: frozenset[int], loss: LossOfMasks = "kl") -> torch.Tensor:
-        """The loss without each layer, [num_layers]; of protected layers it is infinite, and not measured."""
+    def without_each(self, protected: Set[int], loss: LossKind = "kl") -> torch.Tensor:
+        """The loss without each layer, [num_layers]; infinite for protected layers, which are not measured."""
         free = [layer for layer in range(self._budget.num_layers) if layer not in protected]
         found = torch.full((self._budget.num_layers,), float("inf"))
         if free:
@@ -99,28 +93,27 @@ class Judge:
         return mask_gradient(self._model, self._gate, batches, mask, self._shard)[1]
 
     def tokens_of_a_gradient(self) -> int:
-        """What `mask_gradient` is booked as."""
+        """The cost of `mask_gradient`."""
         share = min(_WINDOWS_OF_A_STEP, self._num_windows) / self._num_windows
         return round(_PASSES_OF_A_GRADIENT * self._tokens_of_a_pass(share))
 
     def block_influence(self) -> torch.Tensor:
-        """ShortGPT's score of each layer, [num_layers]; by what the layers cost."""
+        """ShortGPT's score of each layer, [num_layers], divided by the layer's cost."""
         found = block_influence(self._model, self._taken(1.0), self._budget.num_layers)
         self._book(1.0, 1.0)
         return found / torch.tensor(self._budget.costs)
 
     def tokens_of(self, layers: int) -> int:
-        """What running so many layers on all windows is booked as."""
+        """The cost of running so many layers on all windows."""
         return math.ceil(layers / self._budget.num_layers * self._tokens_of_a_pass(1.0))
 
     def taylor_importance(self) -> torch.Tensor:
-        """What the loss would change by without each layer, to first order, [num_layers]; by what the layers cost."""
-        batches = self._taken(1.0)
+        """The first-order change of the loss without each layer, [num_layers], divided by the layer's cost."""
         found = taylor_importance(
             self._model,
-            batches,
-            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
-            lambda logits, number: cross_entropy(logits, batches[number].labels.t().to(logits.device), self._shard),
+            self._taken(1.0),
+            lambda tokens: tokens.loss_mask,
+            lambda logits, tokens: cross_entropy(logits, tokens.labels, self._shard),
             self._budget.num_layers,
         )
         self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)
@@ -134,7 +127,7 @@ class Judge:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:
-        """Gives a function that says what was spent since the block began."""
+        """Gives a function that returns the tokens spent since the block began."""
         before = self.tokens
         yield lambda: self.tokens - before
 
@@ -155,17 +148,3 @@ class Judge:
 
     def _book(self, passes: float, share: float) -> None:
         self.tokens += math.ceil(passes * self._tokens_of_a_pass(share))
-
-
-def masks_of(kept_sets: Sequence[Sequence[int]], num_layers: int) -> torch.Tensor:
-    """[number of sets, num_layers]: 1 for each kept layer."""
-    masks = torch.zeros(len(kept_sets), num_layers)
-    for mask, kept in zip(masks, kept_sets, strict=True):
-        mask[list(kept)] = 1
-    return masks
-
-
-def sets_without_each(budget: Budget, protected: frozenset[int]) -> list[list[int]]:
-    """What stays without each layer that isn't protected."""
-    layers = range(budget.num_layers)
-    return [[other for other in layers if other != layer] for layer in layers if layer not in protected]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +9,11 @@ from torch import Tensor
 from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import LayerGate, frozen, layers_of
+from megaprune.mcore.layers.gated import LayerGate, frozen, transformer_layers
 from megaprune.mcore.layers.linear_patch import hadamard
+from megaprune.selection.evaluator import LossKind
+from megaprune.selection.masks import shared_order
 from megaprune.utils.errors import MegapruneError
-
-# KL(original || masked model), or cross-entropy with the data.
-LossOfMasks = Literal["kl", "ce"]
 
 
 def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> float:
@@ -28,10 +26,9 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], sh
         MegapruneError: the loss is not finite.
     """
 
-    def collect(logits: Tensor, number: int) -> Tensor:
-        labels, loss_mask = (x.t().to(logits.device) for x in (batches[number].labels, batches[number].loss_mask))
-        loss = (cross_entropy(logits, labels, shard) * loss_mask).double()
-        return torch.stack([loss.sum(), loss_mask.double().sum()])
+    def collect(logits: Tensor, tokens: schedule.LossTokens) -> Tensor:
+        loss = (cross_entropy(logits, tokens.labels, shard) * tokens.loss_mask).double()
+        return torch.stack([loss.sum(), tokens.loss_mask.double().sum()])
 
     total, count = _total(schedule.forward(model, batches, collect), (2,)).tolist()
     loss = total / count
@@ -46,7 +43,7 @@ def mask_losses(
     batches: Sequence[schedule.MicroBatch],
     masks: Tensor,
     shard: VocabShard,
-    loss: LossOfMasks,
+    loss: LossKind,
 ) -> Tensor:
     """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
     rank. Collective.
@@ -64,22 +61,20 @@ def mask_losses(
     runs = [batch for batch in batches for _ in rows]
     reference: list[Tensor] = []
 
-    def before(number: int) -> None:
-        if number % len(rows) == 0:
+    def before(tokens: schedule.LossTokens) -> None:
+        if tokens.number % len(rows) == 0:
             gate.forget()
-        gate.set(rows[number % len(rows)], device.torch_device())
+        gate.set(rows[tokens.number % len(rows)], device.torch_device())
 
-    def collect(logits: Tensor, number: int) -> Tensor:
-        batch = runs[number]
-        if rows[number % len(rows)] is None:
+    def collect(logits: Tensor, tokens: schedule.LossTokens) -> Tensor:
+        if rows[tokens.number % len(rows)] is None:
             reference[:] = [logits]
             return torch.zeros(2, dtype=torch.float64, device=logits.device)
         if loss == "kl":
             losses = full_kl(reference[0], logits, shard)
         else:
-            losses = cross_entropy(logits, batch.labels.t().to(logits.device), shard)
-        loss_mask = batch.loss_mask.t().to(logits.device)
-        return torch.stack([(losses * loss_mask).sum(), loss_mask.sum()]).double()
+            losses = cross_entropy(logits, tokens.labels, shard)
+        return torch.stack([(losses * tokens.loss_mask).sum(), tokens.loss_mask.sum()]).double()
 
     with gate.sharing_prefixes():
         collected = schedule.forward(model, runs, collect, before)
@@ -88,24 +83,7 @@ def mask_losses(
     sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
     found = torch.empty(len(masks), dtype=torch.float64)
     found[order] = sums[:, 0] / sums[:, 1]
-    return parallel.of_first_rank(found).float()
-
-
-def shared_order(masks: Tensor) -> list[int]:
-    """The order in which masks [n, num_layers] share the most layers with the one before: the whole model first."""
-    return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
-
-
-def shared_cost(masks: Tensor, loss: LossOfMasks) -> float:
-    """What `mask_losses` computes of hard masks [n, num_layers], in passes through the whole model's layers."""
-    layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
-    layers += len(before)
-    for i in shared_order(masks):
-        mask = masks[i].tolist()
-        same = next((j for j, pair in enumerate(zip(mask, before, strict=False)) if pair[0] != pair[1]), len(before))
-        layers += sum(value != 0 for value in mask[same:])
-        before = mask
-    return layers / masks.shape[1]
+    return parallel.broadcast_from_rank0(found).float()
 
 
 def mask_gradient(
@@ -123,13 +101,13 @@ def mask_gradient(
     """
     with frozen(model):
         with gate.all_layers():
-            references = schedule.forward(model, batches, lambda logits, number: logits.detach().clone())
+            references = schedule.forward(model, batches, lambda logits, _: logits.detach().clone())
         gate.set(mask, device.torch_device())
         mean = schedule.mean_token_loss(
             model,
             batches,
-            lambda number: batches[number].loss_mask.t().to(device.torch_device()),
-            lambda logits, number: full_kl(references[number], logits, shard),
+            lambda tokens: tokens.loss_mask,
+            lambda logits, tokens: full_kl(references[tokens.number], logits, shard),
         )
     grad = parallel.reduce_mask_gradient(gate.take_gradient(), model.config.sequence_parallel)
     gate.set(None)
@@ -146,8 +124,8 @@ def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatc
     sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
 
-    def before(number: int) -> None:
-        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
+    def before(tokens: schedule.LossTokens) -> None:
+        weights[0] = _own_share(tokens.loss_mask, model)
 
     def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -156,7 +134,7 @@ def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatc
         sums[1, layer.layer_number - 1] += weights[0].sum()
 
     with _hooked(model, measure):
-        schedule.forward(model, batches, lambda logits, number: None, before)
+        schedule.forward(model, batches, lambda logits, tokens: None, before)
     total, count = parallel.sum_over_all(sums)
     return (total / count).float()
 
@@ -173,8 +151,8 @@ def jump_across(
     sums = torch.zeros(2, hidden_size, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
 
-    def before(number: int) -> None:
-        weights[0] = _own_share(batches[number].loss_mask.t().to(sums.device), model)
+    def before(tokens: schedule.LossTokens) -> None:
+        weights[0] = _own_share(tokens.loss_mask, model)
 
     def add(row: int, hidden: Tensor) -> None:
         sums[row] += (hadamard(hidden.float()).abs() * weights[0].unsqueeze(-1)).sum((0, 1))
@@ -186,7 +164,7 @@ def jump_across(
             add(1, output[0])
 
     with _hooked(model, measure):
-        schedule.forward(model, batches, lambda logits, number: None, before)
+        schedule.forward(model, batches, lambda logits, tokens: None, before)
     entering, leaving = parallel.sum_over_all(sums)
     return (leaving / entering.clamp_min(torch.finfo(torch.float32).tiny)).float()
 
@@ -199,7 +177,7 @@ def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
 
 @contextmanager
 def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in transformer_layers(model)]
     try:
         yield
     finally:
@@ -212,4 +190,4 @@ def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
     if collected:
         total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))
-    return parallel.from_last_stage(total.cpu())
+    return parallel.broadcast_from_last_stage(total.cpu())

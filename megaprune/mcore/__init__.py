@@ -1,4 +1,4 @@
-"""Thin adapters on Megatron-Core: the only folder, beside `device`, that imports megatron."""
+"""Adapters on Megatron-Core. Only this package and `device` import megatron."""
 
 from megaprune import device
 

@@ -1,8 +1,9 @@
-"""LoRA adapters of a built model: fresh ones, the same at every layout, and their export in PEFT's format."""
+"""LoRA adapters of a built model: initialization, which does not depend on the parallel layout, and export to PEFT."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megaprune.mcore.hf_weights import (
     rules_by_parameter,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
-from megaprune.mcore.parallel import on_first_rank, raise_together
+from megaprune.mcore.parallel import all_gather_objects, on_rank0, raise_together
 from megaprune.models import Architecture, WeightRule
 from megaprune.models.names import name_in_layer, source_name, without_expert
 from megaprune.utils.disk import explain, one_line
@@ -27,19 +28,22 @@ from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, WrittenShard, join_shards
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The parts of the one file that PEFT reads: what a rank keeps in memory until it is written.
+# PEFT reads one file. It is joined from parts of this size, so that a rank buffers one part at a time.
 _PART_BYTES = 10**9
 
-# Names of HF modules, each with its A [r, in] and B [out, r].
+# HF module name -> its A [r, in] and B [out, r]
 _Adapters = dict[str, tuple[Tensor, Tensor]]
 
 
 def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layers: Sequence[int] | None = None) -> None:
-    """Freezes an imported model and gives it fresh adapters.
+    """Freeze an imported model and attach freshly initialized adapters.
 
     Args:
-        kept_layers: source layers that the model consists of; None means all. A layer's adapter is drawn by its
-            number in the source, and so is the same where pruned layers are gone and where they are bypassed.
+        model: this rank's part of the model.
+        options: rank, alpha and target modules.
+        seed: seed of the initialization.
+        kept_layers: source layers that the model consists of; None means all. An adapter is seeded by its layer's
+            number in the source. It is therefore the same whether pruned layers are removed or bypassed.
     """
     add_adapters(model, options)
     for name, layer in adapted_layers(model).items():
@@ -56,19 +60,27 @@ def export_adapter(
     base_model: str,
     whole: bool = False,
 ) -> None:
-    """Writes the adapters as PEFT loads them onto the pruned model, gathered layer by layer. Collective.
+    """Write the adapters in PEFT's format for the pruned model. Collective.
+
+    Adapters are gathered one layer at a time.
 
     Args:
+        model: this rank's part of the model with adapters.
+        source: the HF checkpoint that the model was imported from.
         kept_layers: source layers whose adapters are exported.
-        folder: exists, and all ranks can see it.
-        base_model: name or path of the pruned model.
-        whole: the model still holds the other layers, too.
+        folder: an existing folder on a file system that all ranks share.
+        options: rank, alpha and target modules of the adapters.
+        base_model: name or path of the pruned model, for adapter_config.json.
+        whole: whether the model still holds the pruned layers, too.
+
+    Raises:
+        MegapruneError: the folder cannot be written. Raised on every rank.
     """
     writer = ShardWriter(folder, _PART_BYTES, dist.get_rank())
     error: MegapruneError | None = None
-    mine: tuple[list[WrittenShard], set[str]] = [], set()
+    targets: set[str] = set()
+    shards: list[WrittenShard] = []
     try:
-        targets: set[str] = set()
         for names, writes in _hf_adapters(model, source, None if whole else kept_layers):
             for name, matrices in names.items():
                 new_name = source.renamed(name, kept_layers)
@@ -77,27 +89,26 @@ def export_adapter(
                 targets.add(name_in_layer(name))
                 for which, matrix in zip("AB", matrices, strict=True):
                     writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
-        mine = (writer.close(), targets)
+        shards = writer.close()
     except OSError as met:
         error = MegapruneError(explain(met, folder))
     raise_together(error)
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    gathered = all_gather_objects((shards, targets))
 
     def finish() -> None:
-        targets = set().union(*(targets for _, targets in gathered))
-        config = _peft_config(targets, options, base_model, _stacks_experts(source))
+        all_targets = {name for _, found in gathered for name in found}
+        config = _peft_config(all_targets, options, base_model, _stacks_experts(source))
         with one_line(folder):
             join_shards(folder, [shard for shards, _ in gathered for shard in shards], _WEIGHTS)
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
-    on_first_rank(finish)
+    on_rank0(finish)
 
 
 def _hf_adapters(
     model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None
 ) -> Iterator[tuple[_Adapters, bool]]:
-    """Adapters under HF's names in the source, and whether they are this rank's to write. Collective."""
+    """Yield adapters under their HF names in the source, and whether this rank writes them. Collective."""
     arch, rules = source.family.architecture(source.config), rules_by_parameter(source)
     groups: dict[str, list[tuple[WeightRule, Tensor, Tensor]]] = {}
     for name, layer in adapted_layers(model).items():
@@ -115,19 +126,25 @@ def _hf_adapters(
 
 
 def _merged(rule: WeightRule, lora_a: Tensor, lora_b: Tensor, arch: Architecture) -> _Adapters:
-    """One Megatron layer's adapter, whole, for each of the HF modules that make up the layer: they share A."""
+    """Return the gathered adapter of a Megatron layer, split into the HF modules that the layer fuses; they share A."""
     if rule.shard.dim == 1:
         adapters = {rule.hf[0]: (torch.cat(gather_shards(lora_a, rule), dim=1), lora_b)}
     else:
         parts = rule.merge(gather_shards(lora_b, rule), arch)
-        # each a copy: a safetensors file holds no tensor twice
+        # Copies of A, because a safetensors file cannot hold tensors that share memory.
         adapters = {name: (lora_a.clone(), part) for name, part in parts.items()}
     return {name.removesuffix(".weight"): matrices for name, matrices in adapters.items()}
 
 
 def _stacked(local: Sequence[_Adapters]) -> _Adapters:
-    """The adapter of all experts' stacked parameter (gate_up_proj [e, 2f, h] or down_proj [e, h, f]) as PEFT holds it:
-    A [e * r, in] expert by expert, B [out, r * e] with the expert running fastest."""
+    """Return the adapter of the stacked parameter of all experts in PEFT's layout. Collective.
+
+    The parameter is gate_up_proj [e, 2f, h] or down_proj [e, h, f]. PEFT holds A as [e * r, in] with the expert as the
+    slow index, and B as [out, r * e] with the expert as the fast index.
+
+    Args:
+        local: the adapters of this rank's experts, in order.
+    """
     names = [name.rpartition(".") for name in local[0]]
     experts = names[0][0].rpartition(".")[0]
     parameter = "gate_up_proj" if len(names) == 2 else "down_proj"
@@ -141,11 +158,15 @@ def _stacked(local: Sequence[_Adapters]) -> _Adapters:
 
 
 def _stacks_experts(source: TensorSource) -> bool:
+    """Return whether the HF model holds the weights of all experts of a layer in one stacked parameter."""
     return source.family.stacks_experts and source.family.architecture(source.config).num_experts > 0
 
 
 def _peft_name(name: str, options: LoRAOptions) -> str:
-    """PEFT wraps the module of a stacked parameter; where it holds two that are adapted, twice."""
+    """Return PEFT's name for an adapted module or stacked parameter.
+
+    PEFT wraps the module that holds a stacked parameter, once for each adapted parameter of that module.
+    """
     module, _, parameter = name.rpartition(".")
     if not module.endswith(".experts") or parameter not in ("gate_up_proj", "down_proj"):
         return name
@@ -153,10 +174,14 @@ def _peft_name(name: str, options: LoRAOptions) -> str:
     return f"{module}.base_layer" if inner else module
 
 
-def _peft_config(targets: set[str], options: LoRAOptions, base_model: str, stacks_experts: bool) -> dict:
-    """adapter_config.json for these modules and stacked parameters, named within their layers."""
-    # PEFT takes the names of MLPs' projections among the modules for the experts' of old checkpoints; as parameters
-    # they are what they say.
+def _peft_config(targets: set[str], options: LoRAOptions, base_model: str, stacks_experts: bool) -> dict[str, Any]:
+    """Return the content of adapter_config.json.
+
+    Args:
+        targets: modules and stacked parameters with adapters, named relative to their layer.
+    """
+    # In a model with stacked experts, PEFT reads an MLP projection in target_modules as the experts' projection of an
+    # older checkpoint format. Names in target_parameters are taken literally.
     as_parameters = {name for name in targets if stacks_experts and name.startswith("mlp.")}
     config = {
         "peft_type": "LORA",

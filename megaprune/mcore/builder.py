@@ -1,4 +1,4 @@
-"""Builds one rank's part of a model: configuration, layer specs, gates."""
+"""Construction of one rank's part of a model: configuration, layer specs, gates."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How Megatron-Core runs the model: everything that leaves the numbers as they are (up to rounding)."""
+    """Settings of Megatron-Core that change how a model runs, but not its results (up to rounding)."""
 
     sizes: ParallelSizes
     transformer_engine: bool = False
@@ -39,22 +39,25 @@ class EngineOptions:
 
 
 class LogitsModel(GPTModel):
-    """A GPT model whose loss is computed outside: given labels it hands on the logits, [s, b, vocab / tp], as they
-    are, without the copy to [b, s, vocab / tp] that the core makes when there are none."""
+    """GPT model that returns logits [s, b, vocab / tp] when it is given labels; the loss is computed outside.
+
+    Without labels, the core's model would copy the logits to [b, s, vocab / tp].
+    """
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits unchanged."""
         return logits
 
 
 def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
-    """Checks that the model can be cut as the flags ask.
+    """Check that the parallel sizes divide the model and the number of processes.
 
     Raises:
-        UsageError: names the flag.
+        UsageError: a size does not fit; the message names its flag.
     """
     if world_size % sizes.model:
         raise UsageError(
-            f"{world_size} processes can't be shared out over --tensor-model-parallel-size {sizes.tensor} x "
+            f"{world_size} processes cannot be divided into --tensor-model-parallel-size {sizes.tensor} x "
             f"--pipeline-model-parallel-size {sizes.pipeline} x --context-parallel-size {sizes.context}: the number "
             f"of processes must be a multiple of {sizes.model}"
         )
@@ -77,15 +80,16 @@ def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: i
             ("--expert-model-parallel-size", sizes.expert, "experts", arch.num_experts),
             ("--expert-tensor-parallel-size", sizes.expert_tensor, "expert columns", fields["moe_ffn_hidden_size"]),
         ]
-    for flag, size, what, number in divided:
+    for flag, size, unit, number in divided:
         if number % size:
-            raise UsageError(f"{flag} {size} does not divide the model's {number} {what}")
+            raise UsageError(f"{flag} {size} does not divide the model's {number} {unit}")
     _check_expert_sizes(arch, sizes, world_size)
     if sizes.sequence_parallel and sizes.tensor == 1:
         raise UsageError("--sequence-parallel needs --tensor-model-parallel-size > 1")
 
 
 def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
+    """Check the sizes of expert parallelism; raise UsageError with the flag to change."""
     experts = sizes.expert * sizes.expert_tensor
     if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
         raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
@@ -101,10 +105,15 @@ def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: in
 
 
 def transformer_config(arch: Architecture, stages: Sequence[int], options: EngineOptions) -> TransformerConfig:
-    """Megatron-Core's configuration of a model whose pipeline stages hold ``stages`` layers each.
+    """Return Megatron-Core's configuration of a model.
+
+    Args:
+        arch: architecture of the model.
+        stages: number of layers on each pipeline stage.
+        options: parallel sizes, precision and kernels.
 
     Raises:
-        MegapruneError: the stages don't hold every layer.
+        MegapruneError: the stages do not add up to the model's layers.
     """
     if sum(stages) != arch.num_layers:
         raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers of {arch.num_layers}")
@@ -135,17 +144,17 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=softmax_scale(arch),
-        # Every weight is loaded: drawing random ones would waste time. Without the initialization as such
-        # (perform_initialization) 0.16.1 does not mark which weights are split over tensor-parallel ranks, and the
-        # gradient's norm counts the first rank's parts alone.
+        # All weights are loaded afterwards, so random initialization would waste time. perform_initialization must
+        # stay on: without it, 0.16.1 does not mark which weights are split over tensor-parallel ranks, and the
+        # gradient norm includes only the parts of the first rank.
         init_method=_leave_undefined,
         output_layer_init_method=_leave_undefined,
         use_cpu_initialization=False,
-        # the fused kernels below come with Transformer Engine or apex
+        # These fused kernels require Transformer Engine or apex.
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=fused,
-        # 0.16.1 refuses to fuse latent attention's RoPE without YaRN
+        # 0.16.1 rejects fused RoPE in latent attention unless it is YaRN.
         apply_rope_fusion=fused and (not arch.mla or arch.transformer["rope_type"] == "yarn"),
         gradient_accumulation_fusion=False,
         persist_layer_norm=fused,
@@ -154,18 +163,18 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
 
 
 def _leave_undefined(weight: torch.Tensor) -> None:
-    """Initializes nothing."""
+    """Initialize nothing."""
 
 
 def _expert_fields(options: EngineOptions) -> dict[str, Any]:
-    """How experts run: all-to-all, routed in fp32, and trained by the loss alone."""
+    """Return the configuration of experts: all-to-all dispatch, fp32 routing, no load balancing."""
     return dict(
         expert_model_parallel_size=options.sizes.expert,
         expert_tensor_parallel_size=options.sizes.expert_tensor,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=options.transformer_engine,
         moe_router_dtype="fp32",
-        # Load balancing would pull the student, and a frozen router's bias, away from the teacher.
+        # Load balancing would move the student, and even the bias of a frozen router, away from the teacher.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,
@@ -173,18 +182,23 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
 
 
 def uses_transformer_engine(model: GPTModel) -> bool:
-    """Whether the model was built on Transformer Engine's layers."""
+    """Return whether the model was built from Transformer Engine layers."""
     return model.config.transformer_impl == "transformer_engine"
 
 
 def build_model(
     arch: Architecture, stages: Sequence[int], options: EngineOptions, gate: LayerGate | None = None
 ) -> GPTModel:
-    """This rank's part of the model, with undefined weights, on the run's device.
+    """Build this rank's part of the model on the run's device, with uninitialized weights.
 
     Args:
+        arch: architecture of the model.
         stages: number of layers on each pipeline stage.
-        gate: the mask that the layers obey; None builds plain layers.
+        options: parallel sizes, precision and kernels.
+        gate: gate that all layers share; None builds layers without a gate.
+
+    Raises:
+        MegapruneError: the stages do not add up to the model's layers.
     """
     config = transformer_config(arch, stages, options)
     model = LogitsModel(
@@ -208,34 +222,35 @@ def build_model(
     for layer in model.decoder.layers if gate is not None else ():
         layer.gate = gate
     if model.pre_process and config.recompute_granularity == "full":
-        # A layer whose activations are recomputed gives what trains in it, or its mask, no gradient unless its input
-        # asks for one, which a frozen embedding's output would not.
-        model.embedding.register_forward_hook(_ask_for_gradient)
+        # Activation recompute yields no gradients for a layer's parameters or mask unless the layer's input requires
+        # a gradient. The output of a frozen embedding does not.
+        model.embedding.register_forward_hook(_require_gradient)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            # 0.16.1 reduces experts' gradients over the ranks that share dense weights where EP is 1: others, if ETP
-            # is not TP.
+            # At EP 1, 0.16.1 reduces the experts' gradients over the data-parallel group of dense weights. That is
+            # the wrong group if ETP differs from TP.
             parameter.allreduce = False
     return model.to(device.torch_device())
 
 
 def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
-    """The core gives the norms within latent attention the epsilon of all others."""
+    """Set the epsilon of the norms within latent attention; the core uses the same epsilon for all norms."""
     for layer in model.decoder.layers:
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            # Transformer Engine's norms are part of the projections behind them
+            # Transformer Engine fuses these norms into the projections that follow them.
             part = getattr(layer.self_attention, name, None)
-            if hasattr(part, "eps"):
+            if part is not None and hasattr(part, "eps"):
                 part.eps = epsilon
 
 
-def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, hidden_states: torch.Tensor) -> None:
+def _require_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], hidden_states: torch.Tensor) -> None:
+    """Make a module's output require a gradient (a forward hook)."""
     if torch.is_grad_enabled():
         hidden_states.requires_grad_()
 
 
 def train_only(model: GPTModel, layers: Collection[int]) -> None:
-    """Freezes all weights but those of these layers (from 0, over all pipeline stages)."""
+    """Freeze all weights except those of the given layers, numbered from 0 over all pipeline stages."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.decoder.layers:
@@ -244,19 +259,20 @@ def train_only(model: GPTModel, layers: Collection[int]) -> None:
                 parameter.requires_grad_(True)
 
     def with_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        # The schedule sends gradients back through every stage, also one in which nothing trains.
+        # The schedule sends gradients back through every stage, including stages without trainable weights.
         if output.requires_grad or not torch.is_grad_enabled():
             return output
-        return output.detach().requires_grad_().clone()  # no leaf: it gives its memory up once it is sent
+        return output.detach().requires_grad_().clone()  # not a leaf, so that the schedule can free it after sending
 
     model.register_forward_hook(with_gradient)
 
 
 def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:
-    """The model behind Megatron's bf16 wrapper where the run is bf16, else itself.
+    """Return the model in Megatron's bf16 wrapper if the run uses bf16, otherwise the model itself.
 
-    Only parameters become bf16. The wrapper would round buffers too, among them the routers' biases, which the core
-    and transformers keep in fp32: the core widens them again, but what rounding took is gone by then.
+    Only parameters are converted to bf16. Megatron's wrapper also rounds buffers, among them the routers' biases, which
+    the core and transformers keep in fp32. The core converts these back to fp32, but only after they have lost
+    precision.
     """
     if not options.bf16:
         return model
@@ -271,7 +287,7 @@ def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Modul
     return wrapped
 
 
-# by whether layers are gated, and sandwiched between norms
+# (gated, sandwich norms) -> layer class
 _LAYERS = {
     (False, False): TransformerLayer,
     (False, True): SandwichTransformerLayer,
@@ -281,8 +297,9 @@ _LAYERS = {
 
 
 def _block_spec(config: TransformerConfig, transformer_engine: bool, layer_class: type) -> TransformerBlockSubmodules:
+    """Return the spec of all layers, with this package's modules where Transformer Engine is not used."""
     spec = get_gpt_decoder_block_spec(config, transformer_engine, normalization="RMSNorm")
-    spec = copy.deepcopy(spec)  # the core shares one spec among all layers
+    spec = copy.deepcopy(spec)  # the core uses the same spec object for all layers
     for layer in spec.layer_specs:
         layer.module = layer_class
         if not transformer_engine:

@@ -1,5 +1,8 @@
-"""Checkpoints of a run: saved whole or not at all, loaded at any parallel layout, and loaded into a pruned model by
-renaming layers, with dist_checkpointing as the resharding engine."""
+"""Checkpoints of a run, built on Megatron-Core's dist_checkpointing.
+
+A checkpoint is saved completely or not at all. It can be loaded with any parallel layout, and into the pruned model:
+the layers are renamed.
+"""
 
 import logging
 import os
@@ -22,7 +25,6 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from torch.distributed.checkpoint import CheckpointException
 
 from megaprune.mcore import optimizer_state, parallel
-from megaprune.mcore.distributed_adam import make_loadable
 from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.optimizer import Trainer
 from megaprune.models.names import source_name
@@ -30,17 +32,17 @@ from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import aside_folder
 
-# 0.16.1 has its writers report to a manager process, for saves that run on beside the training. It takes seconds and
-# 400 MB a rank, and outlives a rank that is killed. Here saves are waited for: a queue within the process serves.
+# The writers of 0.16.1 report through a manager process, which supports saving in the background. The process takes
+# seconds to start and 400 MB per rank, and it survives when its rank is killed. Saves here are synchronous, so a queue
+# within the process is sufficient.
 filesystem_async._results_queue = queue.Queue()
-make_loadable()
-# Where rank 0 alone writes, its failure would leave the others in the collectives that follow: it waits until these are
-# over.
+# An exception in a section that only rank 0 runs would leave the other ranks waiting in the next collective. Disk
+# errors are therefore recorded here and raised after the last collective.
 _failures: list[Exception] = []
 
 
 def _postponing(write: Callable[..., None]) -> Callable[..., None]:
-    """The writer, whose disk errors are raised by `_write` in the end."""
+    """Wrap a writer so that its disk errors are recorded; `_write` raises them at the end."""
 
     def postponing(*args: Any, **options: Any) -> None:
         try:
@@ -56,7 +58,7 @@ def _postponing(write: Callable[..., None]) -> Callable[..., None]:
 TorchCommonSaveStrategy.save_common = _postponing(TorchCommonSaveStrategy.save_common)
 filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
 serialization.save_config = _postponing(serialization.save_config)
-# It logs what its workers met, and then raises it.
+# This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 _GO_ON = "give the same command to go on from the last checkpoint"
@@ -64,11 +66,12 @@ _FOLDER = re.compile(r"^iter_(\d{7})$")
 
 
 def _metadata() -> dict[str, Any]:
+    """Return the options of the sharded state dicts."""
     return {
-        # every layer under a key of its own, so that pruning is a renaming of keys
+        # One key per layer, so that pruning only renames keys.
         "non_homogeneous_layers": True,
         "singleton_local_shards": False,
-        # optimizer states in the shape of the model's parameters: these reshard, and follow the renaming
+        # Optimizer states have the shapes of the parameters, so that they can be resharded and renamed like them.
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
@@ -77,7 +80,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's checkpoints folder."""
+    """Return the newest complete checkpoint in a run's checkpoints folder, or None."""
     if not folder.is_dir():
         return None
     found = sorted(path for path in folder.iterdir() if _FOLDER.match(path.name))
@@ -85,29 +88,41 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str, Any]) -> Path:
-    """Saves model, optimizer and the run's own state under ``iter_<iteration>``, then drops older ones; without a
-    trainer the run's state alone. Collective.
+    """Save model, optimizer and the run's state as ``iter_<iteration>``, then delete older checkpoints. Collective.
 
-    The folder gets its name only when every rank has written its part.
+    The checkpoint is written next to its final place and renamed once every rank has written its part.
+
+    Args:
+        folder: the run's checkpoints folder.
+        iteration: number of completed iterations.
+        trainer: model and optimizer; None saves only the run's state.
+        state: the run's state, the same on every rank.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        MegapruneError: the checkpoint cannot be written. Raised on every rank.
     """
     final = folder / f"iter_{iteration:07d}"
     aside = aside_folder(final)
     sharded = _sharded_state(trainer) if trainer else {}
-    num_bytes = sum(parallel.from_all_ranks(_bytes_of(sharded)))
+    num_bytes = sum(parallel.all_gather_objects(_bytes_of(sharded)))
     try:
-        parallel.on_first_rank(lambda: _begin(aside, num_bytes))
+        parallel.on_rank0(lambda: _begin(aside, num_bytes))
         _write(sharded | {"state": state}, aside, num_bytes)
-        parallel.on_first_rank(lambda: _finish(aside, final))
+        parallel.on_rank0(lambda: _finish(aside, final))
     except MegapruneError:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):  # holds an earlier checkpoint, or was never made
+            with suppress(OSError):  # the folder holds an earlier checkpoint, or does not exist
                 folder.rmdir()
         raise
     return final
 
 
 def _begin(aside: Path, num_bytes: int) -> None:
+    """Create the temporary folder of a checkpoint after a check of the free disk space."""
     with disk.one_line(aside, _GO_ON, num_bytes):
         shutil.rmtree(aside, ignore_errors=True)
         disk.check_room(aside, num_bytes, f"and {_GO_ON}")
@@ -115,7 +130,7 @@ def _begin(aside: Path, num_bytes: int) -> None:
 
 
 def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
-    """Collective. Where a worker fails, rank 0 hears of it from the core, and the others that there was something."""
+    """Write the state. Collective. When a writer fails, the core reports the cause only to rank 0."""
     error = None
     _failures.clear()
     try:
@@ -128,13 +143,14 @@ def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
     except CheckpointException as met:
         if met.failures or dist.get_rank() == 0:
             raise
-        error = MegapruneError(f"{aside} can't be written: see what rank 0 says of it")
+        error = MegapruneError(f"{aside} can't be written: see the error of rank 0")
     parallel.raise_together(error)
 
 
 def _finish(aside: Path, final: Path) -> None:
+    """Rename a complete checkpoint to its final name, and delete older ones."""
     with disk.one_line(final, _GO_ON):
-        if final.exists():  # an earlier save of the same iteration: the new one takes its place
+        if final.exists():  # from an earlier save of the same iteration
             shutil.rmtree(final)
         os.replace(aside, final)
     for path in final.parent.iterdir():
@@ -143,7 +159,7 @@ def _finish(aside: Path, final: Path) -> None:
 
 
 def _bytes_of(state: dict[str, Any]) -> int:
-    """What this rank will write of a sharded state."""
+    """Return the number of bytes of a sharded state that this rank writes."""
     total = 0
     for entry in nested_values(state):
         data = getattr(entry, "data", None)
@@ -153,40 +169,43 @@ def _bytes_of(state: dict[str, Any]) -> int:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The run's own state in a checkpoint.
+    """Return the run's state from a checkpoint.
 
     Raises:
-        MegapruneError: the checkpoint can't be read.
+        MegapruneError: the checkpoint cannot be read.
     """
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
-    except Exception as error:  # the core raises its own kinds, which all mean the same here
+    except Exception as error:  # the core raises many exception types for a damaged checkpoint
         raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to begin anew") from error
 
 
 def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None = None) -> None:
-    """Loads model and optimizer, whatever the layout that saved them. Collective.
+    """Load model and optimizer; the checkpoint may have been saved with another parallel layout. Collective.
 
-    Where the trainer's model has adapters, they are what is loaded; its other weights must be the source's.
+    If the trainer's model has adapters, only the adapters are loaded. Its other weights must be those of the source.
 
     Args:
-        kept_layers: the layers of the saved model of which this trainer's model consists; None means all.
+        checkpoint: path of the checkpoint.
+        trainer: model and optimizer to fill.
+        kept_layers: layers of the saved model that the trainer's model consists of; None means all.
     """
     wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     trainer.model.load_state_dict(loaded["model"], strict=not trainer.adapters_only)
-    trainer.optimizer.load_state_dict(optimizer_state.completed(trainer.optimizer, loaded["optimizer"]))
+    trainer.optimizer.load_state_dict(optimizer_state.with_empty_parts(trainer.optimizer, loaded["optimizer"]))
 
 
 def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the sharded state dict of model and optimizer. Collective."""
     model = trainer.model.sharded_state_dict(metadata=_metadata())
-    if trainer.adapters_only:  # the frozen weights are the source's: they are imported, not saved
+    if trainer.adapters_only:  # the frozen weights are imported from the source again, so they are not saved
         model = {key: entry for key, entry in model.items() if is_adapter(key)}
     if kept_layers is not None:
         for entry in nested_values(model):
             if isinstance(entry, ShardedBase):
                 entry.key = source_name(entry.key, kept_layers)
     steps = optimizer_state.align_steps(trainer.optimizer)
-    # The optimizer names its states after the model's keys, and so follows the renaming.
+    # The optimizer derives the keys of its states from the model's keys, so the renaming applies to them, too.
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
-    return {"model": model, "optimizer": optimizer_state.shared_state(trainer.optimizer, optimizer, steps)}
+    return {"model": model, "optimizer": optimizer_state.with_common_steps(trainer.optimizer, optimizer, steps)}

@@ -1,4 +1,4 @@
-"""Megatron-Core's indexed datasets: its writer, and the blends that it draws training samples from."""
+"""Megatron-Core's indexed datasets: the writer, and blended training datasets."""
 
 from array import array
 from collections import OrderedDict
@@ -16,20 +16,20 @@ from megaprune.utils.errors import MegapruneError
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What Megatron stores the tokens of a vocabulary as."""
+    """Return the dtype in which Megatron stores the tokens of a vocabulary."""
     return np.dtype(DType.optimal_dtype(vocab_size))
 
 
 def new_builder(bin_path: Path, dtype: np.dtype) -> IndexedDatasetBuilder:
-    """Megatron's writer of a dataset."""
+    """Return Megatron's writer of an indexed dataset that stores tokens in `bin_path`."""
     builder = IndexedDatasetBuilder(str(bin_path), dtype=dtype.type)
-    # As lists they would take ten times the memory, which is all that grows with the number of documents.
+    # Arrays take a tenth of the memory of lists. No other part of the builder grows with the number of documents.
     builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])
     return builder
 
 
 class _Vocabulary:
-    """What a GPTDataset asks of its tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     def __init__(self, vocab_size: int, eod: int) -> None:
         self.vocab_size, self.eod = vocab_size, eod
@@ -48,20 +48,28 @@ def blend_datasets(
     index_folder: Path,
     build: bool,
 ) -> Any:
-    """At least `num_samples` samples of the datasets, blended and shuffled by Megatron: a GPTDataset, or a
-    BlendedDataset of several. Collective.
+    """Return at least `num_samples` samples of the datasets, blended and shuffled by Megatron. Collective.
 
     Args:
-        prefixes: absolute ones: they are in the names of the indices.
-        index_folder: of the index files, which are mapped.
-        build: rank 0 writes the index files, the others get None; else all ranks map what is there.
+        prefixes: absolute path prefixes of the datasets. The names of the index files depend on them.
+        weights: weight of each dataset; they need not sum to 1.
+        num_samples: number of samples needed.
+        seq_length: tokens in a sample.
+        seed: seed of the shuffling.
+        vocab_size: size of the vocabulary.
+        eod: end-of-document token.
+        index_folder: folder of the index files, which are memory-mapped.
+        build: True: rank 0 writes the index files, and the other ranks get None. False: all ranks map existing files.
+
+    Returns:
+        A GPTDataset, or a BlendedDataset of several.
 
     Raises:
         MegapruneError: the compiled helpers of megatron-core are missing.
     """
     try:
-        # The core imports it where it first needs it. Its own remedy, compile_helpers, needs a Makefile that no
-        # wheel has.
+        # The core imports the helpers on first use. Its own suggestion, compile_helpers, needs a Makefile that wheels
+        # do not contain.
         from megatron.core.datasets import helpers  # noqa: F401
     except ImportError as error:
         raise MegapruneError(
@@ -86,7 +94,7 @@ def blend_datasets(
 
 
 def samples_indexed(weights: Sequence[float], num_samples: int) -> np.ndarray:
-    """How many samples of each dataset a blend of `num_samples` has at hand, [datasets]."""
+    """Return the number of samples of each dataset that a blend of `num_samples` samples indexes, [datasets]."""
     share = _shares(weights)
     if len(share) == 1:
         return np.array([num_samples])
@@ -98,6 +106,9 @@ def _shares(weights: Sequence[float]) -> np.ndarray:
 
 
 def _surplus(share: np.ndarray, num_samples: int) -> float:
-    """Samples beyond each dataset's share, as a share of it: the blend may ask for one or two more, which the core's
-    default of half a percent does not give where the share is small."""
+    """Return the surplus of samples to index per dataset, as a fraction of the dataset's share.
+
+    A blend may need one or two samples more than a dataset's share. The core's default surplus of 0.5 % does not cover
+    them if the share is small.
+    """
     return float(max(0.005, np.max((share * (len(share) - 1) + 1) / np.ceil(num_samples * share))))

@@ -1,47 +1,58 @@
-"""Shortened LLaMA's first-order importance of layers: how much the loss would change without their weights."""
+"""First-order (Taylor) importance of layers, as in Shortened LLaMA (Kim et al., 2024)."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megaprune import device
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import layers_of
+from megaprune.mcore.layers.gated import transformer_layers
 
 
 def taylor_importance(
     model: torch.nn.Module,
     batches: Sequence[schedule.MicroBatch],
-    weights: Callable[[int], Tensor],
-    token_losses: Callable[[Tensor, int], Tensor],
+    weights: Callable[[schedule.LossTokens], Tensor],
+    token_losses: Callable[[Tensor, schedule.LossTokens], Tensor],
     num_layers: int,
 ) -> Tensor:
-    """The sum over a layer's weights of |weight x its gradient| (Kim et al., 2024), [num_layers] fp32 on the CPU, the
-    same bits on every rank. Collective; for as long as it runs, the model's gradients take their room.
+    """Return the importance of each layer: the sum of |weight x gradient| over its weights. Collective.
+
+    While it runs, fp32 gradients of the whole model are in memory.
 
     Args:
-        weights, token_losses: as for `schedule.mean_token_loss`.
+        model: this rank's part of the model.
+        batches: micro-batches of this rank.
+        weights: as in `schedule.mean_token_loss`.
+        token_losses: as in `schedule.mean_token_loss`.
+        num_layers: number of layers of the whole model.
+
+    Returns:
+        [num_layers] fp32 on the CPU, bitwise identical on every rank.
     """
-    before = model.config.finalize_model_grads_func
-    model.config.finalize_model_grads_func = finalize_model_grads
+    config = model.config
+    assert isinstance(config, TransformerConfig)
+    before = config.finalize_model_grads_func
+    config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
     )
     sums = torch.zeros(num_layers, dtype=torch.float64, device=device.torch_device())
     try:
         wrapped.zero_grad_buffer()
         schedule.mean_token_loss(wrapped, batches, weights, token_losses)
         with torch.no_grad():
-            for layer in layers_of(model):
+            for layer in transformer_layers(model):
                 for name, parameter in layer.named_parameters():
                     change = (parameter.float() * parameter.main_grad).abs().sum(dtype=torch.float64)
                     sums[layer.layer_number - 1] += change / _holders(name, parameter)
     finally:
-        model.config.finalize_model_grads_func = before
-        # with the wrapper go its hooks and the gradients' buffers
+        config.finalize_model_grads_func = before
+        # Remove every reference to the wrapper, so that its hooks and gradient buffers are freed.
         for parameter in model.parameters():
             parameter.__dict__.pop("main_grad", None)
             parameter.grad = None
@@ -50,7 +61,7 @@ def taylor_importance(
 
 
 def _holders(name: str, parameter: torch.nn.Parameter) -> int:
-    """How many ranks of a pipeline stage hold this shard of a weight."""
+    """Return the number of ranks of a pipeline stage that hold this shard of a weight."""
     ranks = parallel_state.get_model_parallel_group().size() // parallel_state.get_pipeline_model_parallel_world_size()
     ranks *= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     cut = getattr(parameter, "tensor_model_parallel", False)

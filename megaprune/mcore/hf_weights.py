@@ -1,4 +1,4 @@
-"""Weights of a built model: HF tensors into each rank's shards, and shards back into HF tensors."""
+"""Conversion of a built model's weights: from HF tensors into each rank's shards, and back."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,19 +12,24 @@ from megatron.core.models.gpt import GPTModel
 
 from megaprune.mcore.builder import uses_transformer_engine
 from megaprune.mcore.layers.lora import is_adapter
-from megaprune.mcore.parallel import expert_tensor_parallel, on_first_rank, raise_together, tensor_parallel
+from megaprune.mcore.parallel import (
+    all_gather_objects,
+    expert_tensor_parallel,
+    on_rank0,
+    raise_together,
+    tensor_parallel,
+)
 from megaprune.models import WeightRule
 from megaprune.models.names import source_name, with_expert, with_layer
 from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.tensor_source import TensorSource
-from megaprune.weights.writer import ShardWriter, finish_shards
+from megaprune.weights.writer import ShardWriter, WrittenShard, finish_shards
 
 
 def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters (adapters apart) and routers' biases under the names that they have in the whole model, whatever
-    this rank's pipeline stage and experts."""
+    """Yield this rank's parameters and router biases with their names in the whole model; adapters are left out."""
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
     for name, weight in chain(model.named_parameters(), buffers):
         if not is_adapter(name):
@@ -32,7 +37,7 @@ def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def global_name(name: str, model: GPTModel) -> str:
-    """The name in the whole model of a parameter or module of this rank's part."""
+    """Return the name in the whole model of a parameter or module of this rank's part."""
 
     def first_expert() -> int:
         local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
@@ -43,7 +48,12 @@ def global_name(name: str, model: GPTModel) -> str:
 
 
 def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
-    """The rule of each Megatron parameter of the source model, by its name under the layer spec in use."""
+    """Return the weight rules of the source model by the name of the Megatron parameter.
+
+    Args:
+        source: the HF checkpoint.
+        transformer_engine: whether the model is built from Transformer Engine layers, whose parameter names differ.
+    """
     rules: dict[str, WeightRule] = {}
     for rule in source.family.rules(source.config):
         if transformer_engine:
@@ -52,20 +62,22 @@ def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -
     return rules
 
 
-def _cut(rule: WeightRule) -> TensorParallel:
-    """This rank's place among the ranks that share the rule's parameter."""
+def _tensor_parallel(rule: WeightRule) -> TensorParallel:
+    """Return rank and size in the tensor-parallel group over which the rule's parameter is sharded."""
     return expert_tensor_parallel() if rule.expert else tensor_parallel()
 
 
 @torch.no_grad()
 def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[int] | None = None) -> None:
-    """Fills this rank's parameters from the HF folder, reading only its slices. Collective.
+    """Load this rank's parameters from the HF checkpoint; only its slices are read. Collective.
 
     Args:
+        model: this rank's part of the model.
+        source: the HF checkpoint.
         kept_layers: source layers that the model consists of; None means all.
 
     Raises:
-        MegapruneError: a weight is missing, has another shape, or is not finite. Raised on every rank.
+        MegapruneError: a weight is missing, has the wrong shape, or is not finite. Raised on every rank.
     """
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
@@ -73,7 +85,7 @@ def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[
     try:
         for name, parameter in global_weights(model):
             rule = rules[source_name(name, kept_layers)]
-            shard, hf_name = rule.read(source, arch, _cut(rule)), rule.hf[0]
+            shard, hf_name = rule.read(source, arch, _tensor_parallel(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
@@ -98,62 +110,73 @@ def export_weights(
     whole: bool = False,
     keep_mtp: bool = True,
 ) -> None:
-    """Writes the model as HF safetensors with the source's dtypes, gathered tensor by tensor. Collective.
+    """Write the model as HF safetensors with the dtypes of the source, gathered tensor by tensor. Collective.
 
-    A weight stored in fp32 that a bf16 run did not train keeps its bits.
-
-    Each pipeline stage writes its own files, and each rank its own experts (by the first rank of those that share
-    them), into a folder that all can see.
+    A weight that is stored in fp32 and was not trained in a bf16 run keeps its exact value. Each pipeline stage writes
+    its own files. Experts are written by the first rank that holds them.
 
     Args:
+        model: this rank's part of the model.
+        source: the HF checkpoint that the model was imported from.
         kept_layers: source layers that are exported.
-        whole: the model still holds the other layers, too.
-        keep_mtp: carry the source's MTP layers along, which no training here touches, behind the kept layers; their
-            copies of embedding and output layer are written anew, as that of a tied embedding is.
+        folder: an existing folder on a file system that all ranks share.
+        max_shard_bytes: size limit of a safetensors file.
+        whole: whether the model still holds the pruned layers, too.
+        keep_mtp: copy the source's MTP layers, which are never trained here, behind the kept layers. Their copies of
+            the embedding and the output layer are written from the trained weights.
+
+    Raises:
+        MegapruneError: the folder cannot be written. Raised on every rank.
     """
-    model_layers = None if whole else kept_layers
-    arch = source.family.architecture(source.config)
-    rules = rules_by_parameter(source, uses_transformer_engine(model))
-    error, shards = None, []
+    error: MegapruneError | None = None
+    shards: list[WrittenShard] = []
     writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
-
-    def add(hf_name: str, tensor: torch.Tensor) -> None:
-        new_name = source.renamed(hf_name, kept_layers)
-        assert new_name is not None  # only kept layers' tensors come here
-        writer.add(layout.written_name(new_name), tensor)
-
     try:
-        for name, parameter in global_weights(model):
-            rule = rules[source_name(name, model_layers)]
-            if source.renamed(rule.hf[0], kept_layers) is None:
-                continue
-            parts = gather_shards(parameter.detach(), rule)
-            if not (rule.export and is_first_holder(rule)):
-                continue
-            for hf_name, tensor in rule.merge(parts, arch).items():
-                tensor = _as_stored(tensor, source, hf_name)
-                add(hf_name, tensor)
-                for copy in source.copies(hf_name, keep_mtp):
-                    add(copy, tensor.clone())
-        if dist.get_rank() == 0 and keep_mtp:
-            for hf_name in source.mtp_own():
-                add(hf_name, source.read(hf_name))
+        for hf_name, tensor in _hf_tensors(model, source, kept_layers, whole, keep_mtp):
+            new_name = source.renamed(hf_name, kept_layers)
+            assert new_name is not None  # pruned layers are not among the tensors
+            writer.add(layout.written_name(new_name), tensor)
         shards = writer.close()
     except OSError as met:
         error = MegapruneError(explain(met, folder))
     raise_together(error)
-    gathered: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, shards)
+    gathered = all_gather_objects(shards)
 
     def finish() -> None:
         with one_line(folder):
             finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
 
-    on_first_rank(finish)
+    on_rank0(finish)
+
+
+def _hf_tensors(
+    model: GPTModel, source: TensorSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that this rank writes, with their names in the source. Collective.
+
+    The arguments are those of `export_weights`.
+    """
+    arch = source.family.architecture(source.config)
+    rules = rules_by_parameter(source, uses_transformer_engine(model))
+    for name, parameter in global_weights(model):
+        rule = rules[source_name(name, None if whole else kept_layers)]
+        if source.renamed(rule.hf[0], kept_layers) is None:
+            continue
+        parts = gather_shards(parameter.detach(), rule)
+        if not (rule.export and is_first_holder(rule)):
+            continue
+        for hf_name, tensor in rule.merge(parts, arch).items():
+            tensor = _as_stored(tensor, source, hf_name)
+            yield hf_name, tensor
+            for copy in source.copies(hf_name, keep_mtp):
+                yield copy, tensor.clone()
+    if dist.get_rank() == 0 and keep_mtp:
+        for hf_name in source.mtp_own():
+            yield hf_name, source.read(hf_name)
 
 
 def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:
-    """The weight in the source's dtype; the source's own bits where nothing but the run's coarser dtype changed it."""
+    """Return the weight in the source's dtype, or the source's tensor if the two differ only by the run's rounding."""
     dtype = source.dtype(hf_name)
     if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
         stored = source.read(hf_name)
@@ -164,9 +187,11 @@ def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torc
 
 @torch.no_grad()
 def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None) -> None:
-    """Rounds the weights to what the export will hold, so that what is measured is what is shipped.
+    """Round the weights to the dtypes of the export, so that the exported model is the one that is measured.
 
     Args:
+        model: this rank's part of the model.
+        source: the HF checkpoint that the model was imported from.
         model_layers: source layers that the model consists of; None means all.
     """
     rules = rules_by_parameter(source, uses_transformer_engine(model))
@@ -176,12 +201,12 @@ def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: S
 
 
 def gather_over_tensor_parallel(shard: torch.Tensor) -> list[torch.Tensor]:
-    """The shards of all tensor-parallel ranks, in order."""
+    """Return the shards of all tensor-parallel ranks, in order of rank. Collective."""
     return gather_over(shard, parallel_state.get_tensor_model_parallel_group())
 
 
 def gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
-    """The shards of all ranks that share the rule's parameter, in order."""
+    """Return the shards of all ranks that share the rule's parameter, in order of rank. Collective."""
     if rule.shard.dim is None:
         return [shard]
     if rule.expert:
@@ -190,7 +215,7 @@ def gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
 
 
 def gather_over(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The tensors, of one shape, of a group's ranks, in order."""
+    """Return the tensors, all of one shape, of the ranks of a group, in order of rank. Collective."""
     if group.size() == 1:
         return [shard]
     parts = [torch.empty_like(shard) for _ in range(group.size())]
@@ -199,7 +224,7 @@ def gather_over(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Ten
 
 
 def is_first_holder(rule: WeightRule) -> bool:
-    """Whether this rank is the first of those that hold the rule's parameter, or a part of it."""
+    """Return whether this rank is the first of those that hold the rule's parameter or a shard of it."""
     if rule.expert:
         return expert_tensor_parallel().rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     return tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -1,4 +1,4 @@
-"""A model in training: Megatron's DDP, optimizer and learning-rate schedule around it."""
+"""Training state of a model: Megatron's DDP wrapper, optimizer and learning-rate schedule."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from megaprune.mcore.layers.lora import adapted_layers
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Adam with decoupled weight decay, and the schedule of its learning rate over ``train_iters`` iterations."""
+    """Options of Adam with decoupled weight decay and of its learning-rate schedule over `train_iters` iterations."""
 
     lr: float
     min_lr: float
@@ -29,7 +29,13 @@ class OptimizerOptions:
 
 
 class Trainer:
-    """Owns the wrapped model, its optimizer and its schedule."""
+    """Wrapped model, optimizer and learning-rate schedule.
+
+    Args:
+        model: this rank's part of the model; only parameters that require gradients are trained.
+        engine: precision of the run.
+        options: optimizer and learning-rate schedule.
+    """
 
     def __init__(self, model: GPTModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
@@ -37,7 +43,7 @@ class Trainer:
         model.config.finalize_model_grads_func = finalize_model_grads
         self.ddp = DistributedDataParallel(
             model.config,
-            # No overlap with the backward pass: it would wait for gradients of layers whose backward is skipped.
+            # An overlapped reduction would wait for the gradients of layers whose backward pass is skipped.
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
@@ -69,7 +75,7 @@ class Trainer:
             max_lr=options.lr,
             min_lr=options.min_lr,
             lr_warmup_steps=options.lr_warmup_iters,
-            # positive, and beyond the warm-up, also where nothing is trained but a model is only measured
+            # Must be positive and exceed the warm-up, even if a model is only evaluated (train_iters 0).
             lr_decay_steps=max(options.train_iters, options.lr_warmup_iters + 1),
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
@@ -79,15 +85,18 @@ class Trainer:
         )
 
     def zero_grad(self) -> None:
-        """Clears gradients before a step."""
+        """Clear all gradients; call it before the passes of an iteration."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self, iteration: int) -> tuple[float, float | None]:
-        """Applies the gradients of an iteration (from 0).
+        """Update the weights with the gradients of an iteration. Collective.
+
+        Args:
+            iteration: number of the iteration, from 0.
 
         Returns:
-            The learning rate used, and the gradient's norm before clipping (None without clipping).
+            The learning rate used, and the gradient norm before clipping (None without clipping).
         """
         self._schedule.num_steps = 0
         self._schedule.step(increment=self._steps_into_schedule(iteration))
@@ -95,10 +104,10 @@ class Trainer:
         return self._schedule.get_lr(self.optimizer.param_groups[0]), grad_norm
 
     def _steps_into_schedule(self, iteration: int) -> int:
-        """Where in the schedule an iteration (from 0) is made.
+        """Return the position in the schedule of an iteration (from 0).
 
-        As in Megatron-LM, an iteration behind the warm-up uses the value that holds when it begins: the decay starts at
-        the highest rate, and reaches the lowest when all iterations are done. An iteration of the warm-up uses the
-        value at its end, for at its beginning the first one would have a rate of 0.
+        As in Megatron-LM, an iteration after the warm-up uses the learning rate at its beginning: the decay starts at
+        the maximum and reaches the minimum after the last iteration. A warm-up iteration uses the learning rate at its
+        end, because the rate at the beginning of the first one is 0.
         """
         return iteration + 1 if iteration < self._options.lr_warmup_iters else iteration

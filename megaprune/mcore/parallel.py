@@ -1,10 +1,11 @@
-"""Process groups: setting them up, and agreeing across them."""
+"""Process groups: set-up, collectives and agreement between ranks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,13 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
 
 T = TypeVar("T")
+# Groups that stood before Megatron's were set up: someone else's, and left alone.
+_others: list[Any] = []
 
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """The sizes of Megatron's process groups; data parallelism takes what is left of the world."""
+    """Sizes of Megatron's process groups. The data-parallel size follows from the number of processes."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -34,23 +37,27 @@ class ParallelSizes:
 
     @property
     def model(self) -> int:
+        """Number of ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
 
 
 def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
-    """Joins the process group and sets up Megatron's groups."""
+    """Join the process group and set up Megatron's groups. Collective."""
     join(timeout_minutes)
     set_up_groups(sizes)
 
 
 def join(timeout_minutes: int = 60) -> None:
-    """Joins the process group, unless this process is in it; alone where there is no launcher."""
+    """Join the process group unless it exists already. Collective.
+
+    Without a launcher, the group consists of this process.
+    """
     forget_stale_variables()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     device.bind_local_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        # A lone process needs no port, and so can't collide with another run on this host.
+        # A single process needs no port, so that it cannot collide with other runs on this host.
         store = dist.HashStore() if world_size() == 1 else None
         dist.init_process_group(
             device.BACKEND,
@@ -63,11 +70,14 @@ def join(timeout_minutes: int = 60) -> None:
 
 
 def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
-    """Sets up Megatron's groups among the processes of the process group.
+    """Set up Megatron's groups within the process group. Collective.
 
     Args:
-        gloo: also groups on the CPU, beside those of the backend.
+        sizes: parallel sizes.
+        gloo: create gloo groups on the CPU as well.
     """
+    if dist.group.WORLD not in _others:  # else a session was cut short, and its groups are still there
+        _others[:] = distributed_c10d._world.pg_map
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -76,32 +86,56 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
         expert_tensor_parallel_size=sizes.expert_tensor,
         create_gloo_process_groups=gloo,
     )
-    # Nothing in a run draws from the global generators (no dropout; weights are loaded); the core wants them seeded.
+    # The core requires seeded generators. Nothing draws from them: there is no dropout, and weights are loaded.
     model_parallel_cuda_manual_seed(1)
 
 
+@contextmanager
+def session(sizes: ParallelSizes) -> Iterator[None]:
+    """A block with Megatron's groups; the process group stays for later ones. Collective.
+
+    Raises:
+        MegapruneError: Megatron's groups are in use.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise MegapruneError(
+            "this process uses Megatron-Core's parallel groups already: call megatron.core.parallel_state."
+            "destroy_model_parallel first, or start a process of its own"
+        )
+    initialize(sizes)
+    try:
+        yield
+    except BaseException:
+        # Not collective: other ranks may not have come this far. The groups' threads go with the next session.
+        parallel_state.destroy_model_parallel()
+        raise
+    finish()
+
+
 def finish() -> None:
-    """Gives up Megatron's groups, if there are any; others may be set up in their place. Collective."""
+    """Destroy Megatron's groups, if there are any, so that others can be set up. Collective."""
     if not parallel_state.model_parallel_is_initialized():
         return
     parallel_state.destroy_model_parallel()
-    # The core only forgets its groups: their threads and connections would live on.
+    # The core drops its references to the groups, but leaves their threads and connections open.
     dist.barrier()
     for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group not in _others:
             dist.destroy_process_group(group)
+    _others.clear()
 
 
 def leave() -> None:
-    """Leaves the process group and Megatron's groups, if this process is in any."""
+    """Destroy Megatron's groups and the process group, if there are any."""
     failure.stop()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _others.clear()
 
 
 def tensor_parallel() -> TensorParallel:
-    """This rank's place among its tensor-parallel ranks."""
+    """Return rank and size in the tensor-parallel group."""
     return TensorParallel(
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     )
@@ -113,24 +147,31 @@ def tensor_parallel_group() -> torch.distributed.ProcessGroup:
 
 
 def expert_tensor_parallel() -> TensorParallel:
-    """This rank's place among those that share the weights of its experts."""
+    """Return rank and size in the expert-tensor-parallel group."""
     return TensorParallel(
         parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()
     )
 
 
 def data_parallel_rank() -> int:
-    """This rank's place among the replicas of the model."""
+    """Return the data-parallel rank."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_parallel_size() -> int:
-    """How many replicas of the model there are."""
+    """Return the data-parallel size."""
     return parallel_state.get_data_parallel_world_size()
 
 
-def on_first_rank(action: Callable[[], T]) -> T | None:
-    """What the action gives on rank 0, which alone runs it; None elsewhere. Where it is refused, every rank is."""
+def on_rank0(action: Callable[[], T]) -> T | None:
+    """Run an action on rank 0 only. Collective.
+
+    Returns:
+        The action's result on rank 0; None on the other ranks.
+
+    Raises:
+        MegapruneError: the action raised it. Raised on every rank.
+    """
     error, result = None, None
     if rank() == 0:
         try:
@@ -141,27 +182,35 @@ def on_first_rank(action: Callable[[], T]) -> T | None:
     return result
 
 
-def from_all_ranks(value: T) -> list[T]:
-    """Every rank's value, in order of rank."""
+def on_rank0_for_all(action: Callable[[], T]) -> T:
+    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`."""
+    box = [on_rank0(action)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, in order of rank. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+    """Return whether the flag is set on any rank. Collective."""
     flags = torch.tensor(int(flag), device=device.torch_device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def barrier() -> None:
-    """Waits for every rank."""
+    """Wait for all ranks. Collective."""
     dist.barrier()
 
 
-def from_last_stage(value: T) -> T:
-    """A value known on the last pipeline stage, on every stage of this pipeline."""
+def broadcast_from_last_stage(value: T) -> T:
+    """Return the last pipeline stage's value on every stage of its pipeline. Collective."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return value
@@ -171,54 +220,54 @@ def from_last_stage(value: T) -> T:
 
 
 def is_last_stage() -> bool:
-    """Whether this rank computes the logits."""
+    """Return whether this rank is on the last pipeline stage, which computes the logits."""
     return parallel_state.is_pipeline_last_stage()
 
 
 def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
-    """All-reduces a tensor in place over the replicas of the model (and their context-parallel parts)."""
+    """Sum a tensor in place over the data-parallel group, including context-parallel ranks. Collective."""
     dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return value
 
 
-def of_first_rank(value: torch.Tensor) -> torch.Tensor:
-    """Rank 0's tensor, on the CPU: backends promise equal sums, not equal bits, and ranks must decide alike."""
+def broadcast_from_rank0(value: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's tensor on every rank, on the CPU. Collective.
+
+    Backends do not guarantee that an all-reduce gives bitwise identical sums on all ranks. Ranks that decide by a sum
+    must use the same one.
+    """
     box = value.to(device.torch_device())
     dist.broadcast(box, src=0)
     return box.cpu()
 
 
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of the run, on the CPU, the same bits on each."""
+    """Return the sum of a tensor over all ranks, on the CPU, bitwise identical on every rank. Collective."""
     dist.all_reduce(value)
-    return of_first_rank(value)
+    return broadcast_from_rank0(value)
 
 
-def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool, over_replicas: bool = True) -> torch.Tensor:
-    """The gradient of the mask over the whole run, bit for bit the same on every rank.
+def reduce_mask_gradient(grad: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+    """Return the mask's gradient, reduced over all ranks. Collective.
 
-    A layer's entry is non-zero only on its pipeline stage (sum over PP). Under sequence parallelism each
-    tensor-parallel rank holds the part of its tokens (sum over TP); otherwise all hold the same (mean). The loss is
-    a mean over replicas (mean over DP); context-parallel ranks scale theirs by their number, as Megatron's DDP
-    expects.
+    A layer's entry is non-zero only on its pipeline stage: sum over PP. Under sequence parallelism, each
+    tensor-parallel rank has the gradient of its tokens: sum over TP. Otherwise all of them have the same gradient: mean
+    over TP. The loss is a mean over replicas: mean over DP. Context-parallel ranks scale their losses by the
+    context-parallel size, as Megatron's DDP expects: mean over CP.
 
     Args:
-        grad: [num_layers] on this rank.
-        over_replicas: False where each replica has a mask of its own, and gets the gradient of that one.
+        grad: gradient on this rank, [num_layers].
+        sequence_parallel: whether sequence parallelism is on.
+
+    Returns:
+        [num_layers] fp32 on the CPU, bitwise identical on every rank.
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    group = dist.group.WORLD if over_replicas else parallel_state.get_model_parallel_group()
-    replicas = dist.get_world_size(group) // (tp * pp)
+    replicas = dist.get_world_size() // (tp * pp)
     total = grad.to(torch.float64)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     total = total / (replicas * (1 if sequence_parallel else tp))
-    # Backends promise equal sums, not equal bits, on all ranks; the scores must never drift apart.
-    dist.broadcast(total, src=dist.get_global_rank(group, 0), group=group)
+    # Sums may differ in the last bits between ranks, and the scores must stay identical.
+    dist.broadcast(total, src=0)
     return total.float().cpu()
-
-
-def mean_over_replicas(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor that all ranks of a replica have alike, on the CPU, the same bits on every rank."""
-    total = sum_over_all(value.to(device.torch_device(), torch.float64))
-    return (total / dist.get_world_size()).to(value.dtype)

@@ -1,4 +1,4 @@
-"""Which layers stand on which pipeline stage."""
+"""Assignment of layers to pipeline stages."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from megaprune.utils.errors import UsageError
 
 
 def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: float = 0.0) -> list[int]:
-    """Cuts the layers into contiguous stages whose dearest is as cheap as possible.
+    """Divide the layers into contiguous stages so that the most expensive stage is as cheap as possible.
 
     Args:
         costs: cost of each layer, in any unit.
         num_stages: pipeline-parallel size.
-        last_stage_cost: what the output layer and the loss add to the last stage, in the same unit.
+        last_stage_cost: cost of the output layer and the loss on the last stage, in the same unit.
 
     Returns:
         The number of layers on each stage; their sum is ``len(costs)``.
@@ -30,14 +30,14 @@ def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: fl
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    # best[s][i]: the least possible maximum over the first s stages when they hold the first i layers
+    # best[s][i]: the least possible maximum cost of a stage if the first s stages hold the first i layers
     best = [[0.0 if i == 0 else float("inf") for i in range(count + 1)]]
     cuts: list[list[int]] = [[0] * (count + 1)]
     for stage in range(1, num_stages + 1):
         extra = last_stage_cost if stage == num_stages else 0.0
         row, cut = [float("inf")] * (count + 1), [0] * (count + 1)
         for end in range(stage, count + 1):
-            # later cuts win ties: earlier stages hold more layers, and more activations in flight are cheap there
+            # Among equal cuts the last one wins, so that earlier stages hold more layers.
             for start in range(stage - 1, end):
                 dearest = max(best[-1][start], prefix[end] - prefix[start] + extra)
                 if dearest <= row[end]:
@@ -53,12 +53,12 @@ def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: fl
 
 
 def layout_string(stages: Sequence[int]) -> str:
-    """Megatron's layout string: ``Ettt|tttL`` for three layers on each of two stages."""
+    """Return Megatron's layout string, for example ``Ettt|tttL`` for three layers on each of two stages."""
     return "E" + "|".join("t" * count for count in stages) + "L"
 
 
-def stages_of(layout: str, num_stages: int, num_layers: int) -> list[int]:
-    """The number of layers on each stage of a user's ``--pipeline-model-parallel-layout``.
+def parse_layout(layout: str, num_stages: int, num_layers: int) -> list[int]:
+    """Return the number of layers on each stage of a ``--pipeline-model-parallel-layout``.
 
     Raises:
         UsageError: the layout is malformed, or does not fit the stages or the layers.

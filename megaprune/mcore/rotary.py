@@ -1,4 +1,4 @@
-"""RoPE as transformers computes it, in Megatron-Core's modules: frequencies, the factor on cosine and sine."""
+"""RoPE in Megatron-Core's modules with transformers' frequencies and factor on cosine and sine."""
 
 import math
 
@@ -12,7 +12,13 @@ from megaprune.models import Architecture, RopeScaling
 
 
 def inverse_frequencies(theta: float, dim: int, scaling: RopeScaling | None) -> Tensor:
-    """The inverse frequencies [dim / 2] in fp32, on the CPU."""
+    """Return the inverse frequencies [dim / 2] in fp32 on the CPU.
+
+    Args:
+        theta: base of the frequencies.
+        dim: number of rotated dimensions.
+        scaling: RoPE scaling of the architecture; None means unscaled.
+    """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     plain = 1.0 / theta**exponents
     if scaling is None:
@@ -25,25 +31,32 @@ def inverse_frequencies(theta: float, dim: int, scaling: RopeScaling | None) -> 
 
 
 def _by_wavelength(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """LLaMA 3.1's: long waves are stretched, short ones kept, those between are interpolated."""
+    """Scale as in LLaMA 3.1: stretch long wavelengths, keep short ones and interpolate between them."""
     length, low, high = (
         scaling.original_max_position_embeddings,
         scaling.low_freq_factor,
         scaling.high_freq_factor,
     )
+    assert length is not None and low is not None and high is not None  # every llama3 scaling has them
     wavelength = 2 * math.pi / plain
     kept_share = ((length / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - kept_share) * plain / scaling.factor + kept_share * plain
 
 
 def _by_ramp(plain: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Tensor:
-    """YaRN's: between two dimensions, given by rotations within the original length, a linear ramp."""
+    """Scale as in YaRN: keep low dimensions, stretch high ones and interpolate linearly between them.
+
+    Both ends of the ramp are given by the number of rotations within the original context length.
+    """
+    length, fast, slow = scaling.original_max_position_embeddings, scaling.beta_fast, scaling.beta_slow
+    assert length is not None and fast is not None and slow is not None  # every yarn scaling has them
 
     def dimension(rotations: float) -> float:
-        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        """Return the dimension that makes this number of rotations within the original length."""
+        turns = length / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(theta))
 
-    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    first, last = dimension(fast), dimension(slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
@@ -54,19 +67,19 @@ def _by_ramp(plain: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Ten
 
 
 class ScaledRotaryEmbedding(YarnRotaryEmbedding):
-    """The core's YaRN module for latent attention, with frequencies and a factor on cosine and sine of our own.
+    """The core's YaRN module for latent attention, with transformers' frequencies and factor on cosine and sine.
 
-    The core's always derives the factor from its two mscales, always rounds the ramp, and takes a missing mscale for
-    another number than transformers.
+    The core always derives the factor from two mscales, always rounds the ends of the ramp, and has another default for
+    a missing mscale than transformers.
     """
 
     def __init__(self, theta: float, dim: int, scaling: RopeScaling) -> None:
-        # before the core's constructor, which fills its cache
+        # Must precede the core's constructor, which calls get_emb.
         self.frequencies, self.factor = inverse_frequencies(theta, dim, scaling), scaling.attention_factor
         super().__init__(dim, rotary_base=theta, original_max_position_embeddings=1)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> tuple[Tensor, float]:
-        """Angles [s, 1, 1, dim], and the factor."""
+        """Return the angles [s, 1, 1, dim] and the factor on cosine and sine."""
         device = self.inv_freq_extra.device
         positions = torch.arange(max_seq_len, device=device, dtype=torch.float32) + offset
         angles = torch.outer(positions, self.frequencies.to(device))
@@ -74,15 +87,17 @@ class ScaledRotaryEmbedding(YarnRotaryEmbedding):
 
 
 def softmax_scale(arch: Architecture) -> float | None:
-    """The scale of attention scores in grouped-query attention, whose queries and keys rotate as a whole: the factor
-    on cosine and sine multiplies the scores twice. None for the core's own."""
+    """Return the softmax scale of grouped-query attention, or None for the core's default.
+
+    All dimensions of queries and keys are rotated, so that the factor on cosine and sine multiplies the scores twice.
+    """
     if arch.mla or arch.rope_scaling is None or arch.rope_scaling.attention_factor == 1:
         return None
     return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
 
 
 def scale_rope(model: GPTModel, arch: Architecture) -> None:
-    """Gives a built model the architecture's scaled RoPE."""
+    """Set the architecture's scaled RoPE in a built model."""
     scaling = arch.rope_scaling
     if scaling is None:
         return

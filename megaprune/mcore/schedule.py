@@ -1,7 +1,8 @@
-"""Forward and backward passes of a batch through Megatron's pipeline schedules."""
+"""Forward and backward passes through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -10,34 +11,67 @@ from torch import Tensor
 from megaprune import device
 from megaprune.mcore import parallel
 
+T = TypeVar("T")
+
 
 class MicroBatch(Protocol):
-    """What a pass reads of a micro-batch: [b, s] each."""
+    """The inputs and labels of a pass, [b, s] each, and the numbers of the windows that the rows hold."""
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    position_ids: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def loss_mask(self) -> Tensor: ...
+
+    @property
+    def position_ids(self) -> Tensor: ...
+
+    @property
+    def sample_ids(self) -> Sequence[int]: ...
+
+
+class LossTokens:
+    """The tokens of a numbered micro-batch that this rank's logits [s, b, vocab / tp] predict.
+
+    Losses read labels and masks here alone; they are laid out as the logits are, and moved to the device once.
+    """
+
+    def __init__(self, batch: MicroBatch, number: int) -> None:
+        self.number = number
+        self._batch = batch
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The next tokens, int64 [s, b]."""
+        return self._batch.labels.t().to(device.torch_device())
+
+    @cached_property
+    def loss_mask(self) -> Tensor:
+        """1 for each token whose loss counts, float32 [s, b]."""
+        return self._batch.loss_mask.t().to(device.torch_device())
 
 
 def forward(
     model: torch.nn.Module,
     batches: Sequence[MicroBatch],
-    collect: Callable[[Tensor, int], Any],
-    before: Callable[[int], None] | None = None,
-) -> list[Any]:
-    """Runs micro-batches forward without gradients.
+    collect: Callable[[Tensor, LossTokens], T],
+    before: Callable[[LossTokens], None] | None = None,
+) -> list[T]:
+    """Run micro-batches forward without gradients.
 
     Args:
-        collect: on the last stage, takes the logits [s, b, vocab / tp] and the micro-batch's number.
+        collect: on the last stage, takes the logits [s, b, vocab / tp] and the tokens that they predict.
         before: called on every stage before a micro-batch's pass, in order.
 
     Returns:
-        What ``collect`` gave, on the last pipeline stage; an empty list on the others.
+        The results of ``collect`` on the last pipeline stage; an empty list on the others.
     """
     training = model.training
     model.eval()
-    step = _forward_step(batches, lambda logits, number: lambda _, non_loss_data: collect(logits, number), before)
+    step = _forward_step(batches, lambda logits, tokens: lambda _, non_loss_data: collect(logits, tokens), before)
     with torch.no_grad():
         collected = _run(model, batches, step, forward_only=True, collect_non_loss_data=True)
     model.train(training)
@@ -45,21 +79,21 @@ def forward(
 
 
 def forward_backward(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, int], Tensor]
+    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
 ) -> list[Tensor]:
-    """Runs micro-batches forward and backward; gradients add up in the model's gradient buffers.
+    """Run micro-batches forward and backward; gradients add up in the model's gradient buffers.
 
     Args:
-        loss: on the last stage, the loss (a scalar) of the logits [s, b, vocab / tp] of a numbered micro-batch. The
-            schedule takes the mean over micro-batches and replicas.
+        loss: on the last stage, the loss (a scalar) of the logits [s, b, vocab / tp] and the tokens that they
+            predict. The schedule takes the mean over micro-batches and replicas.
 
     Returns:
-        The losses, detached, on the last pipeline stage; an empty list on the others.
+        The detached losses on the last pipeline stage; an empty list on the others.
     """
 
-    def with_copy(logits: Tensor, number: int) -> Any:
+    def with_copy(logits: Tensor, tokens: LossTokens) -> Any:
         def loss_func(_: Tensor) -> tuple[Tensor, Tensor]:
-            value = loss(logits, number)
+            value = loss(logits, tokens)
             return value, value.detach().clone()
 
         return loss_func
@@ -70,62 +104,67 @@ def forward_backward(
 def mean_token_loss(
     model: torch.nn.Module,
     batches: Sequence[MicroBatch],
-    weights: Callable[[int], Tensor],
-    token_losses: Callable[[Tensor, int], Tensor],
+    weights: Callable[[LossTokens], Tensor],
+    token_losses: Callable[[Tensor, LossTokens], Tensor],
 ) -> float:
-    """Runs micro-batches forward and backward through the weighted mean of their tokens' losses. Collective.
+    """Run micro-batches forward and backward through the weighted mean of their tokens' losses. Collective.
 
-    Normalised over the global batch, not over a micro-batch: the same loss however the batch is cut.
+    Normalized over the global batch, not over a micro-batch: the same loss however the batch is cut.
 
     Args:
-        weights: on the last stage, the weights [s, b] of a numbered micro-batch's tokens.
-        token_losses: on the last stage, the losses [s, b] of the logits [s, b, vocab / tp] of a numbered micro-batch.
+        weights: on the last stage, the weights [s, b] of a micro-batch's tokens.
+        token_losses: on the last stage, the losses [s, b] of the logits [s, b, vocab / tp] of a micro-batch.
 
     Returns:
-        The mean; the same on every rank.
+        The mean loss in nats per token, the same on every rank.
     """
+    tokens = [LossTokens(batch, number) for number, batch in enumerate(batches)]
     weighing: list[Tensor] = []
-    scale = 0.0
+    scale: Tensor | float = 0.0
     if parallel.is_last_stage():
-        weighing = [weights(number) for number in range(len(batches))]
+        weighing = [weights(of_batch) for of_batch in tokens]
         # The schedule and DDP take means over micro-batches and replicas, which the scale undoes.
         total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weighing]).sum())
         scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
 
-    def loss(logits: Tensor, number: int) -> Tensor:
-        return (weighing[number] * token_losses(logits, number)).sum() * scale
+    def loss(logits: Tensor, given: LossTokens) -> Tensor:
+        of_batch = tokens[given.number]  # already on the device
+        return (weighing[given.number] * token_losses(logits, of_batch)).sum() * scale
 
     losses = forward_backward(model, batches, loss)
     mean = torch.zeros((), device=device.torch_device())
     if losses:
         mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    return parallel.from_last_stage(mean.item())
+    return parallel.broadcast_from_last_stage(mean.item())
 
 
 def _forward_step(
     batches: Sequence[MicroBatch],
-    loss_func_for: Callable[[Tensor, int], Any],
-    before: Callable[[int], None] | None,
+    loss_func_for: Callable[[Tensor, LossTokens], Any],
+    before: Callable[[LossTokens], None] | None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
+    """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
 
     def step(numbers: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
-        if before is not None:
-            before(number)
         batch = batches[number]
+        tokens = LossTokens(batch, number)
+        if before is not None:
+            before(tokens)
         output = model(
             input_ids=batch.tokens.to(target, non_blocking=True),
             position_ids=batch.position_ids.to(target, non_blocking=True),
             attention_mask=None,  # causal attention throughout
-            labels=batch.labels,  # asks for the logits as they are: see LogitsModel
+            labels=batch.labels,  # makes LogitsModel return the logits without a copy
         )
-        return output, loss_func_for(output, number)
+        return output, loss_func_for(output, tokens)
 
     return step
 
 
 def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], step: Any, **kwargs: Any) -> list[Any]:
+    """Run the pipeline schedule over all micro-batches and return the results of the last stage."""
     micro_batch_size, seq_length = batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=step,

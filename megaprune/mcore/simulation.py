@@ -1,9 +1,9 @@
-"""A cluster on paper: any rank's share of a model, built by the run's own builder without weights, accelerators or
-other processes."""
+"""Simulation of a cluster: build any rank's part of a model without weights, accelerators or other processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,15 @@ from megaprune.models import Architecture
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of a model.
+    """Sizes of one rank's part of a model.
 
     Args:
-        parameters: of the model itself, without adapters; padding of the vocabulary counts.
-        model_bytes: of its parameters and buffers.
-        adapter_bytes: of its adapters.
-        trained: parameters that train, without those of routed experts.
-        trained_experts: parameters of routed experts that train; they have data-parallel groups of their own.
-        largest_trained: parameters of the largest tensor that trains.
+        parameters: number of the model's parameters, without adapters and including vocabulary padding.
+        model_bytes: bytes of the model's parameters and buffers.
+        adapter_bytes: bytes of the adapters.
+        trained: number of trainable parameters outside routed experts.
+        trained_experts: number of trainable parameters of routed experts, which have their own data-parallel groups.
+        largest_trained: number of elements of the largest trainable tensor.
     """
 
     parameters: int
@@ -40,10 +40,15 @@ class Share:
 
 
 @contextmanager
-def rank_on_paper(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[None]:
-    """Makes this process one rank of a cluster that does not exist: its groups are set up, its collectives do nothing.
+def simulated_rank(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[None]:
+    """Make this process a rank of a simulated cluster: groups are set up, and collectives do nothing.
 
     The process must not be in a process group.
+
+    Args:
+        rank: global rank to simulate.
+        world_size: number of simulated processes.
+        sizes: parallel sizes.
     """
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
@@ -54,25 +59,26 @@ def rank_on_paper(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[
         parallel.leave()
 
 
-class PaperCluster:
-    """Builds the shares of a model's ranks, and of the pruned model's.
+class SimulatedCluster:
+    """Sizes of all ranks' parts of a model or of its pruned versions.
 
     Args:
+        options: parallel sizes, precision and kernels.
         world_size: number of processes.
-        lora: the adapters, if they are what trains.
+        lora: options of the adapters; None trains all weights.
     """
 
     def __init__(self, options: EngineOptions, world_size: int, lora: LoRAOptions | None = None) -> None:
         self._options, self._world_size, self._lora = options, world_size, lora
-        self._built: dict[tuple, Share] = {}
+        self._built: dict[tuple[Any, ...], Share] = {}
 
     def shares(self, arch: Architecture, stages: Sequence[int]) -> list[Share]:
-        """The share of each rank, by pipeline stage: the ranks of one hold the same sizes, whatever else they cut.
+        """Return the share of a rank of each pipeline stage; all ranks of a stage have the same sizes.
 
-        Stages with the same kinds of layers, and embedding or output layer alike, are built once.
+        Stages with equal numbers of dense and MoE layers, with or without embedding and output layer, are built once.
 
         Args:
-            arch: the model, or the pruned one; the same in all calls but for its layers.
+            arch: architecture of the model. Calls may differ only in the layers.
             stages: number of layers on each pipeline stage.
         """
         shares, first_layer = [], 0
@@ -86,8 +92,9 @@ class PaperCluster:
         return shares
 
     def _build(self, arch: Architecture, stages: Sequence[int], stage: int) -> Share:
+        """Build the part of the first rank of a stage on the meta device, and return its sizes."""
         first_rank = stage * (self._world_size // len(stages))
-        with rank_on_paper(first_rank, self._world_size, self._options.sizes), device.on_meta():
+        with simulated_rank(first_rank, self._world_size, self._options.sizes), device.on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
             model = build_model(arch, stages, self._options)
             parameters, model_bytes = _count(model.parameters()), _bytes(model)

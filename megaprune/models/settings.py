@@ -1,6 +1,5 @@
 """Checked access to config.json: a value is of its type and within its bounds, or one line names the key."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from megaprune.utils.errors import MegapruneError
 
 HFConfig = dict[str, Any]
 REQUIRED: Any = object()
+_HUGE = 2**63
 
 
 def whole(config: HFConfig, key: str, default: Any = REQUIRED, least: int = 1) -> int:
@@ -19,7 +19,7 @@ def whole(config: HFConfig, key: str, default: Any = REQUIRED, least: int = 1) -
     value = _lookup(config, key, default)
     if value is default:
         return value
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _HUGE:
         raise wrong(config, key, value, f"an integer of at least {least}")
     return value
 
@@ -58,7 +58,7 @@ def flag(config: HFConfig, key: str, default: bool) -> bool:
 
 
 def text(config: HFConfig, key: str, default: str, only: str) -> None:
-    """Check that a setting has the one value that is supported; ``default`` if the key is absent.
+    """Checks that a setting has the one value that is supported; ``default`` if the key is absent.
 
     Raises:
         MegapruneError: it has another.
@@ -101,7 +101,8 @@ def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN and infinity are not below it, and an integer may be too large for a float
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 def wrong(config: HFConfig, key: str, value: Any, expected: str) -> MegapruneError:

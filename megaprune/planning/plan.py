@@ -1,18 +1,16 @@
 """Plans a run on paper: what every rank of a cluster would hold and compute, from config.json and the flags alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from megaprune.config.schema import SEARCHES, WHAT_TO_PRUNE, Config
-from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.config.schema import Config
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
-from megaprune.mcore.simulation import PaperCluster, Share
-from megaprune.models import Architecture, HFConfig, family_of
-from megaprune.models.sizes import Size, layer_sizes, model_size, output_cost
+from megaprune.mcore.simulation import Share, SimulatedCluster
+from megaprune.models import HFConfig
+from megaprune.models.sizes import Size, layer_sizes, model_size
 from megaprune.planning.activations import Activations, Passes
 from megaprune.planning.memory import (
     Memory,
@@ -21,13 +19,8 @@ from megaprune.planning.memory import (
     micro_batches_in_flight,
     training_memory,
 )
-from megaprune.pruning.prepare import (
-    check_sequence,
-    global_batch_size,
-    layers_in_question,
-    lora_options,
-    parallel_sizes,
-)
+from megaprune.pruning.options import SelectionOptions
+from megaprune.pruning.resolve import resolve_plan
 from megaprune.selection.one_shot import top_layers
 
 
@@ -137,42 +130,27 @@ def make_plan(config: Config, hf_config: HFConfig, world_size: int) -> Plan:
 
 class _Planner:
     def __init__(self, config: Config, hf_config: HFConfig, world_size: int) -> None:
-        family = family_of(hf_config)
-        self._arch: Architecture = family.architecture(hf_config)
-        config = config.with_window(self._arch.max_position_embeddings)
         self._config, self._hf_config = config, hf_config
-        self._sizes = parallel_sizes(config, self._arch, world_size)
-        check_parallel_sizes(self._arch, self._sizes, world_size)
-        trains = config.recovery.train_iters != 0
-        check_sequence(config, self._arch, self._sizes, trains or config.reads_windows)
-        self._lora = lora_options(config, family, self._arch)
+        options = self._options = resolve_plan(config, hf_config, world_size)
+        self._arch, self._sizes, self._lora = options.model.arch, options.sizes, options.lora
+        data = options.data
         self._cluster = Cluster(
-            world_size,
-            self._sizes,
-            config.recovery.micro_batch_size,
-            global_batch_size(config, self._sizes, world_size),
-            config.data.seq_length,
+            world_size, self._sizes, data.micro_batch_size, options.global_batch_size, data.seq_length
         )
-        # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
-        engine = EngineOptions(self._sizes, bf16=config.recovery.bf16, seq_length=config.data.seq_length)
-        self._paper = PaperCluster(engine, world_size, self._lora)
+        self._paper = SimulatedCluster(replace(options.engine, recompute_granularity=None), world_size, self._lora)
         self._layer_sizes = layer_sizes(hf_config)
-        self._output_cost = output_cost(hf_config)
         self._activations = Activations(self._arch, self._passes())
         shards = (self._cluster.data_parallel, self._cluster.expert_data_parallel)
-        self._state = TrainingState(
-            config.recovery.bf16, *(shards if config.engine.use_distributed_optimizer else (1, 1))
-        )
-        self._trains = trains
-        taught = self._trains and config.distillation.distill_loss != "ce"
-        self._teacher = config.distillation.teacher if taught else None
+        self._state = TrainingState(options.engine.bf16, *(shards if options.distributed_optimizer else (1, 1)))
+        taught = options.trains and options.distillation.loss != "ce"
+        self._teacher = options.distillation.teacher if taught else None
 
     def _passes(self) -> Passes:
-        recovery, engine, sizes = self._config.recovery, self._config.engine, self._sizes
+        engine, sizes = self._options.engine, self._sizes
         return Passes(
-            recovery.micro_batch_size,
-            self._config.data.seq_length,
-            bf16=recovery.bf16,
+            self._options.data.micro_batch_size,
+            engine.seq_length,
+            bf16=engine.bf16,
             tensor=sizes.tensor,
             expert_tensor=sizes.expert_tensor,
             sequence_parallel=sizes.sequence_parallel,
@@ -187,30 +165,29 @@ class _Planner:
         )
 
     def _phases(self) -> list[Phase]:
-        every, config = list(range(self._arch.num_layers)), self._config
-        if all(getattr(config.prune, name) is None for name in WHAT_TO_PRUNE):
+        every, selection = list(range(self._arch.num_layers)), self._options.selection
+        if selection is None:
             return [self._phase("training", every, None)]
-        searching = config.prune.method in SEARCHES
+        searching = selection.method.searches
         first = self._phase("search", every, None) if searching else self._phase("original", every, None, False)
-        kept, assumed = self._kept_layers()
+        kept, assumed = self._kept_layers(selection)
         return [first, self._phase("recovery", kept, assumed)]
 
-    def _kept_layers(self) -> tuple[list[int], str | None]:
+    def _kept_layers(self, selection: SelectionOptions) -> tuple[list[int], str | None]:
         """The layers that stay, and what is assumed where a run would have to find out."""
-        manual, protected, budget = layers_in_question(self._config, self._hf_config)
-        if manual is not None:
-            return manual, None
+        if selection.manual is not None:
+            return selection.manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
         assumed = "the layers with the fewest parameters go, of equals the last"
         if self._teacher == "self":
             assumed += "; activations are those of stages that lose none"
-        return top_layers(sizes, budget, protected), assumed
+        return top_layers(sizes, selection.budget, selection.protected), assumed
 
     def _phase(self, name: str, kept: Sequence[int], assumed: str | None, trained: bool = True) -> Phase:
-        original, whole = list(range(self._arch.num_layers)), self._original_stages()
+        original, whole = list(range(self._arch.num_layers)), list(self._options.pipeline.original)
         stays_whole = self._teacher == "self"
         built = original if stays_whole else list(kept)
-        counts = whole if len(built) == len(original) else self._balanced(kept)
+        counts = whole if len(built) == len(original) else self._options.pipeline.stages_of_layers(kept)
         shares = self._paper.shares(self._arch.pruned(built), counts)
         teachers = self._paper.shares(self._arch, whole) if self._teacher == "online" else [None] * len(whole)
         stages, first = [], 0
@@ -221,7 +198,7 @@ class _Planner:
             # A stage that keeps its pruned layers may turn out to lose none of them.
             active = layers if stays_whole and assumed else running
             last = number == len(counts) - 1
-            if trained and self._trains:
+            if trained and self._options.trains:
                 memory = self._training_memory(share, teacher, number, active, last)
             else:
                 memory = forward_memory(share, self._activations, last)
@@ -231,7 +208,7 @@ class _Planner:
     def _stage(self, number: int, layers: list[int], running: list[int], share: Share, memory: Memory) -> Stage:
         moe = sum(self._arch.is_moe(layer) for layer in running)
         ranks = self._cluster.world_size // self._sizes.pipeline
-        last = number == self._sizes.pipeline - 1
+        pipeline, last = self._options.pipeline, number == self._sizes.pipeline - 1
         return Stage(
             first_rank=number * ranks,
             last_rank=(number + 1) * ranks - 1,
@@ -241,7 +218,7 @@ class _Planner:
             moe_layers=moe,
             parameters=share.parameters,
             trained_parameters=share.trained + share.trained_experts if memory.gradients else 0,
-            cost=sum(self._layer_sizes[layer].active for layer in running) + (self._output_cost if last else 0),
+            cost=sum(pipeline.layer_costs[layer] for layer in running) + (pipeline.output_cost if last else 0),
             memory=memory,
         )
 
@@ -265,14 +242,4 @@ class _Planner:
         if self._teacher is None:
             return 0
         tokens = self._cluster.micro_batches * self._cluster.micro_batch_size * self._cluster.seq_length
-        return tokens * (self._config.distillation.distill_top_k * (8 + 4) + 4 + 4)
-
-    def _original_stages(self) -> list[int]:
-        layout = self._config.parallel.pipeline_model_parallel_layout
-        if layout is not None:
-            return stages_of(layout, self._sizes.pipeline, self._arch.num_layers)
-        return self._balanced(range(self._arch.num_layers))
-
-    def _balanced(self, layers: Sequence[int]) -> list[int]:
-        costs = [self._layer_sizes[layer].active for layer in layers]
-        return balanced_stages(costs, self._sizes.pipeline, self._output_cost)
+        return tokens * (self._options.distillation.top_k * (8 + 4) + 4 + 4)

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,140 +11,89 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megaprune import device
-from megaprune.config.schema import Config
-from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for, prepare_dataset
+from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest
+from megaprune.distillation.cache_key import cache_key
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
 from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes, in_half_precision
+from megaprune.mcore.builder import build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
-from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.pipeline_layout import balanced_stages, stages_of
-from megaprune.models import Architecture
-from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.prepare import check_sequence, check_top_k, open_source, parallel_sizes
-from megaprune.pruning.run_dir import RunDir
-from megaprune.pruning.teacher_cache import cache_key, check_cacheable
+from megaprune.pruning.data import stored_data
+from megaprune.pruning.options import CachingOptions
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
 from megaprune.utils.locks import lock_beside, locked
-from megaprune.weights.source import HFSource
+from megaprune.utils.progress import bars_are_shown, say
+from megaprune.weights.tensor_source import TensorSource
 
 _FLAG = "--output"
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """A checked caching: the teacher and how it runs."""
+def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
+    """Write the targets of all windows of the training data, or go on with it. Collective.
 
-    config: Config
-    source: HFSource
-    arch: Architecture
-    engine: EngineOptions
-    stages: list[int]
-    output: Path
-
-    @property
-    def sizes(self) -> ParallelSizes:
-        return self.engine.sizes
-
-    @property
-    def work(self) -> RunDir:
-        """The folder of unfinished work."""
-        return RunDir(aside_folder(self.output))
-
-
-def cache_teacher(config: Config, output: Path) -> None:
-    """Writes the targets of all windows of the training data, or goes on with it. Collective.
+    Returns:
+        What the cache holds.
 
     Raises:
         MegapruneError: what was asked can't be done; what was written so far can be gone on with.
-        UsageError: flags that don't fit the model or the processes.
     """
-    setup = _prepare(config, output)
-    parallel.initialize(setup.sizes)
-    with locked(lock_beside(output), f"{_FLAG} {output}"):
-        _cache(setup)
-    parallel.finish()
+    with parallel.session(options.sizes), locked(lock_beside(options.output), f"{_FLAG} {options.output}"):
+        return _cache(options, source)
 
 
-def _cache(setup: _Setup) -> None:
-    config = setup.config
+def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
     # What is refused before the first window is computed leaves the disk as it was.
-    with setup.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
-        plan, dataset = _plan(setup)
-        if setup.output.exists():
-            parallel.on_first_rank(lambda: _check_finished(setup.output, plan))
-            _say(f"{setup.output} holds the finished cache already")
-            _clear_data(setup)
-            return
-        parallel.on_first_rank(lambda: cache_writer.check_plan(setup.work.path, plan))
-        parallel.on_first_rank(lambda: check_room(setup.output, plan.num_bytes - _bytes_in(setup.work.path)))
-        _say(_size_of(plan))
-        if config.run.dry_run:
-            return _clear_data(setup)
-        model = build_model(setup.arch, setup.stages, setup.engine)
-        import_weights(model, setup.source)
-        teacher = in_half_precision(model, setup.engine).requires_grad_(False)
-        parallel.on_first_rank(lambda: _begin(setup.work.path, plan))
-    _Caching(setup, plan, dataset, teacher).run()
-    parallel.on_first_rank(lambda: _finish(setup, plan))
-    _say(f"written to {setup.output}: {plan.num_bytes / 1e6:,.1f} MB")
+    with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
+        plan, dataset = _plan(options, source)
+        if options.output.exists():
+            parallel.on_rank0(lambda: _check_finished(options.output, plan))
+            say(f"{options.output} holds the finished cache already")
+            return _left_alone(options, plan)
+        parallel.on_rank0(lambda: cache_writer.check_plan(options.work.path, plan))
+        parallel.on_rank0(lambda: check_room(options.output, plan.num_bytes - _bytes_in(options.work.path)))
+        say(_size_of(plan))
+        if options.dry_run:
+            return _left_alone(options, plan)
+        model = build_model(options.model.arch, options.pipeline.original, options.engine)
+        import_weights(model, source)
+        teacher = in_half_precision(model, options.engine).requires_grad_(False)
+        parallel.on_rank0(lambda: _begin(options.work.path, plan))
+    _Caching(options, plan, dataset, teacher).run()
+    parallel.on_rank0(lambda: _finish(options, plan))
+    say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
+    return plan
 
 
-def _clear_data(setup: _Setup) -> None:
-    """Leaves nothing where nothing is to be done. Collective."""
-    parallel.barrier()
-    if parallel.rank() == 0 and not cache_writer.is_begun(setup.work.path):
-        shutil.rmtree(setup.work.path, ignore_errors=True)  # nothing but the data that were tokenised to know this
-
-
-def _prepare(config: Config, output: Path) -> _Setup:
-    """Checks the flags against the model and the processes. Reads headers only; writes nothing."""
+def check_output(output: Path) -> None:
+    """Check that the folder is free, or holds a cache. Raises MegapruneError otherwise."""
     if output.exists() and not (output / MANIFEST).is_file():
         raise MegapruneError(f"{_FLAG} {output} exists and holds no teacher cache: choose another folder")
-    check_cacheable(config)
-    source = open_source(config)
-    source.check_tensors()
-    arch = source.family.architecture(source.config)
-    config = config.with_window(arch.max_position_embeddings)
-    sizes = parallel_sizes(config, arch, parallel.world_size())
-    check_parallel_sizes(arch, sizes, parallel.world_size())
-    fused = device.use_transformer_engine(config.engine.transformer_impl)
-    check_sequence(config, arch, sizes)
-    check_top_k(config, arch)
-    engine = EngineOptions(sizes, fused, config.recovery.bf16, seq_length=config.data.seq_length)
-    layout = config.parallel.pipeline_model_parallel_layout
-    if layout is not None:
-        stages = stages_of(layout, sizes.pipeline, arch.num_layers)
-    else:
-        stages = balanced_stages(layer_costs(source.config), sizes.pipeline, output_cost(source.config))
-    return _Setup(config, source, arch, engine, stages, output)
 
 
-def _plan(setup: _Setup) -> tuple[CachePlan, Windows]:
+def _left_alone(options: CachingOptions, plan: CachePlan) -> CachePlan:
+    """End where there is nothing to do. Collective."""
+    parallel.barrier()
+    if parallel.rank() == 0 and not cache_writer.is_begun(options.work.path):
+        shutil.rmtree(options.work.path, ignore_errors=True)  # nothing but the data that were tokenized to know this
+    return plan
+
+
+def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Windows]:
     """The cache that is to be made, and the data. Collective."""
-    config, cache_dir = setup.config, setup.config.data.data_cache_path or setup.work.data_cache
-    tokenizer = tokenizer_in(setup.source.folder, config.model.trust_remote_code)
+    cache_dir = options.data.cache_dir or options.work.data_cache
+    tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)
+    vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
 
     def load() -> Windows:
-        return prepare_dataset(
-            config.data.train_data,
-            tokenizer,
-            seq_length=config.data.seq_length,
-            text_key=config.data.text_key,
-            messages_key=config.data.messages_key,
-            cache_dir=Path(cache_dir),
-            vocab_size=setup.arch.vocab_size if parallel.rank() == 0 else None,
-        )
+        return stored_data(options.data, options.data.train, tokenizer, cache_dir, vocab_size)
 
-    dataset = parallel.on_first_rank(load) or load()
-    key = cache_key(setup.source, tokenizer, dataset)
-    return CachePlan(key, config.distillation.distill_top_k, "bf16" if setup.engine.bf16 else "fp32"), dataset
+    dataset = parallel.on_rank0(load) or load()
+    key = cache_key(source, tokenizer, dataset)
+    return CachePlan(key, options.distillation.top_k, "bf16" if options.engine.bf16 else "fp32"), dataset
 
 
 def _check_finished(output: Path, plan: CachePlan) -> None:
@@ -167,24 +115,19 @@ def _begin(folder: Path, plan: CachePlan) -> None:
         raise MegapruneError(f"{folder} can't be written ({error.strerror}): choose another {_FLAG}") from None
 
 
-def _finish(setup: _Setup, plan: CachePlan) -> None:
+def _finish(options: CachingOptions, plan: CachePlan) -> None:
     try:
-        shutil.rmtree(setup.work.data_cache, ignore_errors=True)
-        cache_writer.finish(setup.work.path, setup.output, plan)
+        shutil.rmtree(options.work.data_cache, ignore_errors=True)
+        cache_writer.finish(options.work.path, options.output, plan)
     except OSError as error:
         raise MegapruneError(
-            f"{error.filename or setup.output} can't be written ({error.strerror}): mend that, and give the same "
+            f"{error.filename or options.output} can't be written ({error.strerror}): mend that, and give the same "
             "command to go on"
         ) from None
 
 
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("shard-*.bin")) if folder.is_dir() else 0
-
-
-def _say(text: str) -> None:
-    if parallel.rank() == 0:
-        print(text, flush=True)
 
 
 def _size_of(plan: CachePlan) -> str:
@@ -200,12 +143,12 @@ class _Caching:
     """The passes over the windows. Shards are dealt out to the replicas, round by round, so that all replicas run
     equally many micro-batches: expert parallelism needs every rank in each."""
 
-    def __init__(self, setup: _Setup, plan: CachePlan, dataset: Windows, teacher: torch.nn.Module) -> None:
+    def __init__(self, options: CachingOptions, plan: CachePlan, dataset: Windows, teacher: torch.nn.Module) -> None:
         self._plan, self._dataset, self._teacher = plan, dataset, teacher
-        self._folder = setup.work.path
-        self._micro_batch_size = setup.config.recovery.micro_batch_size
-        self._pipeline_size = setup.sizes.pipeline
-        self._shard: VocabShard = vocab_shard(setup.arch)
+        self._folder = options.work.path
+        self._micro_batch_size = options.data.micro_batch_size
+        self._pipeline_size = options.sizes.pipeline
+        self._shard: VocabShard = vocab_shard(options.model.arch)
 
     def run(self) -> None:
         """Writes the shards that are not there yet. Collective."""
@@ -214,8 +157,8 @@ class _Caching:
             return
         windows = sum(len(self._plan.windows_of(shard)) for shard in left)
         tokens, rate = windows * self._plan.key.seq_length, self._tokens_per_second()
-        _say(f"{tokens:,} tokens to compute: about {_duration(tokens / rate)} at {rate:,.0f} tokens/s")
-        settings = dict(unit=" tokens", unit_scale=True, disable=parallel.rank() != 0, dynamic_ncols=True)
+        say(f"{tokens:,} tokens to compute: about {_duration(tokens / rate)} at {rate:,.0f} tokens/s")
+        settings = dict(unit=" tokens", unit_scale=True, disable=not bars_are_shown(), dynamic_ncols=True)
         replicas = parallel.data_parallel_size()
         with tqdm(total=tokens, **settings) as bar:
             for start in range(0, len(left), replicas):
@@ -226,9 +169,9 @@ class _Caching:
         count, size = self._plan.num_shards, parallel.world_size()
         mine = range(parallel.rank(), count, size)
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
-        left = sorted(shard for part in parallel.from_all_ranks(found) for shard in part)
+        left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
-            _say(f"going on: {count - len(left):,} of {count:,} shards are there")
+            say(f"going on: {count - len(left):,} of {count:,} shards are there")
         return left
 
     def _round(self, shards: Sequence[int], bar: tqdm) -> None:
@@ -240,8 +183,8 @@ class _Caching:
         batches = self._batches([*mine, *[PADDING_ID] * (rows - len(mine))])
         tokens = sum(len(self._plan.windows_of(shard)) for shard in shards) * self._plan.key.seq_length
 
-        def advance(number: int) -> None:
-            bar.update(tokens * (number + 1) // len(batches) - tokens * number // len(batches))
+        def advance(done: schedule.LossTokens) -> None:
+            bar.update(tokens * (done.number + 1) // len(batches) - tokens * done.number // len(batches))
 
         error = None
         writes = mine and parallel.is_last_stage() and parallel.tensor_parallel().rank == 0
@@ -267,11 +210,11 @@ class _Caching:
         self,
         batches: Sequence[Batch],
         keep: Callable[[TeacherTargets, int], None],
-        before: Callable[[int], None] | None = None,
+        before: Callable[[schedule.LossTokens], None] | None = None,
     ) -> None:
-        def collect(logits: Tensor, number: int) -> None:
+        def collect(logits: Tensor, tokens: schedule.LossTokens) -> None:
             # Every tensor-parallel rank has a part in the top k of the whole vocabulary.
-            keep(teacher_targets(logits, self._plan.top_k, self._shard), number)
+            keep(teacher_targets(logits, self._plan.top_k, self._shard), tokens.number)
 
         schedule.forward(self._teacher, batches, collect, before)
 
@@ -293,7 +236,7 @@ class _Caching:
 
 def _on_cpu(targets: TeacherTargets, count: int) -> TeacherTargets:
     """The targets [s, b, ...] of the first windows of a micro-batch."""
-    return TeacherTargets(*(column[:, :count].cpu() for column in targets.__dict__.values()))
+    return targets.map(lambda column: column[:, :count].cpu())
 
 
 def _duration(seconds: float) -> str:

@@ -15,28 +15,30 @@ from megaprune.mcore.hf_weights import import_weights, round_to_source_dtype
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import merge_adapters
 from megaprune.mcore.optimizer import Trainer
-from megaprune.pruning.prepare import Setup
+from megaprune.pruning.options import RunOptions
 from megaprune.selection.segments import endpoints
+from megaprune.weights.tensor_source import TensorSource
 
 
 class Models:
     """Makes a run's models. The original and a student that keeps its pruned layers share one gate."""
 
-    def __init__(self, setup: Setup, teacher_cache: TeacherCache | None = None) -> None:
-        self._setup, self._teacher_cache = setup, teacher_cache
+    def __init__(self, options: RunOptions, source: TensorSource, teacher_cache: TeacherCache | None = None) -> None:
+        self._options, self._source, self._teacher_cache = options, source, teacher_cache
         self.gate = LayerGate()
-        self.shard: VocabShard = vocab_shard(setup.arch)
+        self.shard: VocabShard = vocab_shard(options.model.arch)
 
     @property
     def student_stays_whole(self) -> bool:
         """Whether the student keeps its pruned layers, bypassed: they are part of the teacher that it also is."""
-        return self._setup.config.distillation.teacher == "self"
+        return self._options.distillation.teacher == "self"
 
     def original(self, imported: bool = True, gated: bool = True) -> torch.nn.Module:
         """The whole model, behind the gate or plain."""
-        model = build_model(self._setup.arch, self._setup.stages(), self._setup.engine, self.gate if gated else None)
+        options, gate = self._options, self.gate if gated else None
+        model = build_model(options.model.arch, options.pipeline.original, options.engine, gate)
         if imported:
-            import_weights(model, self._setup.source)
+            import_weights(model, self._source)
         return model
 
     def whole_student(self, original: torch.nn.Module | None, saved: Path | None) -> Trainer:
@@ -48,7 +50,7 @@ class Models:
         """
         if original is None:
             # A checkpoint holds all that trains: every weight, or the adapters.
-            original = self.original(imported=saved is None or self._setup.lora is not None)
+            original = self.original(imported=saved is None or self._options.lora is not None)
         student = self._in_training(original)
         if saved is not None:
             checkpoint.load(saved, student)
@@ -60,12 +62,12 @@ class Models:
         Args:
             saved: a checkpoint to go on from: this model's, or the whole one's; None starts from the source.
         """
-        setup = self._setup
-        model = build_model(setup.arch.pruned(kept), setup.stages_of_layers(kept), setup.engine)
-        if saved is None or setup.lora is not None:
-            import_weights(model, setup.source, kept)
-        if setup.config.tunes_endpoints:
-            train_only(model, endpoints(kept, setup.arch.num_layers))
+        options, arch = self._options, self._options.model.arch
+        model = build_model(arch.pruned(kept), options.pipeline.stages_of_layers(kept), options.engine)
+        if saved is None or options.lora is not None:
+            import_weights(model, self._source, kept)
+        if options.training.endpoints_only:
+            train_only(model, endpoints(kept, arch.num_layers))
         student = self._in_training(model, kept)
         if saved is not None:
             checkpoint.load(saved, student, None if saved_is_pruned else kept)
@@ -78,22 +80,22 @@ class Models:
         Args:
             student: not asked for by a teacher apart from it.
         """
-        distillation = self._setup.config.distillation
-        if distillation.distill_loss == "ce":
+        distillation = self._options.distillation
+        if distillation.loss == "ce":
             return None
         if self.student_stays_whole:
-            return SelfTeacher(student.ddp, self.gate, self.shard, distillation.distill_top_k)
+            return SelfTeacher(student.ddp, self.gate, self.shard, distillation.top_k)
         if self._teacher_cache is not None:
             return CachedTeacher(self._teacher_cache)
         model = self.original(gated=False) if original is None else original
-        return OnlineTeacher(in_half_precision(model, self._setup.engine), self.shard, distillation.distill_top_k)
+        return OnlineTeacher(in_half_precision(model, self._options.engine), self.shard, distillation.top_k)
 
     def merge_and_round(self, student: Trainer, kept: Sequence[int]) -> None:
         """Makes the trained weights what the export will hold: adapters merged, rounded to the source's dtype."""
         merge_adapters(student.model)
-        round_to_source_dtype(student.model, self._setup.source, None if self.student_stays_whole else kept)
+        round_to_source_dtype(student.model, self._source, None if self.student_stays_whole else kept)
 
     def _in_training(self, model: torch.nn.Module, kept: Sequence[int] | None = None) -> Trainer:
-        if self._setup.lora is not None:
-            attach_adapters(model, self._setup.lora, self._setup.config.recovery.seed, kept)
-        return Trainer(model, self._setup.engine, self._setup.optimizer)
+        if self._options.lora is not None:
+            attach_adapters(model, self._options.lora, self._options.training.seed, kept)
+        return Trainer(model, self._options.engine, self._options.optimizer)

@@ -2,24 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaprune.config.schema import Config, EngineConfig, ParallelConfig, RunConfig
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
 from megaprune.utils.locks import LOCK_NAME
-
-# How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
-# optimizer's kind: Megatron-Core saves the state of each in a form of its own.
-_MAY_CHANGE = {
-    *ParallelConfig.__dataclass_fields__,
-    *EngineConfig.__dataclass_fields__,
-    *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits"),
-} - {"use_distributed_optimizer"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,11 @@ class RunDir:
     def _settings(self) -> Path:
         return self.path / "run.json"
 
-    def check(self, config: Config) -> None:
-        """Checks that the folder is free, or holds this very run.
+    def check(self, settings: Mapping[str, object]) -> None:
+        """Check that the folder is free, or holds this very run.
+
+        Args:
+            settings: what the run that began it must have in common with this one, by the flags' names.
 
         Raises:
             MegapruneError: it holds something else; names the setting that differs.
@@ -80,25 +73,25 @@ class RunDir:
             saved = dict(json.loads(self._settings.read_text()))
         except (ValueError, TypeError):
             raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start anew") from None
-        for name, value in _fixed_settings(config).items():
+        for name, value in settings.items():
             if name in saved and saved[name] != value:
                 raise MegapruneError(
                     f"--save {self.path} holds a run with another --{name.replace('_', '-')} ({saved[name]}, now "
                     f"{value}): choose another folder, or repeat that run's command to go on with it"
                 )
 
-    def begin(self, config: Config) -> None:
-        """Makes the folder and marks it as this run's.
+    def begin(self, settings: Mapping[str, object]) -> None:
+        """Make the folder and mark it as this run's.
 
         Raises:
             MegapruneError: the folder can't be made or written to, or became another's since it was checked.
         """
-        self.check(config)
+        self.check(settings)
         if self.hf.exists():
             raise MegapruneError(f"--save {self.path}: another process has finished this run meanwhile: {self.hf}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self._settings, _fixed_settings(config))
+            write_json(self._settings, dict(settings))
         except OSError as error:
             raise MegapruneError(f"--save {self.path} can't be written ({error.strerror}): choose another") from None
 
@@ -121,7 +114,3 @@ class RunDir:
 
     def _entries(self) -> set[Path]:
         return set(self.path.iterdir()) if self.path.is_dir() else set()
-
-
-def _fixed_settings(config: Config) -> dict[str, object]:
-    return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}

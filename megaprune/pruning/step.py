@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megaprune import device
-from megaprune.distillation.losses import (
-    LossKind,
-    Tail,
-    TeacherTargets,
-    VocabShard,
-    cross_entropy,
-    distillation_loss,
-    token_weights,
-)
-from megaprune.distillation.teachers import Teacher
+from megaprune.distillation.objectives import Objective
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.layers.gated import LayerGate, frozen
 from megaprune.mcore.optimizer import Trainer
@@ -32,16 +23,6 @@ class StepResult:
     lr: float
     grad_norm: float | None
     mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The loss of a step, and where its targets come from (None: the data alone)."""
-
-    kind: LossKind
-    tail: Tail
-    shard: VocabShard
-    teacher: Teacher | None
 
 
 def train_step(
@@ -66,13 +47,11 @@ def search_step(
     selector: Selector,
     gate: LayerGate,
     train_weights: bool = True,
-    own_masks: bool = False,
 ) -> StepResult:
     """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
 
     Args:
         train_weights: False leaves the weights as they are, and spares their gradients.
-        own_masks: each replica's selector draws a mask of its own; the result has this replica's.
 
     Raises:
         MegapruneError: the loss is not finite.
@@ -82,8 +61,7 @@ def search_step(
     gate.set(mask, device.torch_device())
     with nullcontext() if train_weights else frozen(trainer.model):
         loss = _forward_backward(trainer, batches, objective, iteration)
-    sequence_parallel = trainer.model.config.sequence_parallel
-    mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), sequence_parallel, over_replicas=not own_masks)
+    mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), trainer.model.config.sequence_parallel)
     gate.set(None)
     selector.update(mask_grad, iteration)
     lr, grad_norm = trainer.step(iteration) if train_weights else (0.0, None)
@@ -93,30 +71,15 @@ def search_step(
 def _forward_backward(
     trainer: Trainer, batches: Sequence[schedule.MicroBatch], objective: Objective, iteration: int
 ) -> float:
-    """Gathers gradients, and returns the loss of the global batch."""
-    targets = objective.teacher.targets(batches) if objective.teacher else []
-    value = schedule.mean_token_loss(
-        trainer.ddp,
-        batches,
-        lambda number: _weights(batches[number], objective, targets, number),
-        lambda logits, number: _token_losses(logits, batches[number], objective, targets, number),
-    )
+    """Accumulate gradients, and return the loss of the global batch."""
+    targets = objective.targets(batches)
+    with objective.watching(trainer.model):
+        value = schedule.mean_token_loss(
+            trainer.ddp,
+            batches,
+            lambda tokens: objective.token_weights(tokens, targets[tokens.number]),
+            lambda logits, tokens: objective.token_losses(logits, tokens, targets[tokens.number]),
+        )
     if not value < float("inf"):
         raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
     return value
-
-
-def _weights(
-    batch: schedule.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int
-) -> Tensor:
-    loss_mask = batch.loss_mask.t().to(device.torch_device())
-    return token_weights(objective.kind, loss_mask, targets[number] if targets else None)
-
-
-def _token_losses(
-    logits: Tensor, batch: schedule.MicroBatch, objective: Objective, targets: Sequence[TeacherTargets], number: int
-) -> Tensor:
-    """[s, b] losses of the logits [s, b, vocab / tp]."""
-    if objective.kind == "ce":
-        return cross_entropy(logits, batch.labels.t().to(logits.device), objective.shard)
-    return distillation_loss(logits, targets[number], objective.shard, objective.tail)

@@ -1,10 +1,9 @@
-"""What a run measures while it trains: files, TensorBoard, Weights & Biases and the console.
+"""Metrics of a training run: JSON lines, TensorBoard, Weights & Biases and the console.
 
-`metrics.jsonl` holds everything and is the record that the others can be made from. A resumed run cuts it
-back to its checkpoint first, so that the files of a run that was stopped read like those of one that wasn't.
+`metrics.jsonl` holds everything; `pandas.read_json(path, lines=True)` reads it. A resumed run first cuts it back to
+its checkpoint, so that it reads like that of an uninterrupted run.
 """
 
-import csv
 import datetime
 import json
 import sys
@@ -15,26 +14,25 @@ from typing import Any
 
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import strict_json, whole_file
+from megaprune.utils.progress import TRAINING, bars_are_shown
 from megaprune.utils.text import first_line
 
 JSONL_NAME = "metrics.jsonl"
-CSV_NAME = "metrics.csv"
-SCALARS = ("iteration", "stage", "loss", "lr", "grad_norm", "num_kept", "tokens", "seconds", "temperature")
 
 
 class MetricsLogger:
-    """Takes one record per training iteration; nothing else writes a run's metrics.
+    """The only writer of a run's metrics: one record per training iteration.
 
     Args:
-        run_dir: gets `metrics.jsonl` (everything), `metrics.csv` (scalars) and `tensorboard/`.
+        run_dir: gets `metrics.jsonl` and `tensorboard/`.
         enabled: true on global rank 0 only. Elsewhere every method does nothing.
-        total_iterations: iterations of search and recovery together; the ETA counts down to it.
+        total_iterations: iterations of search and recovery together, for the ETA.
         tokens_per_iteration: tokens of one global batch; the console's tokens/s comes from it.
-        log_interval: iterations between two lines on a console that is no terminal.
+        log_interval: iterations between two lines where stderr is not a terminal.
         tensorboard_dir: instead of `run_dir/tensorboard`.
         wandb_project: also logs to this Weights & Biases project. A resumed run continues the same W&B run.
-        start_iteration: iterations already done when this process starts (the checkpoint's; 0 for a new
-            run). Records after it are removed: they are about to be logged again.
+        start_iteration: iterations done when this process starts (the checkpoint's; 0 for a new run). Later
+            records are removed, because these iterations are logged again.
 
     Raises:
         MegapruneError: `wandb_project` is given and wandb isn't installed or can't start; or
@@ -58,43 +56,43 @@ class MetricsLogger:
         if not enabled:
             return
         run_dir = Path(run_dir)
-        # First, because it alone can fail for want of a login: the files are cut back only once a run will go on.
+        # First, because only it needs a login: the file is cut back only if the run will continue.
         if wandb_project:
             self._sinks.append(_WeightsAndBiases(wandb_project, run_dir, start_iteration))
-        self._sinks.append(_Files(run_dir, start_iteration))
+        self._sinks.append(_JsonLines(run_dir, start_iteration))
         self._tensorboard = _TensorBoard(tensorboard_dir or run_dir / "tensorboard", start_iteration)
         self._sinks.append(self._tensorboard)
         pace = _Pace(total_iterations, tokens_per_iteration, window=log_interval)
-        terminal = sys.stderr.isatty()
-        self._sinks.append(_ProgressBar(pace, start_iteration) if terminal else _Lines(pace, log_interval))
+        bar = bars_are_shown() and sys.stderr.isatty()
+        self._sinks.append(_ProgressBar(pace, start_iteration) if bar else _Lines(pace, log_interval))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Logs one iteration.
+        """Log one iteration.
 
         Keys: `iteration` (count done, from 1), `stage` ("search" or "recovery"), `loss` (nats), `lr`,
         `grad_norm`, `num_kept` (layers in the mask), `tokens` (since the run's start), `seconds` (this
         iteration's); in the search also `temperature`, `scores` and `mask` (one number per source layer).
-        Numbers that aren't finite stand as null in `metrics.jsonl` and as nothing in `metrics.csv`.
+        Numbers that aren't finite are null in `metrics.jsonl`.
         """
         for sink in self._sinks:
             sink.log(record)
 
     def figure(self, tag: str, path: str | Path) -> None:
-        """Shows the PNG at `path` under TensorBoard's images, at the last logged iteration."""
+        """Show the PNG at `path` among TensorBoard's images, at the last logged iteration."""
         if self._tensorboard:
             self._tensorboard.figure(tag, path)
 
     def close(self) -> None:
-        """Flushes and closes everything. Calling it again does nothing."""
+        """Flush and close everything. Calling it again does nothing."""
         while self._sinks:
             self._sinks.pop().close()
         self._tensorboard = None
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `run_dir/metrics.jsonl` in the order logged; [] where none was ever logged.
+    """Return the records of `run_dir/metrics.jsonl` in the order logged; [] if there is no file.
 
-    A last line that was cut short (the process was killed as it wrote) is left out.
+    A truncated last line, left by a process that was killed while writing, is ignored.
 
     Raises:
         MegapruneError: any other line can't be read.
@@ -113,32 +111,21 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-class _Files:
-    """metrics.jsonl and metrics.csv, each record flushed as it comes."""
+class _JsonLines:
+    """metrics.jsonl, each record flushed as it comes."""
 
     def __init__(self, run_dir: Path, start_iteration: int) -> None:
         kept = [record for record in read_metrics(run_dir) if record["iteration"] <= start_iteration]
-        # The CSV is made anew from the JSONL rather than cut, so that the two can't disagree.
         with whole_file(run_dir / JSONL_NAME) as aside:
             aside.write_text("".join(strict_json(record) + "\n" for record in kept))
-        with whole_file(run_dir / CSV_NAME) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, SCALARS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
         # Line-buffered, so that a killed run loses no record.
-        self._jsonl = (run_dir / JSONL_NAME).open("a", buffering=1)
-        self._csv = (run_dir / CSV_NAME).open("a", buffering=1, newline="")
-        self._rows = csv.DictWriter(self._csv, SCALARS, extrasaction="ignore", lineterminator="\n")
+        self._file = (run_dir / JSONL_NAME).open("a", buffering=1)
 
     def log(self, record: dict[str, Any]) -> None:
-        line = strict_json(record)
-        self._jsonl.write(line + "\n")
-        # From the JSON and not the record: a number has one spelling, whether logged or rebuilt on resume.
-        self._rows.writerow(json.loads(line))
+        self._file.write(strict_json(record) + "\n")
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._csv.close()
+        self._file.close()
 
 
 class _TensorBoard:
@@ -197,7 +184,7 @@ class _WeightsAndBiases:
 
 
 class _Pace:
-    """Tokens per second and time left, from the last `window` iterations (search and recovery differ)."""
+    """Tokens per second and time left, from the last `window` iterations: search and recovery differ in speed."""
 
     def __init__(self, total_iterations: int, tokens_per_iteration: int, window: int) -> None:
         self.total_iterations = total_iterations
@@ -245,7 +232,7 @@ class _ProgressBar:
 
 
 class _Lines:
-    """One line each `log_interval` iterations, and one for the last: what a batch job's log should hold."""
+    """One line every `log_interval` iterations and for the last one, for the log of a batch job."""
 
     def __init__(self, pace: _Pace, log_interval: int) -> None:
         self._pace = pace
@@ -257,13 +244,11 @@ class _Lines:
         if iteration % self._log_interval and iteration != total:
             return
         grad_norm = "–" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
-        print(
+        TRAINING.info(
             f"iteration {iteration:>{len(str(total))}}/{total} | {record['stage']:<8} | "
             f"loss {record['loss']:.4f} | lr {record['lr']:.3e} | grad norm {grad_norm} | "
             f"kept {record['num_kept']} | {self._pace.tokens_per_second:,.0f} tokens/s | "
-            f"ETA {self._pace.eta(iteration)}",
-            file=sys.stderr,
-            flush=True,
+            f"ETA {self._pace.eta(iteration)}"
         )
 
     def close(self) -> None:
@@ -271,7 +256,7 @@ class _Lines:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The record's scalars by name, without the iteration, which is the x axis."""
+    """The record's numbers by name, without the iteration, which is the x axis."""
     return {
         name: value
         for name, value in record.items()
@@ -280,7 +265,7 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def import_wandb() -> Any:
-    """The wandb module.
+    """Import wandb.
 
     Raises:
         MegapruneError: it isn't installed.

@@ -30,14 +30,14 @@ def model_card(
     front_matter = yaml.safe_dump(
         _metadata(report, base_model, license), sort_keys=False, default_flow_style=None, width=100
     )
-    before = report["num_layers"] + len(report["pruned_layers"])
+    before = report.num_layers + len(report.pruned_layers)
     return f"""---
 {front_matter}---
 
-# {base_model}, pruned to {report["num_layers"]} of {before} layers
+# {base_model}, pruned to {report.num_layers} of {before} layers
 
-This model is `{base_model}` without {len(report["pruned_layers"])} of its transformer layers.
-They were chosen with the method `{report["method"]}` of megaprune, which then removed them and
+This model is `{base_model}` without {len(report.pruned_layers)} of its transformer layers.
+They were chosen with the method `{report.method}` of megaprune, which then removed them and
 {_training_clause(report, adapter)}. It is an ordinary checkpoint of its architecture and needs no special code:
 
 ```python
@@ -51,18 +51,18 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 
 | | source | pruned |
 | --- | ---: | ---: |
-| layers | {before} | {report["num_layers"]} |
-| parameters | {report["params_before"]:,} | {report["params_after"]:,} |
+| layers | {before} | {report.num_layers} |
+| parameters | {report.params_before:,} | {report.params_after:,} |
 {_mixture_rows(report)}
-- kept layers (source indices, from 0): {number_ranges(report["kept_layers"])}
-- removed layers: {number_ranges(report["pruned_layers"])}
+- kept layers (source indices, from 0): {number_ranges(report.kept_layers)}
+- removed layers: {number_ranges(report.pruned_layers)}
 - ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
 {_quality(report, adapter)}
 ## How it was made
 
-- training tokens: {report["tokens_seen"]:,}, in windows of {report["seq_length"]:,}
-- seed: {report["seed"]}
-- versions: {", ".join(f"{name} {version}" for name, version in report["versions"].items())}
+- training tokens: {report.tokens_seen:,}, in windows of {report.seq_length:,}
+- seed: {report.seed}
+- versions: {", ".join(f"{name} {version}" for name, version in report.versions.items())}
 
 ```bash
 {command}
@@ -106,34 +106,34 @@ def _metadata(report: Report, base_model: str, license: str | None) -> dict[str,
         "base_model": base_model,
         "tags": ["megaprune", "layer-pruning"],
         "megaprune": {
-            "method": report["method"],
-            "kept_layers": report["kept_layers"],
-            "seq_length": report["seq_length"],
+            "method": report.method,
+            "kept_layers": report.kept_layers,
+            "seq_length": report.seq_length,
         },
     }
 
 
 def _training_clause(report: Report, adapter: bool) -> str:
     if adapter:
-        return f"trained a LoRA adapter on {report['tokens_seen']:,} tokens, which is not part of these weights"
-    if report["tokens_seen"]:
-        return f"trained the model on {report['tokens_seen']:,} tokens"
+        return f"trained a LoRA adapter on {report.tokens_seen:,} tokens, which is not part of these weights"
+    if report.tokens_seen:
+        return f"trained the model on {report.tokens_seen:,} tokens"
     return "left every remaining weight as it was"
 
 
 def _mixture_rows(report: Report) -> str:
     """What a model with experts lost of each kind; nothing for a dense model."""
-    before, after = report["layer_kinds_before"], report["layer_kinds_after"]
+    before, after = report.layer_kinds_before, report.layer_kinds_after
     if not before["moe"]:
         return ""
     return f"""| dense layers | {before["dense"]} | {after["dense"]} |
 | MoE layers | {before["moe"]} | {after["moe"]} |
-| parameters active in a token | {report["active_params_before"]:,} | {report["active_params_after"]:,} |
+| parameters active in a token | {report.active_params_before:,} | {report.active_params_after:,} |
 """
 
 
 def _quality(report: Report, adapter: bool) -> str:
-    losses = measured_losses(report["valid"])
+    losses = measured_losses(report.valid)
     if not losses:
         return ""
     recovered = "this model with its adapter" if adapter else "this model"
@@ -146,7 +146,7 @@ def _quality(report: Report, adapter: bool) -> str:
             "",
             "## Quality",
             "",
-            f"Next-token cross-entropy on held-out text, windows of {report['seq_length']:,} tokens.",
+            f"Next-token cross-entropy on held-out text, windows of {report.seq_length:,} tokens.",
             "",
             "| model | loss (nats) | perplexity |",
             "| --- | ---: | ---: |",

@@ -1,11 +1,10 @@
 """The plots of one run: loss, layer scores over the search, kept layers over the search.
 
-Everything is drawn from `metrics.jsonl`'s records (`megaprune.report.metrics`), so a plot can be made anew
-from a finished run. Figures are plain `Figure` objects: pyplot's global state isn't touched and no display
-is needed.
+Everything is drawn from the records of `metrics.jsonl` (`megaprune.report.metrics`), so a plot can be made again from
+a finished run. Figures are plain `Figure` objects: they need neither pyplot's global state nor a display.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from megaprune.report.run_report import measured_losses
 from megaprune.utils.files import whole_file
 
-BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
-MASK_COLOURS = ListedColormap([PALE, BLUE])
+BLUE, ORANGE, GRAY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
+MASK_COLORS = ListedColormap([PALE, BLUE])
 SMOOTHING = 1 / 30  # of a stage: the width of the loss curve's moving average
 DPI = 160
 
@@ -32,10 +31,10 @@ def write_plots(
     kept_layers: Sequence[int],
     valid: dict[str, dict[str, float]] | None = None,
 ) -> list[Path]:
-    """Writes the plots that the records allow and returns their paths.
+    """Write the plots that the records allow and return their paths.
 
-    `loss.png` where anything was trained; `layer_scores.png` and `kept_layers.png` where the search logged
-    scores and masks. See the functions below for the arguments.
+    `loss.png` if anything was trained; `layer_scores.png` and `kept_layers.png` if the search logged scores and
+    masks. See the functions below for the arguments.
     """
     plots_dir = Path(plots_dir)
     written = []
@@ -49,12 +48,12 @@ def write_plots(
 
 
 def plot_loss(records: Sequence[Record], path: str | Path, valid: dict[str, dict[str, float]] | None = None) -> Path:
-    """Training loss over iterations and tokens, search and recovery told apart.
+    """Plot training loss over iterations and tokens, with search and recovery in different colors.
 
     Args:
         records: one per iteration, at least one.
-        valid: `report.json`'s mean cross-entropies on held-out text in nats. They get a panel of their own:
-            the training loss may be a divergence from the teacher, and then the two don't compare.
+        valid: `report.json`'s mean cross-entropies on held-out text in nats. They get their own panel, because a
+            training loss that is a divergence from the teacher can't be compared with them.
     """
     points = measured_losses(valid or {})
     figure = Figure(figsize=(8, 3.8), dpi=DPI, layout="constrained")
@@ -68,16 +67,16 @@ def plot_loss(records: Sequence[Record], path: str | Path, valid: dict[str, dict
 
 
 def plot_scores(records: Sequence[Record], path: str | Path, kept_layers: Sequence[int]) -> Path:
-    """Every layer's score at every iteration of the search (E3-Pruner, Figure 7a).
+    """Plot every layer's score at every iteration of the search (E3-Pruner, Figure 7a).
 
     Args:
-        records: those with `scores` are drawn, at least one; the rest is left out.
+        records: those with `scores` are drawn, at least one; others are ignored.
         kept_layers: source indices of the layers in the pruned model, marked at the right edge.
     """
     records = _with(records, "scores")
     scores = np.array([record["scores"] for record in records], dtype=float).T  # [layers, iterations]
     figure, axes, strip = _layer_figure(len(scores))
-    low, high = _colour_limits(scores[np.isfinite(scores)])
+    low, high = _color_limits(scores[np.isfinite(scores)])
     image = axes.imshow(np.ma.masked_invalid(scores), cmap="viridis", vmin=low, vmax=high, **_layer_image(records))
     axes.set_title("Layer scores over the search")
     _mark_kept(strip, len(scores), kept_layers)
@@ -88,12 +87,12 @@ def plot_scores(records: Sequence[Record], path: str | Path, kept_layers: Sequen
 
 
 def plot_kept_layers(records: Sequence[Record], path: str | Path, kept_layers: Sequence[int]) -> Path:
-    """The mask at every iteration of the search (E3-Pruner, Figure 7b). Arguments as in `plot_scores`."""
+    """Plot the mask at every iteration of the search (E3-Pruner, Figure 7b). Arguments as in `plot_scores`."""
     records = _with(records, "mask")
     mask = np.array([record["mask"] for record in records], dtype=float).T  # [layers, iterations]
     figure, axes, strip = _layer_figure(len(mask))
-    colours = MASK_COLOURS if np.isin(mask, (0, 1)).all() else "Blues"
-    axes.imshow(mask, cmap=colours, vmin=0, vmax=1, **_layer_image(records))
+    colors = MASK_COLORS if np.isin(mask, (0, 1)).all() else "Blues"
+    axes.imshow(mask, cmap=colors, vmin=0, vmax=1, **_layer_image(records))
     axes.set_title("Layers in the sampled mask over the search (dark = kept)")
     _mark_kept(strip, len(mask), kept_layers)
     return _save(figure, path)
@@ -108,14 +107,14 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
     tokens = np.array([record["tokens"] for record in records])
     loss = np.array([record["loss"] for record in records], dtype=float)
     search = np.array([record["stage"] == "search" for record in records])
-    for stage, colour, of_stage in (("search", ORANGE, search), ("recovery", BLUE, ~search)):
+    for stage, color, of_stage in (("search", ORANGE, search), ("recovery", BLUE, ~search)):
         if of_stage.any():
             x, y = iterations[of_stage], loss[of_stage]
-            axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
             marker = "o" if len(x) == 1 else None
-            axes.plot(x, _smooth(y), color=colour, linewidth=1.8, marker=marker, label=stage)
+            axes.plot(x, _smooth(y), color=color, linewidth=1.8, marker=marker, label=stage)
     if search.any() and not search.all():
-        axes.axvline(iterations[search][-1] + 0.5, color=GREY, linestyle="--", linewidth=1)
+        axes.axvline(iterations[search][-1] + 0.5, color=GRAY, linestyle="--", linewidth=1)
     axes.set(xlabel="iteration", ylabel="training loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=PALE)
@@ -129,8 +128,8 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
 
 def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
     names, losses = list(points), list(points.values())
-    colours = {"teacher": GREY, "pruned": ORANGE, "recovered": BLUE}
-    bars = axes.bar(names, losses, color=[colours[name] for name in names], width=0.65)
+    colors = {"teacher": GRAY, "pruned": ORANGE, "recovered": BLUE}
+    bars = axes.bar(names, losses, color=[colors[name] for name in names], width=0.65)
     axes.bar_label(bars, fmt="%.3f", padding=2)
     axes.set(title="validation (nats)", ylim=(0, max(losses) * 1.12))
     axes.set_yticks([])
@@ -139,7 +138,7 @@ def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average, over what there is at the ends; missing values are left out of it."""
+    """Return the centered moving average; its window is shorter at the ends and skips missing values."""
     width = 2 * int(len(values) * SMOOTHING / 2) + 1
     there = np.isfinite(values)
     total = np.convolve(np.where(there, values, 0), np.ones(width), "same")
@@ -147,8 +146,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _colour_limits(scores: np.ndarray) -> tuple[float, float]:
-    """Tukey's fences: a protected layer's score far from the rest shall not take their colours away."""
+def _color_limits(scores: np.ndarray) -> tuple[float, float]:
+    """Tukey's fences, so that a protected layer's outlying score does not compress the colors of the rest."""
     if not scores.size:
         return 0.0, 1.0
     low, high = np.quantile(scores, (0.25, 0.75))
@@ -159,7 +158,7 @@ def _colour_limits(scores: np.ndarray) -> tuple[float, float]:
 
 
 def _layer_figure(num_layers: int) -> tuple[Figure, Axes, Axes]:
-    """A figure with one row per layer, and a thin strip at its right for the layers kept in the end."""
+    """A figure with one row per layer, and a thin strip at the right for the layers that are kept."""
     height = min(max(0.15 * num_layers + 1.2, 3.2), 10)
     figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained")
     axes, strip = figure.subplots(1, 2, width_ratios=(40, 1), sharey=True)
@@ -170,7 +169,7 @@ def _layer_figure(num_layers: int) -> tuple[Figure, Axes, Axes]:
 
 
 def _layer_image(records: Sequence[Record]) -> dict[str, Any]:
-    """imshow's placing of a [layers, iterations] matrix: layer 0 at the bottom, cells centred on integers."""
+    """imshow's arguments for a [layers, iterations] matrix: layer 0 at the bottom, cells centered on integers."""
     num_layers = len(records[0].get("scores") or records[0]["mask"])
     first, last = records[0]["iteration"], records[-1]["iteration"]
     return {
@@ -183,7 +182,7 @@ def _layer_image(records: Sequence[Record]) -> dict[str, Any]:
 def _mark_kept(strip: Axes, num_layers: int, kept_layers: Sequence[int]) -> None:
     kept = np.isin(np.arange(num_layers), kept_layers)[:, None]
     extent = (0, 1, -0.5, num_layers - 0.5)
-    strip.imshow(kept, cmap=MASK_COLOURS, vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent)
+    strip.imshow(kept, cmap=MASK_COLORS, vmin=0, vmax=1, aspect="auto", origin="lower", extent=extent)
     strip.set_xticks([])
     strip.tick_params(axis="y", left=False)
     strip.set_title("kept", fontsize=9)
@@ -199,16 +198,16 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 
 def _legend_beside(axes: Axes, size: str) -> None:
-    """Right of the plot, where no line runs."""
+    """Put the legend right of the plot."""
     columns = 1 + (len(axes.get_legend_handles_labels()[1]) - 1) // 24
     axes.legend(frameon=False, fontsize=size, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
 
 
 def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
-    """Recovered loss against layers pruned, a line a method.
+    """Plot recovered loss against layers pruned, one line per method.
 
     Args:
-        rows: `megaprune.comparison.table.rows_of`; `recovered_loss` may be NaN where nothing was validated.
+        rows: `megaprune.comparison.table.rows_of`; `recovered_loss` is NaN if nothing was validated.
     """
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
@@ -216,13 +215,13 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
         own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["pruned"])
         spread = [0.0 if np.isnan(row["spread"]) else row["spread"] for row in own]
         x, y = [row["pruned"] for row in own], [row["recovered_loss"] for row in own]
-        # colours come again after ten
+        # colors repeat after ten
         marker, line = ("o", "-") if number % 20 < 10 else ("s", ":")
         axes.errorbar(
             x, y, yerr=spread, marker=marker, markersize=4, linestyle=line, linewidth=1.4, capsize=2, label=label
         )
     if rows and not np.isnan(rows[0]["teacher_loss"]):
-        axes.axhline(rows[0]["teacher_loss"], color=GREY, linestyle="--", linewidth=1, label="teacher")
+        axes.axhline(rows[0]["teacher_loss"], color=GRAY, linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="layers pruned", ylabel="recovered loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=PALE)
@@ -230,11 +229,11 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def plot_recovery(runs: dict[str, Sequence[Record]], path: str | Path) -> Path:
-    """Training loss against tokens, a line a run.
+def plot_recovery(runs: Mapping[str, Sequence[Record]], path: str | Path) -> Path:
+    """Plot training loss against tokens, one line per run.
 
     Args:
-        runs: the records of each run by its name; those without records are left out.
+        runs: the records of each run by its name; runs without records are ignored.
     """
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()

@@ -1,16 +1,19 @@
 """report.json: what a run did and what came of it, and the table printed at its end."""
 
 import importlib.metadata
+import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaprune import __version__
 from megaprune.models.sizes import Inventory
-from megaprune.utils.files import write_json
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import strict_json, write_json
 from megaprune.utils.text import number_ranges
+from megaprune.version import __version__
 
 MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
 OUTPUTS = (
@@ -18,10 +21,74 @@ OUTPUTS = (
     ("LoRA adapter", "adapter"),
     ("report", "report.json"),
     ("plots", "plots"),
-    ("metrics", "metrics.csv"),
+    ("metrics", "metrics.jsonl"),
 )
 
-Report = dict[str, Any]
+
+@dataclass(frozen=True)
+class Report:
+    """The contents of report.json.
+
+    Args:
+        kept_layers: source indices, from 0, of the layers in the pruned model; pruned_layers: of the others.
+        scores: one per source layer, higher = keep; None where the method scores no single layers.
+        layer_kinds_before: number of dense and of MoE layers.
+        seq_length: tokens of one training window.
+        stages: seconds and tokens of each stage, in the order run.
+        valid: validation loss in nats of the teacher, the pruned and the recovered model, where measured.
+        versions: of the packages that decide the numbers.
+        candidates: what the method chose among, with its measure of each.
+    """
+
+    method: str
+    num_layers: int
+    kept_layers: list[int]
+    pruned_layers: list[int]
+    scores: list[float | None] | None
+    params_before: int
+    params_after: int
+    active_params_before: int
+    active_params_after: int
+    layer_kinds_before: dict[str, int]
+    layer_kinds_after: dict[str, int]
+    tokens_seen: int
+    seed: int
+    seq_length: int
+    stages: dict[str, dict[str, float]]
+    valid: dict[str, dict[str, float | None]]
+    versions: dict[str, str]
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as report.json holds it: numbers that are not finite are None."""
+        found: dict[str, Any] = json.loads(strict_json(asdict(self)))
+        candidates, versions = found.pop("candidates"), found.pop("versions")
+        return found | ({"candidates": candidates} if candidates else {}) | {"versions": versions}
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The scores of a model's layers.
+
+    Args:
+        scores: one per layer, higher = keep; None where the method chooses layers together.
+        kept_layers: the method's choice, where the call says how much goes; pruned_layers: the others.
+        candidates: what the method chose among, with its measure of each.
+        tokens: tokens that went forward through all layers for this.
+    """
+
+    method: str
+    num_layers: int
+    scores: list[float | None] | None
+    kept_layers: list[int] | None
+    pruned_layers: list[int] | None
+    candidates: list[dict[str, Any]]
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores as report.json holds them: numbers that are not finite are None."""
+        found: dict[str, Any] = json.loads(strict_json(asdict(self)))
+        return found
 
 
 def build_report(
@@ -35,7 +102,7 @@ def build_report(
     tokens_seen: int,
     seed: int,
     stages: dict[str, dict[str, float]],
-    valid: dict[str, dict[str, float]],
+    valid: Mapping[str, dict[str, float | None]],
     seq_length: int,
     candidates: Sequence[dict[str, Any]] = (),
 ) -> Report:
@@ -52,31 +119,45 @@ def build_report(
         candidates: what the method chose among, with its measure of each.
     """
     kept = sorted(kept_layers)
-    return {
-        "method": method,
-        "num_layers": len(kept),
-        "kept_layers": kept,
-        "pruned_layers": sorted(set(range(num_source_layers)) - set(kept)),
-        "scores": None if scores is None else list(scores),
-        "params_before": before.size.total,
-        "params_after": after.size.total,
-        "active_params_before": before.size.active,
-        "active_params_after": after.size.active,
-        "layer_kinds_before": {"dense": before.dense_layers, "moe": before.moe_layers},
-        "layer_kinds_after": {"dense": after.dense_layers, "moe": after.moe_layers},
-        "tokens_seen": tokens_seen,
-        "seed": seed,
-        "seq_length": seq_length,
-        "stages": stages,
-        "valid": valid,
-        **({"candidates": list(candidates)} if candidates else {}),
-        "versions": versions(),
-    }
+    return Report(
+        method=method,
+        num_layers=len(kept),
+        kept_layers=kept,
+        pruned_layers=sorted(set(range(num_source_layers)) - set(kept)),
+        scores=None if scores is None else list(scores),
+        params_before=before.size.total,
+        params_after=after.size.total,
+        active_params_before=before.size.active,
+        active_params_after=after.size.active,
+        layer_kinds_before={"dense": before.dense_layers, "moe": before.moe_layers},
+        layer_kinds_after={"dense": after.dense_layers, "moe": after.moe_layers},
+        tokens_seen=tokens_seen,
+        seed=seed,
+        seq_length=seq_length,
+        stages=stages,
+        valid=dict(valid),
+        versions=versions(),
+        candidates=list(candidates),
+    )
 
 
 def write_report(path: str | Path, report: Report) -> None:
     """Writes report.json, whole or not at all; numbers that aren't finite become null."""
-    write_json(path, report)
+    write_json(path, report.to_dict())
+
+
+def read_report(path: str | Path) -> Report:
+    """Return a report as it was written.
+
+    Raises:
+        MegapruneError: the file is missing or damaged.
+    """
+    try:
+        return Report(**json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise MegapruneError(
+            f"{path} is no report that can be read ({error}): remove the run to make it anew"
+        ) from None
 
 
 def versions() -> dict[str, str]:
@@ -90,7 +171,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def measured_losses(valid: dict[str, dict[str, float]]) -> dict[str, float]:
+def measured_losses(valid: Mapping[str, dict[str, float | None]]) -> dict[str, float]:
     """report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
     losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
     return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
@@ -98,7 +179,7 @@ def measured_losses(valid: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def ideal_speedup(report: Report) -> float:
     """L / (L - p): the speed-up if time were spent in layers alone."""
-    return (report["num_layers"] + len(report["pruned_layers"])) / report["num_layers"]
+    return (report.num_layers + len(report.pruned_layers)) / report.num_layers
 
 
 def result_table(report: Report, run_dir: str | Path | None = None) -> str:
@@ -110,12 +191,12 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
     lines = [_headline(report), "", *_model_rows(report), ""]
     facts = [
         *_mixture_facts(report),
-        ("kept layers", number_ranges(report["kept_layers"])),
-        ("pruned layers", number_ranges(report["pruned_layers"])),
+        ("kept layers", number_ranges(report.kept_layers)),
+        ("pruned layers", number_ranges(report.pruned_layers)),
         ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
-        ("tokens seen", f"{report['tokens_seen']:,}"),
+        ("tokens seen", f"{report.tokens_seen:,}"),
     ]
-    times = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in report["stages"].items())
+    times = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in report.stages.items())
     if times:
         facts.append(("time", times))
     if run_dir is not None:
@@ -125,30 +206,30 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
 
 
 def _headline(report: Report) -> str:
-    before = report["num_layers"] + len(report["pruned_layers"])
+    before = report.num_layers + len(report.pruned_layers)
     return (
-        f"{report['method']}: {before} -> {report['num_layers']} layers, "
-        f"{report['params_before']:,} -> {report['params_after']:,} parameters, seed {report['seed']}"
+        f"{report.method}: {before} -> {report.num_layers} layers, "
+        f"{report.params_before:,} -> {report.params_after:,} parameters, seed {report.seed}"
     )
 
 
 def _mixture_facts(report: Report) -> list[tuple[str, str]]:
     """What a model with experts lost of each kind; nothing for a dense model."""
-    before, after = report["layer_kinds_before"], report["layer_kinds_after"]
+    before, after = report.layer_kinds_before, report.layer_kinds_after
     if not before["moe"]:
         return []
     changes = [f"{before[kind]} -> {after[kind]} {name}" for kind, name in (("dense", "dense"), ("moe", "MoE"))]
-    active = f"{report['active_params_before']:,} -> {report['active_params_after']:,} parameters a token"
+    active = f"{report.active_params_before:,} -> {report.active_params_after:,} parameters a token"
     return [("layers", ", ".join(changes)), ("active", active)]
 
 
 def _model_rows(report: Report) -> list[str]:
-    losses = measured_losses(report["valid"])
+    losses = measured_losses(report.valid)
     rows = [f"{'model':<12}{'layers':>8}{'parameters':>20}{'valid loss':>13}{'perplexity':>14}"]
     for name in MODELS if losses else ("teacher", "pruned"):
-        layers, params = report["num_layers"], report["params_after"]
+        layers, params = report.num_layers, report.params_after
         if name == "teacher":
-            layers, params = layers + len(report["pruned_layers"]), report["params_before"]
+            layers, params = layers + len(report.pruned_layers), report.params_before
         loss = losses.get(name)
         numbers = ("-", "-") if loss is None else (f"{loss:.4f}", f"{perplexity(loss):,.2f}")
         rows.append(f"{name:<12}{layers:>8}{params:>20,}{numbers[0]:>13}{numbers[1]:>14}")

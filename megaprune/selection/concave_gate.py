@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaprune.selection.budget import Budget
-from megaprune.selection.segments import windows
+from megaprune.selection.segments import segments
 from megaprune.selection.selector import check_gradient
 from megaprune.utils.errors import MegapruneError
 
@@ -45,7 +45,7 @@ class ConcaveGate:
         if not budget.counts_layers:
             raise MegapruneError("a segment of fixed length needs a number of layers, not of parameters")
         self.num_layers, self.budget = budget.num_layers, budget
-        self._kept = windows(budget, protected)
+        self._kept = segments(budget, protected)
         if not self._kept:
             raise MegapruneError("no contiguous segment between protected layers is long enough; protect fewer")
         self._length = budget.num_layers - budget.limit

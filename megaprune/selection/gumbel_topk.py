@@ -1,7 +1,7 @@
 """The Gumbel-TopK mask search of E3-Pruner, after the relaxation of Ploetz and Roth (2018)."""
 
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -73,9 +73,9 @@ def _log_complement(logits: Tensor) -> Tensor:
     return others - logits.logsumexp(0)
 
 
-def gumbel_noise(num_layers: int, seed: int, step: int, replica: int = 0) -> Tensor:
+def gumbel_noise(num_layers: int, seed: int, step: int) -> Tensor:
     """[num_layers] fp32 standard Gumbel noise that depends on its arguments alone, not on earlier draws."""
-    return (-(-_uniform(num_layers, seed, step, replica).log()).log()).float()
+    return (-(-_uniform(num_layers, seed, step).log()).log()).float()
 
 
 def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
@@ -83,10 +83,9 @@ def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
     return _uniform(num_layers, seed, step).clamp(1e-6, 1 - 1e-6).float()
 
 
-def _uniform(num_layers: int, seed: int, step: int, replica: int = 0) -> Tensor:
+def _uniform(num_layers: int, seed: int, step: int) -> Tensor:
     # The CPU generator takes 32 bits of its seed, so the numbers have to be mixed into 32 bits.
-    name = f"{seed}:{step}:{replica}" if replica else f"{seed}:{step}"
-    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     uniform = torch.rand(num_layers, dtype=torch.float64, generator=generator)
     return uniform.clamp_min(torch.finfo(torch.float64).tiny)
@@ -98,9 +97,8 @@ class GumbelTopK:
     `init_scores` is [num_layers] (see `scores_from_kl`). Over the `num_steps` of the search the temperature
     falls linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) what the kept
     layers may cost falls linearly from the cost of all to the budget's limit. Layers in `protected` are always
-    kept and take no part in the relaxation. `lr` is that of the scores' own Adam. Replicas that try a mask of their
-    own each give their number as `replica`, and as `average` what gives the mean of a tensor over all of them, the
-    same bits on each. Raises UsageError for settings out of range, MegapruneError for scores that are not finite.
+    kept and take no part in the relaxation. `lr` is that of the scores' own Adam. Raises
+    UsageError for settings out of range, MegapruneError for scores that are not finite.
     """
 
     def __init__(
@@ -114,8 +112,6 @@ class GumbelTopK:
         lr: float = 0.05,
         seed: int = 0,
         ramp: float = 1.0,
-        replica: int = 0,
-        average: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.num_layers = len(init_scores)
         self.budget = budget
@@ -132,7 +128,6 @@ class GumbelTopK:
         self._anneal = anneal
         self._lr = lr
         self._seed = seed
-        self._replica, self._average = replica, average
         self._scores = init_scores.detach().cpu().float().clone().requires_grad_()
         self._optimizer = torch.optim.Adam([self._scores], lr=lr)
 
@@ -166,8 +161,7 @@ class GumbelTopK:
         Where the mask of this step was no choice (all free layers kept, or none) nothing moves. Raises
         MegapruneError if the gradient is not finite.
         """
-        if self._average is None:
-            check_gradient(mask_grad, step)
+        check_gradient(mask_grad, step)
         # Drawn anew: the noise is a function of the step and the scores have not moved, so it is the same
         # graph as the mask's, and nothing has to be held, or saved, between the two calls.
         with torch.enable_grad():
@@ -178,9 +172,6 @@ class GumbelTopK:
         self._optimizer.param_groups[0]["lr"] = self._lr * (1 - step / self._num_steps)
         self._optimizer.zero_grad()
         mask.backward(mask_grad.detach().to("cpu", torch.float32))
-        if self._average is not None:
-            self._scores.grad = self._average(self._scores.grad)
-            check_gradient(self._scores.grad, step)  # only now: every replica must refuse, or none
         self._optimizer.step()
 
     def kept_layers(self) -> list[int]:
@@ -210,7 +201,7 @@ class GumbelTopK:
         # The noise dies down over the search (ours): its last masks are close to the one that will be kept, so that
         # the weights that train beside them are healing for that one already.
         loudness = (1 - step / self._num_steps) ** 2
-        noise = gumbel_noise(self.num_layers, self._seed, step, self._replica)[self._free] * loudness
+        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free] * loudness
         costs = [self.budget.costs[layer] for layer in self._free.tolist()]
         limit = self.limit_at(step) - sum(self.budget.costs[layer] for layer in self._protected)
         free_mask, _ = gumbel_topk_mask(self._scores[self._free], limit, self.temperature(step), noise, costs)
@@ -232,7 +223,6 @@ class GumbelTopK:
             "anneal": self._anneal,
             "lr": self._lr,
             "seed": self._seed,
-            "mask_noise": "shared" if self._average is None else "replica",
         }
 
 

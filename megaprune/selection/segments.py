@@ -1,4 +1,4 @@
-"""Contiguous segments: every one of them, which is the oracle of methods that look for the best."""
+"""Contiguous segments of layers: all of them, the best one, and the cut that the removal of one leaves."""
 
 import itertools
 from collections.abc import Sequence, Set
@@ -8,8 +8,8 @@ from megaprune.selection.greedy import Evaluate
 from megaprune.utils.errors import MegapruneError
 
 
-def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
-    """What stays when a contiguous segment goes: for each first layer of it, the shortest that is long enough.
+def segments(budget: Budget, protected: Set[int]) -> list[list[int]]:
+    """The kept layers for each contiguous segment that can go: for each first layer, the shortest that is long enough.
 
     Empty if no segment between protected layers is.
     """
@@ -29,13 +29,18 @@ def windows(budget: Budget, protected: Set[int]) -> list[list[int]]:
     return [kept for kept in found if kept and budget.take([*kept, *range(budget.num_layers)], protected) == kept]
 
 
+def cut_positions(kept: Sequence[int], num_layers: int) -> list[int]:
+    """The positions among the kept layers of those behind a cut: their number, for a cut at the end."""
+    padded = [-1, *kept, num_layers]
+    return [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
+
+
 def cut_position(kept: Sequence[int], num_layers: int) -> int:
     """The position among the kept layers of the one behind the cut: their number, where the cut is at the end.
 
     Raises MegapruneError unless exactly one contiguous segment is gone.
     """
-    padded = [-1, *kept, num_layers]
-    cuts = [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
+    cuts = cut_positions(kept, num_layers)
     if len(cuts) != 1:
         raise MegapruneError(
             "--recovery-layers endpoints and --stitch need one contiguous cut; the kept layers "
@@ -54,9 +59,9 @@ def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
     return [position for position in (behind - 1, behind) if 0 <= position < len(kept)]
 
 
-def best_window(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:
-    """The segment whose removal hurts least, as what stays; of equals the first. None if there is no segment."""
-    candidates = windows(budget, protected)
+def best_segment(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:
+    """The kept layers for the segment whose removal hurts least; of equals the first. None if there is no segment."""
+    candidates = segments(budget, protected)
     if not candidates:
         return None
     losses = evaluate(candidates)

@@ -11,3 +11,7 @@ class UsageError(MegapruneError):
     """The command line or the recipe is wrong (exit status 2). The message names the flag."""
 
     exit_status = 2
+
+
+class RunStopped(Exception):
+    """A run was asked to stop: its checkpoint is saved, and the same call goes on from there."""

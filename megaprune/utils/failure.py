@@ -25,12 +25,19 @@ _INTERVAL_SECONDS, _CONNECT_SECONDS = 1.0, 20
 _KEY = "megaprune/failure"
 
 _watch: _Watch | None = None
+_ends_together = False
+
+
+def end_together() -> None:
+    """Has this process end when another rank fails, from `watch` on: as commands do, and a library must not."""
+    global _ends_together
+    _ends_together = True
 
 
 def watch() -> None:
     """Begins to look for other ranks' failures, where a launcher started several processes; once."""
     global _watch
-    if _watch is None and world_size() > 1 and "MASTER_PORT" in os.environ:
+    if _ends_together and _watch is None and world_size() > 1 and "MASTER_PORT" in os.environ:
         _watch = _Watch()
         atexit.register(stop)
 

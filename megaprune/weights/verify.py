@@ -2,6 +2,7 @@
 
 from tqdm import tqdm
 
+from megaprune.utils.progress import bars_are_shown
 from megaprune.weights.byte_ranges import first_difference
 from megaprune.weights.reader import TensorFiles
 from megaprune.weights.source import HFSource
@@ -16,7 +17,7 @@ def verify(first: HFSource, second: HFSource) -> tuple[int, list[str]]:
     files = TensorFiles()
     common = [name for name in names[0] if name in names[1]]
     equal = 0
-    for name in tqdm(common, unit=" tensors", dynamic_ncols=True):
+    for name in tqdm(common, unit=" tensors", dynamic_ncols=True, disable=not bars_are_shown()):
         places = [(source.stored_files[name], name) for source in (first, second)]
         described = [files.describe(*place) for place in places]
         if described[0] != described[1]:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from megaprune.benchmarks.timing import SavedActivations, interleaved, median_ratio
-from megaprune.cli.benchmark import run, train_step_table
+from megaprune.benchmarks.train_step import table
+from megaprune.cli.benchmark import run
 from megaprune.utils.errors import UsageError
 
 TINY = [
@@ -50,9 +51,9 @@ def test_masked_layers_keep_no_activations(result):
 
 
 def test_table_names_every_case(result):
-    table = train_step_table(result).splitlines()
-    assert len(table) == 2 + len(result["cases"]) and len({len(line) for line in table[1:]}) == 1
-    assert all(line.startswith(case["case"]) for line, case in zip(table[2:], result["cases"], strict=True))
+    lines = table(result).splitlines()
+    assert len(lines) == 2 + len(result["cases"]) and len({len(line) for line in lines[1:]}) == 1
+    assert all(line.startswith(case["case"]) for line, case in zip(lines[2:], result["cases"], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
+from tests.helpers.checkpoints import layers_in_config
+from tests.helpers.launch import torchrun
 
 WORKER = Path(__file__).with_name("bad_input_worker.py")
 PRUNE = Path(__file__).parents[2] / "tools" / "prune.py"
@@ -123,10 +125,10 @@ CASES = {
         hf_model=w.model_with_config("w3", intermediate_size=128),
     ),
     "more layers in the config": lambda w: bad(
-        "lacks model.layers.7.", hf_model=w.model_with_config("w4", num_hidden_layers=8)
+        "lacks model.layers.7.", hf_model=w.model_with_config("w4", **layers_in_config(8))
     ),
     "fewer layers in the config": lambda w: bad(
-        "holds model.layers.6.", hf_model=w.model_with_config("w5", num_hidden_layers=6)
+        "holds model.layers.6.", hf_model=w.model_with_config("w5", **layers_in_config(6))
     ),
     "surgery on weights of another shape": lambda w: bad(
         KEY, "is stored as", hf_model=w.model_with_tensor("w6", KEY, lambda t: t[:-1]), **SURGERY
@@ -368,13 +370,13 @@ def test_window_of_a_model_of_few_positions(outcomes):
     assert json.loads(after["good/surgery1/report.json"])["seq_length"] == 256
 
 
+@pytest.mark.parallel
 def test_one_line_from_all_ranks(workshop, tmp_path):
     """The second rank alone meets the NaN, before and after which the first has made the run folder."""
     model = workshop.model_with_tensor("n4", KEY, lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]))
     case = bad(hf_model=model, save=tmp_path / "parent" / "run", tensor_model_parallel_size=2)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "--log-dir", tmp_path / "logs", PRUNE, *argv(case, workshop)],
+        [*torchrun(2, "--redirects", "3"), "--log-dir", tmp_path / "logs", PRUNE, *argv(case, workshop)],
         env=tiny.environment(),
         capture_output=True,
         text=True,

@@ -119,18 +119,40 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
         cli.main("prune", [])
 
 
-def test_other_ranks_wait_for_the_first_and_say_nothing(main, monkeypatch):
+def test_other_ranks_wait_for_the_first_to_say_it(main, monkeypatch):
+    """Before any process group: what is refused is refused on every rank, and said once. What only one rank refuses, it
+    says itself, when it has waited."""
     waited, handlers = [], []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(cli.signal, "signal", lambda *args: handlers.append(args))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert main("prune", ["--no-such-flag"]) == (2, "", "")
-    assert waited == [60]
+    assert main("prune", ["--no-such-flag"])[2].count("\n") == 1
+    assert waited == [15]
     assert handlers == [(signal.SIGTERM, signal.SIG_DFL)], "a launcher must be able to end the wait"
     monkeypatch.setenv("RANK", "0")
     assert main("prune", ["--no-such-flag"])[2].count("\n") == 1
-    assert waited == [60]
+    assert waited == [15]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_of_several_ranks_that_fail_the_first_says_why(main, monkeypatch, is_first):
+    claimed, waited = [], []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(cli.failure, "claim", lambda *args: claimed.append(args) or is_first)
+    monkeypatch.setattr(prune, "run", verb_that_raises(RuntimeError("a bug")))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    status, out, err = main("prune", [])
+    assert (status, out) == (1, "")
+    assert claimed == [(1, "prune: error: rank 1: RuntimeError: a bug")]
+    if is_first:
+        assert err.startswith("Traceback") and err.endswith("prune: error: rank 1: RuntimeError: a bug\n")
+    else:
+        assert err == "" and waited == [5]
 
 
 def tool(*words):

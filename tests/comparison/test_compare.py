@@ -11,7 +11,7 @@ import yaml
 from megaprune.cli import main as cli
 from megaprune.comparison.grid import read_comparison
 from megaprune.comparison.ranking import Ranking
-from megaprune.comparison.table import rows_of, write_tables
+from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.utils.errors import UsageError
 from tests.helpers import tiny
 
@@ -139,6 +139,15 @@ def test_rows_are_means_over_seeds(tmp_path):
         assert [row["recovered_loss"] for row in csv.DictReader(file)] == ["3.5", "2.5"]
 
 
+def test_sizes_keep_their_type_beside_others(tmp_path):
+    results = [result("a", 1, [1, 2], 3.0) | {"size": 0.25}, result("m", 1, [1, 2], 3.0) | {"size": 2}]
+    write_tables(rows_of(results), tmp_path)
+    write_runs(results, tmp_path)
+    for name in ("table.csv", "runs.csv"):
+        with (tmp_path / name).open() as file:
+            assert [row["size"] for row in csv.DictReader(file)] == ["0.25", "2"]
+
+
 def test_ranks_and_models_are_shown_where_there_are_any(tmp_path):
     ranked = {"mask_kl": 0.25, "percentile": 12.5}
     results = [result("a", 1, [1, 2], 3.0) | {"model": "big"} | ranked, result("a", 1, [1, 2], 3.0)]
@@ -153,6 +162,7 @@ def test_a_mask_is_ranked_among_all():
     assert math.isnan(ranking.percentile([2, 3]))
 
 
+@pytest.mark.slow
 def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
     run = {
         "hf_model": str(tiny_model("qwen3_tied")),

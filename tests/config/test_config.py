@@ -299,7 +299,6 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
         (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--method", "clp", "--mask-noise", "replica"], "--mask-noise replica is for --method e3, not clp"),
         (E3 + ["--stitch", "linear-patch"], "--stitch linear-patch needs one contiguous cut, which --method e3"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         # iterations

@@ -12,7 +12,7 @@ from megatron.core.datasets import helpers  # noqa: F401  the wheel's compiled h
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megaprune.data.batches import calibration_ids, eval_batches, prepare_dataset, train_batches
-from megaprune.data.blend import Blend, find_blend, open_blend
+from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.mcore import datasets
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -40,8 +40,8 @@ def training(words, cache, *, num_samples=24, seed=7, seq_length=8, calibration=
     files = open_blend(blend, FLAG, seq_length, VOCAB)
     options = dict(seq_length=seq_length, seed=seed, pad_id=0, vocab_size=VOCAB, cache_dir=cache)
     if calibration:
-        return blend.calibration_windows(blend, files, most=calibration, **options)
-    return blend.training_windows(blend, files, num_samples=num_samples, **options)
+        return calibration_windows(blend, files, most=calibration, **options)
+    return training_windows(blend, files, num_samples=num_samples, **options)
 
 
 def all_windows(windows):

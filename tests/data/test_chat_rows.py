@@ -111,6 +111,16 @@ def test_structs_of_parquet_do_not_write_null(tokenizer, tmp_path):
     assert "null" not in text and "zone" in text
 
 
+def test_rows_of_the_hub(tokenizer, tmp_path, monkeypatch, capsys):
+    names = ("messages", "tools", "documents", "chat_template_kwargs", "source")
+    as_parquet(tmp_path / "a.parquet", [{name: (row | {"source": "s"}).get(name) for name in names} for row in ROWS])
+    rows = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    assert tokens("org/chats", tokenizer, tmp_path) == expected(tokenizer, ROWS)
+    assert capsys.readouterr().out.count("--train-data org/chats, row 1 of split train: the column 'source'") == 1
+
+
 def test_null_that_json_gives_stays(tokenizer, tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": PLAIN_CHAT, "tools": [tool]}]))

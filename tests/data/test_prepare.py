@@ -200,16 +200,17 @@ def test_hub_dataset_is_streamed_once(tokenizer, tmp_path, monkeypatch):
     assert asked == [("org/corpus-v1.5", "train"), ("org/corpus-v1.5", "validation"), ("corpus", "train")]
 
 
-def no_building(*args, **options):
-    raise AssertionError("built again")
-
-
 def cache_folder(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     return folder
 
 
-def test_cache_is_reused_at_any_sequence_length_by_a_fresh_process_and_after_a_move(tmp_path, monkeypatch):
+def files_of_cache(tmp_path):
+    """Every file of the cache, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+
+def test_cache_is_reused_at_any_sequence_length_by_a_fresh_process_and_after_a_move(tmp_path):
     first = make_tokenizer()
     # Truncation set in tokenizer.json is undone by the first call: the key must not depend on that.
     first.backend_tokenizer.enable_truncation(8)
@@ -219,10 +220,11 @@ def test_cache_is_reused_at_any_sequence_length_by_a_fresh_process_and_after_a_m
     moved = write(tmp_path / "elsewhere" / "a.jsonl", jsonl(ROWS))
     fresh = make_tokenizer()
     fresh.backend_tokenizer.enable_truncation(8)
-    monkeypatch.setattr(token_cache, "_build", no_building)
+    files = files_of_cache(tmp_path)
     for tokenizer in (first, fresh):
         again = prepare(moved, tokenizer, tmp_path, seq_length=5)
         assert again.fingerprint == built.fingerprint and again.tokens_total == built.tokens_total
+    assert files_of_cache(tmp_path) == files
 
 
 def test_cache_notices_other_data_keys_templates_and_tokenizers(tmp_path):

@@ -12,15 +12,13 @@ from megaprune.distillation.losses import (
     full_kl,
     gather_logits,
     teacher_targets,
-    token_weights,
-    top1,
     vocab_logsumexp,
 )
 from megaprune.utils.errors import MegapruneError, UsageError
 
 S, B, VOCAB, PADDED = 3, 2, 11, 16
 SHARD = VocabShard(start=0, size=PADDED, valid=VOCAB)
-TAILS = ["renormalised", "rest", "full"]
+TAILS = ["renormalized", "rest", "full"]
 
 
 def random_logits(seed, dtype=torch.float32, scale=3.0):
@@ -47,7 +45,7 @@ def reference_distillation(student, teacher, k, tail):
         p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=-1) for x in (p, q))
     else:
         p = top.softmax(-1)
-        q = student.gather(-1, indices).softmax(-1) if tail == "renormalised" else None
+        q = student.gather(-1, indices).softmax(-1) if tail == "renormalized" else None
         q = student.softmax(-1).gather(-1, indices) if q is None else q
     return (p * (p.log() - q.log())).sum(-1)
 
@@ -155,7 +153,6 @@ def test_equal_logits_rank_by_lower_index():
     targets = teacher_targets(logits.bfloat16(), 11, SHARD)
     assert targets.indices.tolist() == [1, 3, 10, 0, 6, 8, 4, 5, 2, 9, 7]
     assert targets.logits.tolist() == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -3.0]
-    assert top1(logits, SHARD).item() == 1
 
 
 @pytest.mark.parametrize("k", [1, 4, VOCAB - 1])
@@ -189,10 +186,6 @@ def test_more_teacher_logits_than_vocabulary_are_refused():
         teacher_targets(TEACHER, VOCAB + 1, SHARD)
 
 
-def test_top1_is_the_argmax():
-    assert torch.equal(top1(TEACHER, SHARD), TEACHER[..., :VOCAB].argmax(-1))
-
-
 @pytest.mark.parametrize("tail", TAILS)
 def test_distillation_from_the_whole_vocabulary_is_the_full_kl(tail):
     student = random_logits(0)
@@ -207,7 +200,7 @@ def test_distillation_from_the_whole_vocabulary_is_the_full_kl(tail):
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tail):
     targets = teacher_targets(TEACHER, 4, SHARD)
     value, grad = value_and_grad(lambda z: distillation_loss(z, targets, SHARD, tail), TEACHER)
-    if tail == "full":  # the teacher renormalised on its top k is not the student: -log of the top k's mass
+    if tail == "full":  # the teacher renormalized on its top k is not the student: -log of the top k's mass
         log_mass = targets.logits.logsumexp(-1) - targets.logsumexp
         torch.testing.assert_close(value, -log_mass, atol=1e-6, rtol=1e-5)
     else:
@@ -251,11 +244,10 @@ def test_unknown_tail_is_refused():
         distillation_loss(TEACHER, teacher_targets(TEACHER, 4, SHARD), SHARD, "none")
 
 
-def test_token_weights():
-    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+def test_targets_are_mapped_split_and_stacked():
     targets = teacher_targets(TEACHER, 4, SHARD)
-    assert torch.equal(token_weights("kl", mask, targets), mask)
-    assert torch.equal(token_weights("ce", mask, None), mask)
-    assert torch.equal(token_weights("adaptive", mask, targets), targets.entropy * mask)
-    with pytest.raises(MegapruneError, match="--distill-loss adaptive"):
-        token_weights("adaptive", mask, None)
+    doubled = targets.map(lambda column: 2 * column)
+    assert torch.equal(doubled.indices, 2 * targets.indices) and torch.equal(doubled.entropy, 2 * targets.entropy)
+    again = TeacherTargets.stack([targets.window(place) for place in range(TEACHER.shape[1])])
+    for name in ("indices", "logits", "logsumexp", "entropy"):
+        assert torch.equal(getattr(again, name), getattr(targets, name)), name

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
-from megaprune.cli.evaluate import EvaluateConfig
-from megaprune.cli.evaluate import evaluate as evaluate_by_flags
+from megaprune.cli.evaluate import run as evaluate_by_flags
 from megaprune.evaluation.perplexity import evaluate_model
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -157,10 +156,9 @@ def on_cpu(monkeypatch):
 
 def test_command_prints_and_writes(student, teacher, data, tmp_path, capsys, on_cpu):
     output = tmp_path / "results" / "student.json"
-    result = evaluate_by_flags(
-        EvaluateConfig(student, [data], teacher=teacher, output=str(output), seq_length=SEQ_LENGTH)
-    )
-    assert json.loads(output.read_text()) == result
+    words = ["--hf-model", student, "--data", data, "--teacher", teacher, "--output", output]
+    evaluate_by_flags([*map(str, words), "--seq-length", str(SEQ_LENGTH)])
+    result = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert f"loss             {result['loss']:.4f} nats" in printed
     assert f"top-1 agreement  {result['top1_agreement']:.2%}" in printed
@@ -170,11 +168,11 @@ def test_command_prints_and_writes(student, teacher, data, tmp_path, capsys, on_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "give --data, --tasks or both"),
-        ({"teacher": "t", "tasks": "a"}, "--teacher needs --data"),
-        ({"data": ["d"], "output": "."}, "--output . is a folder"),
+        ([], "give --data, --tasks or both"),
+        (["--teacher", "t", "--tasks", "a"], "--teacher needs --data"),
+        (["--data", "d", "--output", "."], "--output . is a folder"),
     ],
 )
 def test_command_refuses_flags_that_do_not_go_together(flags, message):
     with pytest.raises(UsageError, match=message):
-        evaluate_by_flags(EvaluateConfig("model", **flags))
+        evaluate_by_flags(["--hf-model", "model", *flags])

@@ -1,12 +1,13 @@
 """The call of lm_eval, against a stand-in with its signatures: the package is an optional extra."""
 
+import json
 import sys
 import types
 
 import pytest
 import torch
 
-from megaprune.cli.evaluate import EvaluateConfig, evaluate
+from megaprune.cli.evaluate import run
 from megaprune.evaluation.harness import run_harness
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -67,8 +68,8 @@ def test_package_missing(monkeypatch):
         run_harness("model", ["arc_easy"])
 
 
-def test_tasks_stand_in_the_table_and_the_result(calls, monkeypatch, capsys):
+def test_tasks_stand_in_the_table_and_the_result(calls, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("megaprune.device.torch_device", lambda: torch.device("cpu"))
-    result = evaluate(EvaluateConfig("model", tasks="arc_easy,"))
-    assert result == {"hf_model": "model", "tasks": RESULTS}
-    assert capsys.readouterr().out == "model\n  arc_easy acc,none  0.5000\n"
+    run(["--hf-model", "model", "--tasks", "arc_easy,", "--output", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text()) == {"hf_model": "model", "tasks": RESULTS}
+    assert capsys.readouterr().out.startswith("model\n  arc_easy acc,none  0.5000\n\nwritten to ")

@@ -60,3 +60,8 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 
 def read_index(folder: Path) -> dict[str, str]:
     return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def layers_in_config(number: int) -> dict:
+    """Return settings that agree on a number of layers, which the weights may not have."""
+    return {"num_hidden_layers": number, "layer_types": ["full_attention"] * number}

@@ -124,6 +124,20 @@ QWEN3_32B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+DEEPSEEK_R1_0528_QWEN3_8B = QWEN3_32B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "rope_scaling": {
+        "attn_factor": 0.8782488562869419,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "rope_type": "yarn",
+    },
+}
 QWEN3_30B_A3B = QWEN3_32B | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "decoder_sparse_step": 1,

@@ -1,5 +1,6 @@
 """Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
 
+import itertools
 import json
 import keyword
 import os
@@ -15,8 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
-from megaprune.selection.budget import Budget
-from megaprune.selection.gumbel_topk import GumbelTopK
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -166,6 +165,13 @@ def make_data(path: Path, rows: int, seed: int) -> Path:
     return path
 
 
+def make_data_folder(folder: Path, train_rows: int, valid_rows: int) -> Path:
+    """Write train.jsonl and valid.jsonl."""
+    make_data(folder / "train.jsonl", rows=train_rows, seed=1)
+    make_data(folder / "valid.jsonl", rows=valid_rows, seed=2)
+    return folder
+
+
 def _sentence(rng: random.Random) -> str:
     return " ".join(rng.choices(keyword.kwlist, k=rng.randint(4, 12)))
 
@@ -229,12 +235,6 @@ class FixedMask:
         self.mask_grad = mask_grad
 
 
-def own_search(replica: int, average: Callable[[torch.Tensor], torch.Tensor]) -> GumbelTopK:
-    """A search over 7 layers whose replicas draw masks of their own."""
-    budget, scores = Budget.of_layers(7, 4), torch.linspace(-0.5, 0.5, 7)
-    return GumbelTopK(scores, budget, {0, 6}, 10, seed=3, ramp=0.1, replica=replica, average=average)
-
-
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
     flags = {
@@ -288,19 +288,25 @@ def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
 
 
-def run_here(argv: Sequence[str]) -> None:
+def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
     """A run in this process, as the command line would do it; another may follow."""
+    from megaprune import api
+    from megaprune.cli.console import console
     from megaprune.cli.prune import parse_config
-    from megaprune.mcore import parallel
-    from megaprune.pruning.runner import run
+    from megaprune.cli.signals import StopRequest
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        run(parse_config(argv), "prune.py")
+        with console():
+            api.prune(parse_config(argv), should_stop=should_stop or StopRequest(), command="prune.py")
     finally:
-        if torch.distributed.is_initialized():
-            parallel.finish()
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def stop_after(iterations: int | None) -> Callable[[], bool]:
+    """Asks a run to stop when so many iterations of it are done (None: never)."""
+    asked = itertools.count()  # the first time before any iteration
+    return lambda: next(asked) == iterations
 
 
 def environment() -> dict[str, str]:

@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from megaprune.distillation.teachers import vocab_shard
-from megaprune.importance.auto import choose_automatically, num_windows
-from megaprune.importance.evaluator import Judge
-from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses, shared_cost
-from megaprune.importance.methods import choose_layers
+from megaprune.importance.evaluator import LayerEvaluator
+from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
-from megaprune.mcore.layers.gated import LayerGate, layers_of
+from megaprune.mcore.layers.gated import LayerGate, transformer_layers
 from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.selection.auto import num_windows
 from megaprune.selection.budget import Budget
 from megaprune.selection.local_search import neighbours
-from megaprune.selection.segments import windows
+from megaprune.selection.masks import shared_cost
+from megaprune.selection.registry import find
+from megaprune.selection.segments import segments
 from megaprune.utils.errors import UsageError
 from megaprune.weights.source import HFSource
 from tests.helpers import tiny
@@ -90,7 +91,9 @@ def test_masks_that_begin_alike_share_their_first_layers(gated, loss):
     masks = torch.stack([mask_of(kept) for kept in sets])
     alone = torch.cat([mask_losses(model, gate, BATCHES, mask[None], shard, loss) for mask in masks])
     runs = []
-    hooks = [layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for layer in layers_of(model)]
+    hooks = [
+        layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for layer in transformer_layers(model)
+    ]
     together = mask_losses(model, gate, BATCHES, masks, shard, loss)
     for hook in hooks:
         hook.remove()
@@ -136,37 +139,45 @@ def test_gradient_in_a_soft_mask_is_that_of_its_loss(gated):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def judge_of(gated, batches=BATCHES, budget=THREE):
+def evaluator_of(gated, batches=BATCHES, budget=THREE):
     model, gate, shard = gated
-    return Judge(model, gate, lambda count, skip: batches, len(batches), budget, shard)
+    return LayerEvaluator(model, gate, lambda count, skip: batches, len(batches), budget, shard)
+
+
+def choose_layers(name, evaluator, budget, protected=PROTECTED, **flags):
+    """The choice of a method, with these flags or its usual ones."""
+    usual = {"mask_init_scale": 1.0, "seed": 0, "search_iters": 60, "criterion": "perplexity"}
+    method = find(name)
+    return method.choose(budget, protected, method.options(usual | flags), evaluator)
 
 
 @pytest.mark.parametrize("method", ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution", "clp"])
 def test_methods_keep_exactly_the_budget(gated, method):
-    choices = [choose_layers(method, judge_of(gated), THREE, PROTECTED, 1.0, 0) for _ in range(2)]
+    evaluators = [evaluator_of(gated) for _ in range(2)]
+    choices = [choose_layers(method, evaluator, THREE) for evaluator in evaluators]
     assert choices[0] == choices[1]
     assert len(choices[0].kept_layers) == 4 and set(choices[0].kept_layers) >= PROTECTED
-    assert choices[0].tokens > 0
+    assert evaluators[0].tokens == evaluators[1].tokens > 0
 
 
 def test_choices_are_the_best_by_their_measure(gated):
-    judge = judge_of(gated)
-    without = {layer: judge.losses([[i for i in range(7) if i != layer]])[0] for layer in range(1, 6)}
-    kl_init = choose_layers("kl-init", judge_of(gated), THREE, PROTECTED, 1.0, 0)
+    evaluator = evaluator_of(gated)
+    without = {layer: evaluator.losses([[i for i in range(7) if i != layer]])[0] for layer in range(1, 6)}
+    kl_init = choose_layers("kl-init", evaluator_of(gated), THREE)
     assert set(kl_init.kept_layers) == PROTECTED | set(sorted(without, key=without.get)[3:])
-    segment = choose_layers("exhaustive", judge_of(gated), THREE, PROTECTED, 1.0, 0).kept_layers
-    assert judge.losses([segment])[0] == min(judge.losses(windows(THREE, PROTECTED)))
+    segment = choose_layers("exhaustive", evaluator_of(gated), THREE).kept_layers
+    assert evaluator.losses([segment])[0] == min(evaluator.losses(segments(THREE, PROTECTED)))
     one_less = Budget.of_layers(7, 6)
-    first = choose_layers("sleb", judge_of(gated), one_less, PROTECTED, 1.0, 0).kept_layers
+    first = choose_layers("sleb", evaluator_of(gated), one_less).kept_layers
     every = [[i for i in range(7) if i != layer] for layer in range(1, 6)]
-    assert judge.losses([first], "ce")[0] == min(judge.losses(every, "ce"))
+    assert evaluator.losses([first], "ce")[0] == min(evaluator.losses(every, "ce"))
 
 
 def test_shortened_keeps_the_first_four_and_the_last_two(gated):
-    choice = choose_layers("shortened", judge_of(gated), Budget.of_layers(7, 6), PROTECTED, 1.0, 0)
+    choice = choose_layers("shortened", evaluator_of(gated), Budget.of_layers(7, 6))
     assert choice.kept_layers == [0, 1, 2, 3, 5, 6]
     with pytest.raises(UsageError, match="shortened keeps the first 4 layers and the last 2"):
-        choose_layers("shortened", judge_of(gated), THREE, PROTECTED, 1.0, 0)
+        choose_layers("shortened", evaluator_of(gated), THREE)
 
 
 def test_shortened_weighs_what_is_lost_against_price():
@@ -183,7 +194,7 @@ def test_shortened_weighs_what_is_lost_against_price():
         def without_each(self, protected, loss):
             return torch.tensor(self.losses([[i for i in range(12) if i != layer] for layer in range(12)], loss))
 
-    assert 4 not in choose_layers("shortened", Losses(), budget, PROTECTED).kept_layers
+    assert 4 not in choose_layers("shortened", Losses(), budget).kept_layers
 
 
 def test_taylor_importance_is_that_of_autograd(gated, tiny_model):
@@ -196,29 +207,29 @@ def test_taylor_importance_is_that_of_autograd(gated, tiny_model):
     expected = torch.stack(
         [sum((p * p.grad).abs().sum() for p in layer.parameters()).detach() for layer in model.model.layers]
     )
-    judge = judge_of(gated)
-    torch.testing.assert_close(judge.taylor_importance(), expected, rtol=1e-4, atol=0)
+    evaluator = evaluator_of(gated)
+    torch.testing.assert_close(evaluator.taylor_importance(), expected, rtol=1e-4, atol=0)
     # and leaves nothing behind
     assert all(p.grad is None and not hasattr(p, "main_grad") for p in gated[0].parameters())
-    torch.testing.assert_close(judge.taylor_importance(), expected, rtol=1e-4, atol=0)
-    choice = choose_layers("shortened", judge, Budget.of_layers(7, 6), PROTECTED, criterion="taylor")
+    torch.testing.assert_close(evaluator.taylor_importance(), expected, rtol=1e-4, atol=0)
+    choice = choose_layers("shortened", evaluator, Budget.of_layers(7, 6), criterion="taylor")
     assert choice.kept_layers == [0, 1, 2, 3, 5, 6]
 
 
 def test_no_segment_is_refused(gated):
     with pytest.raises(UsageError, match="no contiguous segment"):
-        choose_layers("exhaustive", judge_of(gated), THREE, frozenset({0, 2, 4, 6}), 1.0, 0)
+        choose_layers("exhaustive", evaluator_of(gated), THREE, frozenset({0, 2, 4, 6}))
 
 
-def auto_judges(gated):
-    return judge_of(gated), judge_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
+def auto_evaluators(gated):
+    return evaluator_of(gated), evaluator_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
 
 
 def test_auto_takes_the_best_of_its_candidates(gated):
-    judge, held_out = auto_judges(gated)
-    choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens=100_000)
+    evaluator, held_out = auto_evaluators(gated)
+    choice = find("auto").choose(THREE, PROTECTED, {"selection_budget": 100_000, "seed": 0}, evaluator, held_out)
     names = [candidate["name"] for candidate in choice.candidates]
-    assert names[:5] == ["kl-init", "block influence", "best window", "greedy", "e3, weights frozen"]
+    assert names[:5] == ["kl-init", "block influence", "best segment", "greedy", "e3, weights frozen"]
     assert len(names) == 7 and all(name.endswith(", swapped") for name in names[5:])
     chosen = [candidate for candidate in choice.candidates if candidate["chosen"]]
     assert len(chosen) == 1 and chosen[0]["kept_layers"] == choice.kept_layers
@@ -226,21 +237,20 @@ def test_auto_takes_the_best_of_its_candidates(gated):
     assert held_out.losses([choice.kept_layers])[0] == chosen[0]["kl"]
     # with all the swaps it can pay, no single swap is better on the text that it looked at
     for swapped in (candidate["kept_layers"] for candidate in choice.candidates[5:]):
-        around = judge.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
+        around = evaluator.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
         assert around[0] == min(around)
 
 
 @pytest.mark.parametrize("tokens", [1, 3_000, 6_000, 20_000])
 def test_auto_stays_within_its_budget(gated, tokens):
     """Unless it is less than what the candidates cost on one window: then swaps and search are left out."""
-    judge, held_out = auto_judges(gated)
-    choice = choose_automatically(judge, held_out, THREE, PROTECTED, tokens)
-    assert choice.tokens == judge.tokens + held_out.tokens
+    evaluator, held_out = auto_evaluators(gated)
+    choice = find("auto").choose(THREE, PROTECTED, {"selection_budget": tokens, "seed": 0}, evaluator, held_out)
     if tokens == 1:
         assert [candidate["tokens"] for candidate in choice.candidates[4:]] == [0, 0]
     windows_seen = num_windows(THREE, PROTECTED, tokens, BATCHES[0].tokens.shape[1], asked=False)
     if windows_seen >= len(BATCHES):
-        assert choice.tokens <= tokens
+        assert evaluator.tokens + held_out.tokens <= tokens
 
 
 def test_auto_refuses_a_budget_that_is_too_small():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megaprune.evaluation.perplexity import evaluate_model
-from megaprune.mcore import parallel
-from megaprune.pruning import prepare
-from megaprune.pruning.signals import StopRequest
+from megaprune.pruning import resolve
 from megaprune.report.metrics import read_metrics
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from tests.helpers import tiny
+
+pytestmark = pytest.mark.slow
 
 
 def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
@@ -79,12 +79,8 @@ def test_a_search_with_frozen_weights_recovers_from_the_source_and_resumes(
 
     tiny.run_here(argv("whole"))
     for stop in (2, 3):  # in the search, and in recovery
-        with monkeypatch.context() as stopping:
-            asked = iter(range(1, 100))
-            stopping.setattr(StopRequest, "agreed", lambda self, asked=asked, stop=stop: next(asked) == stop)
-            stopping.setattr(parallel, "leave", lambda: None)
-            with pytest.raises(SystemExit):
-                tiny.run_here(argv("stopped"))
+        with pytest.raises(RunStopped):
+            tiny.run_here(argv("stopped"), tiny.stop_after(stop))
     tiny.run_here(argv("stopped"))
     whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
     for key in ("kept_layers", "scores", "valid"):
@@ -147,14 +143,10 @@ def test_a_stitch_needs_one_cut_and_training(tiny_model, tiny_data, tmp_path, wo
 def test_a_resumed_run_keeps_its_batch(tiny_model, tiny_data, tmp_path, monkeypatch):
     argv = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "--train-iters", "4")
     argv = [*argv, "--search-iters", "2", "--lr-warmup-iters", "0"]
-    with monkeypatch.context() as stopping:
-        asked = iter(range(1, 100))
-        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 1)
-        stopping.setattr(parallel, "leave", lambda: None)
-        with pytest.raises(SystemExit):
-            tiny.run_here(argv)
+    with pytest.raises(RunStopped):
+        tiny.run_here(argv, tiny.stop_after(1))
     with monkeypatch.context() as elsewhere:  # as on other processes, where the flag is left out
-        elsewhere.setattr(prepare, "global_batch_size", lambda *args: 2)
+        elsewhere.setattr(resolve, "global_batch_size", lambda *args: 2)
         with pytest.raises(UsageError, match="began with 4.*--global-batch-size 4"):
             tiny.run_here(argv)
     tiny.run_here(argv)
@@ -166,12 +158,8 @@ def test_sheared_searches_and_resumes(tiny_model, tiny_data, tmp_path, monkeypat
         return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags)
 
     tiny.run_here(argv("whole"))
-    with monkeypatch.context() as stopping:
-        asked = iter(range(1, 100))
-        stopping.setattr(StopRequest, "agreed", lambda self: next(asked) == 2)
-        stopping.setattr(parallel, "leave", lambda: None)
-        with pytest.raises(SystemExit):
-            tiny.run_here(argv("stopped"))
+    with pytest.raises(RunStopped):
+        tiny.run_here(argv("stopped"), tiny.stop_after(2))
     tiny.run_here(argv("stopped"))
     whole, stopped = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped"))
     assert whole["num_layers"] == 5 and len(whole["scores"]) == 7

@@ -46,9 +46,7 @@ def gradients(source, mask, gate, recompute=None, trainable=""):
     shard = vocab_shard(source.family.architecture(source.config))
     batches = [tiny.make_batch(tokens) for tokens in tiny.random_tokens(4, 21).split(2)]
     gate.set(torch.tensor(mask))
-    schedule.forward_backward(
-        model, batches, lambda logits, number: cross_entropy(logits, batches[number].labels.t(), shard).mean()
-    )
+    schedule.forward_backward(model, batches, lambda logits, tokens: cross_entropy(logits, tokens.labels, shard).mean())
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     # a layer that was skipped has no gradient where autograd computes zeros
     return {name: 0.0 if grad is None else grad for name, grad in grads.items()} | {"mask": gate.take_gradient()}

@@ -16,7 +16,7 @@ from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, adapted_layers, adapters_off, is_adapter, merge_adapters
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.pruning.prepare import prepare
+from megaprune.pruning.resolve import open_run
 from megaprune.utils.errors import UsageError
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
@@ -193,11 +193,10 @@ def test_refused_are_targets_that_the_model_does_not_have(tiny_model, tiny_data,
     with pytest.raises(
         UsageError, match="--lora-target-modules linear_qkv is no linear layer of this model: choose of"
     ):
-        prepare(parse_config(tiny.prune_argv(tiny_model("deepseek_v3"), tiny_data, tmp_path / "run", *flags)))
-    setup = prepare(
-        parse_config(tiny.prune_argv(tiny_model("qwen3"), tiny_data, tmp_path / "run", *flags[:3], flags[4]))
-    )
-    assert setup.lora == LoRAOptions(4, 8.0, ("linear_qkv",))
+        open_run(parse_config(tiny.prune_argv(tiny_model("deepseek_v3"), tiny_data, tmp_path / "run", *flags)), 1)
+    argv = tiny.prune_argv(tiny_model("qwen3"), tiny_data, tmp_path / "run", *flags[:3], flags[4])
+    options, _ = open_run(parse_config(argv), 1)
+    assert options.lora == LoRAOptions(4, 8.0, ("linear_qkv",))
 
 
 def test_adapters_stand_where_they_were_asked_for(tiny_model):

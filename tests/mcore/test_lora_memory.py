@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megaprune.benchmarks.timing import SavedActivations
 from megaprune.data.batches import Batch
+from megaprune.distillation.objectives import make_objective
 from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, vocab_shard
 from megaprune.mcore import parallel
 from megaprune.mcore.adapters import attach_adapters
@@ -21,7 +22,7 @@ from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.models import family_of
-from megaprune.pruning.step import Objective, train_step
+from megaprune.pruning.step import train_step
 
 RANK, SEQ_LENGTH, MICRO_BATCH = 8, 256, 1
 # DeepSeek-V3's shape on a small scale: most of the parameters are experts'.
@@ -90,7 +91,7 @@ def measure(lora: bool, teacher: str | None, bf16: bool) -> Memory:
         teaches = OnlineTeacher(beside, shard, top_k=10)
     elif teacher == "self":
         teaches = SelfTeacher(trainer.ddp, gate, shard, top_k=10)
-    objective = Objective("adaptive" if teaches else "ce", "rest", shard, teaches)
+    objective = make_objective("adaptive" if teaches else "ce", "rest", shard, teaches)
     train_step(trainer, [batch(arch.vocab_size)], objective, 0)  # makes the optimizer's state
     activations = SavedActivations(model.parameters())
 
@@ -153,6 +154,7 @@ def measured():
     parallel.finish()
 
 
+@pytest.mark.slow
 def test_frozen_weights_take_their_own_memory_and_no_more(measured):
     everything, lora = measured["all weights"], measured["LoRA"]
     assert everything.weights == 4 * everything.trained

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from megaprune.mcore.pipeline_layout import balanced_stages, layout_string, stages_of
+from megaprune.mcore.pipeline_layout import balanced_stages, layout_string, parse_layout
 from megaprune.utils.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def test_fewer_layers_than_stages_are_refused():
 
 @pytest.mark.parametrize("stages", [[7], [4, 3], [1, 5, 1]])
 def test_layouts_are_read_as_they_are_written(stages):
-    assert stages_of(layout_string(stages), len(stages), 7) == stages
+    assert parse_layout(layout_string(stages), len(stages), 7) == stages
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_layouts_are_read_as_they_are_written(stages):
 )
 def test_layouts_that_do_not_fit_are_refused(layout, num_stages):
     with pytest.raises(UsageError, match="--pipeline-model-parallel-layout"):
-        stages_of(layout, num_stages, 7)
+        parse_layout(layout, num_stages, 7)

@@ -112,7 +112,7 @@ SWITCHES = {
     "pangu_ultra_moe": ["sandwich_norm", "router_enable_expert_bias", "norm_topk_prob"],
 }
 LAYERS = {"qwen3_moe": ["mlp_only_layers", "layer_types"], "llama": ["layer_types"], "deepseek_v3": ["layer_types"]}
-_NO_NUMBER = ["4096", [4096], {}, True, -1, math.nan, math.inf, -math.inf]
+_NO_NUMBER = ["4096", [4096], {}, True, -1, math.nan, math.inf, -math.inf, 10**400]
 WRONG = [
     (WHOLE, [*_NO_NUMBER, None, 2.5, 0]),
     (WHOLE_OR_NULL, [*_NO_NUMBER, 2.5]),
@@ -136,7 +136,7 @@ BY_TYPE = {config["model_type"]: config for config in (DENSE | MOE).values()}
 def test_values_of_a_wrong_type(model_type, key, value):
     said = refusal(BY_TYPE[model_type] | {key: value})
     assert said.startswith(f"{model_type}: ") and "belongs" in said and len(said) < 200
-    assert f"{value!r}" in said
+    assert f"{value!r}"[:50] in said
 
 
 def test_layer_types_are_as_many_as_the_layers():

@@ -13,10 +13,18 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from megaprune.mcore.rotary import inverse_frequencies
-from megaprune.models import family_of
+from megaprune.mcore.rotary import inverse_frequencies, softmax_scale
+from megaprune.models import RopeScaling, family_of
 from megaprune.utils.errors import MegapruneError
-from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_3_1_8B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
+from tests.helpers.real_configs import (
+    DEEPSEEK_R1,
+    DEEPSEEK_R1_0528_QWEN3_8B,
+    LLAMA_3_1_8B,
+    OPENPANGU_ULTRA,
+    QWEN2_5_14B,
+    QWEN3_30B_A3B,
+    QWEN3_32B,
+)
 
 MODULES = {
     "llama": LlamaRotaryEmbedding,
@@ -119,6 +127,23 @@ def test_table_has_different_answers():
         arch = family_of(BASES["llama"]).architecture(BASES["llama"] | settings)
         seen.add(tuple(inverse_frequencies(arch.rotary_base, arch.head_dim, arch.rope_scaling).tolist()))
     assert len(seen) == 6
+
+
+def test_a_release_with_yarn_and_attn_factor():
+    """transformers ignores attn_factor: the factor on cosine and sine follows from the scaling alone."""
+    with pytest.warns(UserWarning, match="attn_factor .* is ignored, as transformers ignores it"):
+        arch = family_of(DEEPSEEK_R1_0528_QWEN3_8B).architecture(DEEPSEEK_R1_0528_QWEN3_8B)
+    assert arch.rotary_base == 1e6
+    assert arch.rope_scaling == RopeScaling(
+        "yarn",
+        4.0,
+        original_max_position_embeddings=32768,
+        beta_fast=32,
+        beta_slow=1,
+        truncate=True,
+        attention_factor=0.1 * math.log(4.0) + 1,
+    )
+    assert math.isclose(softmax_scale(arch), 1.1386294361119891**2 / math.sqrt(128), rel_tol=1e-12)
 
 
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}

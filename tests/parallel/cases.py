@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megaprune.distillation.objectives import make_objective
 from megaprune.distillation.teachers import vocab_shard
-from megaprune.importance.evaluator import Judge
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import (
@@ -22,9 +23,9 @@ from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.signals import StopRequest
-from megaprune.pruning.step import Objective, search_step
+from megaprune.pruning.step import search_step
 from megaprune.selection.budget import Budget
+from megaprune.utils.errors import RunStopped
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config
 from megaprune.weights.torch_dist.layout import checkpoint_key
@@ -90,38 +91,15 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
     import_weights(built, source)
     batches = tiny.uneven_batches([1, 1, 1, 1])[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    judge = Judge(
+    evaluator = LayerEvaluator(
         built, gate, lambda *_: batches, len(batches), Budget.of_layers(arch.num_layers, 4), vocab_shard(arch)
     )
-    taylor = judge.taylor_importance()
+    taylor = evaluator.taylor_importance()
     trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    result = search_step(trainer, batches, Objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
+    result = search_step(trainer, batches, make_objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
     found = {"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad, "taylor": taylor}
     torch.save(found, f"{out}.{parallel.rank()}")
     parallel.finish()
-
-
-def own_masks(hf_model: str, sizes: dict[str, Any], out: str) -> None:
-    """One step of search with a mask of each replica's own: to ``out``, that mask and the selector's state."""
-    sizes = ParallelSizes(**sizes)
-    parallel.initialize(sizes)
-    replica, replicas = parallel.data_parallel_rank(), parallel.data_parallel_size()
-    search = tiny.own_search(replica, parallel.mean_over_replicas)
-    mask = search.mask(0)
-    step_of_own_mask(hf_model, sizes, tiny.uneven_batches([1, 1, 1, 1])[replica::replicas], search)
-    torch.save({"mask": mask, "state": search.state_dict()}, f"{out}.{parallel.rank()}")
-    parallel.finish()
-
-
-def step_of_own_mask(hf_model: str, sizes: ParallelSizes, batches: list, selector: Any) -> None:
-    """One step of search from a model's own weights."""
-    source, gate = HFSource(hf_model), LayerGate()
-    arch, engine = source.family.architecture(source.config), EngineOptions(sizes)
-    built = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine, gate)
-    import_weights(built, source)
-    trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    objective = Objective("ce", "rest", vocab_shard(arch), None)
-    search_step(trainer, batches, objective, 0, selector, gate, own_masks=True)
 
 
 def prune(argv: list[str]) -> None:
@@ -132,26 +110,15 @@ def prune(argv: list[str]) -> None:
 def interrupted_prune(stops: list[list[Any]]) -> None:
     """A run in several goes, each with flags of its own, stopped when this many iterations of it are done (None: at
     the end)."""
-    agreed, leave = StopRequest.agreed, parallel.leave
-    parallel.leave = lambda: None  # these processes go on with other cases
-    try:
-        for argv, iterations in stops:
-            stop_after(iterations)
-            try:
-                tiny.run_here(argv)
-            except SystemExit as stopped:
-                assert iterations is not None and stopped.code == 0
-            else:
-                assert iterations is None, f"the run was not stopped after {iterations} iterations"
-    finally:
-        StopRequest.agreed, parallel.leave = agreed, leave
+    for argv, iterations in stops:
+        try:
+            tiny.run_here(argv, tiny.stop_after(iterations))
+        except RunStopped:
+            assert iterations is not None
+        else:
+            assert iterations is None, f"the run was not stopped after {iterations} iterations"
 
 
-def stop_after(iterations: int | None) -> None:
-    asked = iter(range(1, 1_000_000))
-    StopRequest.agreed = lambda self: next(asked) == iterations
-
-
-def whole_vocabulary(logits: torch.Tensor, number: int) -> torch.Tensor:
+def whole_vocabulary(logits: torch.Tensor, tokens: schedule.LossTokens) -> torch.Tensor:
     """The logits [s, b, padded vocab] from each rank's [s, b, vocab / tp]."""
     return torch.cat(gather_over_tensor_parallel(logits), dim=-1)

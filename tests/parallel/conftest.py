@@ -1,21 +1,17 @@
 """The cases of all parallel tests, run once for each number of processes."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 import torch
 
 from megaprune.cli import main as cli
 from tests.helpers import tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import Launched, launch_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
-    OWN_MASKS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
@@ -30,22 +26,6 @@ LOADED = ("moe_tp2_sp", "moe_pp2")
 IN_BF16 = ("llama3", "qwen3_moe")
 
 
-@dataclass
-class Results:
-    """The folders that the cases of one number of processes left."""
-
-    folder: Path
-
-    def model(self, family, layout):
-        return self.folder / f"model-{family}-{layout}"
-
-    def step(self, layout):
-        return self.folder / f"step-{layout}"
-
-    def run(self, name):
-        return self.folder / f"run-{name}"
-
-
 @pytest.fixture(scope="session")
 def source(tiny_model):
     """Gives a family's model; most in several files, some stored in bf16, the others in fp32."""
@@ -54,23 +34,14 @@ def source(tiny_model):
 
 @pytest.fixture(scope="session")
 def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
-    """Gives the results of a number of processes."""
+    """Gives the results of a number of processes; a case's path fails the test with the traceback of that case."""
     launched = {}
 
-    def get(num_processes):
+    def get(num_processes) -> Launched:
         if num_processes not in launched:
-            found = Results(tmp_path_factory.mktemp(f"processes{num_processes}"))
-            try:
-                launch(
-                    num_processes,
-                    _cases(num_processes, found, tiny_model, stored_model, source, tiny_data),
-                    found.folder,
-                )
-                launched[num_processes] = found
-            except pytest.fail.Exception as failure:
-                launched[num_processes] = failure
-        if isinstance(launched[num_processes], BaseException):
-            raise launched[num_processes]
+            folder = tmp_path_factory.mktemp(f"processes{num_processes}")
+            cases = _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data)
+            launched[num_processes] = launch_cases(num_processes, cases, folder)
         return launched[num_processes]
 
     return get
@@ -84,84 +55,60 @@ def _imported(model, folder):
     return out
 
 
-def _cases(num_processes, results, tiny_model, stored_model, source, tiny_data):
-    def argv(name, flags):
-        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags)
+def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
+    """The cases of one number of processes, each named as what it leaves in the folder."""
 
-    def moe_argv(name, flags):
+    def argv(name, flags):
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, folder / name, *flags)
+
+    def moe_argv(layout, flags):
         model = tiny_model("deepseek_v3")
-        argv = tiny.moe_prune_argv(model, tiny_data, results.run(name), *flags)
-        if name in LOADED:
+        argv = tiny.moe_prune_argv(model, tiny_data, folder / f"run-{layout}", *flags)
+        if layout in LOADED:
             argv[argv.index("--hf-model")] = "--load"
-            argv[argv.index(str(model))] = str(_imported(model, results.folder))
+            argv[argv.index(str(model))] = str(_imported(model, folder))
         return argv
 
-    def select_argv(method, flags, save):
-        return tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, method, *flags)
+    def of_layouts(layouts):
+        return {layout: given for layout, (processes, given) in layouts.items() if processes == num_processes}
 
-    cases = [
-        dict(kind="model", hf_model=source(family), sizes=sizes, out=results.model(family, layout))
+    cases = {
+        name: dict(kind="model", hf_model=source(family), sizes=sizes, out=folder / name)
         for family in (*tiny.FAMILIES, *MOE_FAMILIES)
-        for layout, (processes, sizes) in model_layouts(family).items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="model", hf_model=stored_model(name), sizes=sizes, out=results.model(name, layout))
-        for name, layouts in STORED_LAYOUTS.items()
-        for layout, (processes, sizes) in layouts.items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(layout))
-        for layout, (processes, sizes) in STEP_LAYOUTS.items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="own_masks", hf_model=source("qwen3_tied"), sizes=sizes, out=results.step(f"own-{layout}"))
-        for layout, (processes, sizes) in OWN_MASKS_LAYOUTS.items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="prune", argv=argv(name, flags))
-        for name, (processes, flags) in RUN_LAYOUTS.items()
-        if processes == num_processes
-    ]
-    cases += [
-        dict(kind="prune", argv=moe_argv(name, flags))
-        for name, (processes, flags) in MOE_RUN_LAYOUTS.items()
-        if processes == num_processes
-    ]
-    if num_processes == 2:
-        cases += [
-            dict(kind="prune", argv=select_argv(method, flags, results.run(f"{method}-{name}")))
-            for method in SELECTING
-            for name, flags in SELECT_LAYOUTS.items()
-        ]
-        cases += [
-            dict(
-                kind="prune",
-                argv=tiny.endpoint_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
-            )
-            for name, flags in ENDPOINT_LAYOUTS.items()
-        ]
-        cases += [
-            dict(
-                kind="prune",
-                argv=tiny.sheared_argv(tiny_model("qwen3_tied"), tiny_data, results.run(name), *flags),
-            )
-            for name, flags in SHEARED_LAYOUTS.items()
-        ]
-        cases += [
-            dict(
-                kind="load_by_the_core",
-                hf_model=tiny_model(family),
-                megatron_path=_imported(tiny_model(family), results.folder),
-                sizes=sizes,
-            )
-            for family, sizes in LOAD_LAYOUTS.values()
-        ]
-        cases += [
-            dict(kind="interrupted_prune", stops=[(argv(name, flags), iterations) for flags, iterations in goes])
-            for name, goes in INTERRUPTED_RUNS.items()
-        ]
+        for layout, sizes in of_layouts(model_layouts(family)).items()
+        for name in [f"model-{family}-{layout}"]
+    }
+    for stored, layouts in STORED_LAYOUTS.items():
+        for layout, sizes in of_layouts(layouts).items():
+            out = folder / f"model-{stored}-{layout}"
+            cases[out.name] = dict(kind="model", hf_model=stored_model(stored), sizes=sizes, out=out)
+    for layout, sizes in of_layouts(STEP_LAYOUTS).items():
+        out = folder / f"step-{layout}"
+        cases[out.name] = dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=out)
+    for layout, flags in of_layouts(RUN_LAYOUTS).items():
+        cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
+    for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():
+        cases[f"run-{layout}"] = dict(kind="prune", argv=moe_argv(layout, flags))
+    return cases | (_cases_of_two(folder, argv, tiny_model, tiny_data) if num_processes == 2 else {})
+
+
+def _cases_of_two(folder, argv, tiny_model, tiny_data):
+    """The cases that run on two processes alone."""
+    model, cases = tiny_model("qwen3_tied"), {}
+    for method in SELECTING:
+        for layout, flags in SELECT_LAYOUTS.items():
+            name = f"run-{method}-{layout}"
+            cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
+    for layouts, argv_of in ((ENDPOINT_LAYOUTS, tiny.endpoint_argv), (SHEARED_LAYOUTS, tiny.sheared_argv)):
+        for layout, flags in layouts.items():
+            save = folder / f"run-{layout}"
+            cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
+    for name, (family, sizes) in LOAD_LAYOUTS.items():
+        source = tiny_model(family)
+        cases[f"load-{name}"] = dict(
+            kind="load_by_the_core", hf_model=source, megatron_path=_imported(source, folder), sizes=sizes
+        )
+    for layout, goes in INTERRUPTED_RUNS.items():
+        stops = [(argv(f"run-{layout}", flags), iterations) for flags, iterations in goes]
+        cases[f"run-{layout}"] = dict(kind="interrupted_prune", stops=stops)
     return cases

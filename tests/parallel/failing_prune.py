@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megaprune.cli import main as cli
-from megaprune.pruning import runner
+from megaprune.pruning import resolve, train
 from megaprune.utils.errors import MegapruneError
 
 _FAULTS = {
@@ -29,14 +29,14 @@ if __name__ == "__main__":
     kind, failing_rank, log, *words = sys.argv[1:]
     if kind == "early":
         # before any process group: rank 0 goes on to wait for the others to join
-        def prepare(config, prepare=runner.prepare):
-            setup = prepare(config)
+        def open_run(*args, open_run=resolve.open_run):
+            opened = open_run(*args)
             if int(os.environ["RANK"]) == int(failing_rank):
                 Path(log).write_text(str(time.time()))
                 raise MegapruneError("the disk is full")
-            return setup
+            return opened
 
-        runner.prepare = prepare
+        resolve.open_run = open_run
     else:
-        runner.train_step = failing(kind, int(failing_rank), Path(log))
+        train.train_step = failing(kind, int(failing_rank), Path(log))
     cli.main("prune", words)

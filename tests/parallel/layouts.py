@@ -36,9 +36,6 @@ STEP_LAYOUTS = MODEL_LAYOUTS | {
     "pp2_dp2": (4, PP2),
 }
 
-# layouts at which each replica tries a mask of its own
-OWN_MASKS_LAYOUTS = {name: STEP_LAYOUTS[name] for name in ("dp2", "tp2_sp_dp2", "pp2_dp2")}
-
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
 _SP, _DISTRIBUTED = "--sequence-parallel", "--use-distributed-optimizer"

@@ -9,7 +9,7 @@ from megaprune.distillation.cache_format import read_manifest
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import launch_cases
 from tests.parallel.cache_cases import CACHE_LAYOUTS, RUN_LAYOUTS, argv, cache, run_argv
 
 DENSE, MOE = "qwen3_tied", "deepseek_v3"
@@ -22,10 +22,7 @@ def files(folder):
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
     """Fewer windows than other tests take."""
-    folder = tmp_path_factory.mktemp("data")
-    tiny.make_data(folder / "train.jsonl", rows=40, seed=1)
-    tiny.make_data(folder / "valid.jsonl", rows=2, seed=2)
-    return folder
+    return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=40, valid_rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +44,27 @@ def together(alone, tiny_model, tiny_data, tmp_path_factory):
         flipped[5] ^= 1
         shard.write_bytes(flipped)
     model = tiny_model(DENSE)
-    work = [
-        dict(kind="cache_cases.cache", argv=argv(tiny_model(family), tiny_data, folder / f"cache-{name}", *flags))
+    cases = {
+        f"cache-{name}": dict(
+            kind="cache_cases.cache", argv=argv(tiny_model(family), tiny_data, folder / f"cache-{name}", *flags)
+        )
         for name, (family, flags) in CACHE_LAYOUTS.items()
-    ]
-    work += [
-        dict(kind="cache_cases.prune", argv=run_argv(model, tiny_data, folder / f"run-{name}", alone / DENSE, *flags))
-        for name, flags in RUN_LAYOUTS.items()
-    ]
+    }
+    for name, flags in RUN_LAYOUTS.items():
+        words = run_argv(model, tiny_data, folder / f"run-{name}", alone / DENSE, *flags)
+        cases[f"run-{name}"] = dict(kind="cache_cases.prune", argv=words)
     pp2 = CACHE_LAYOUTS["pp2"][1]
-    work += [
-        dict(kind="cache_cases.interrupted_cache", argv=argv(model, tiny_data, folder / "cache-stopped"), rounds=2),
-        dict(
-            kind="cache_cases.refused_run",
-            argv=run_argv(model, tiny_data, folder / "refused", damaged, *pp2),
-            said="is damaged",
-        ),
-    ]
-    launch(2, work, folder)
-    return folder
+    words = argv(model, tiny_data, folder / "cache-stopped")
+    cases["cache-stopped"] = dict(kind="cache_cases.interrupted_cache", argv=words, rounds=2)
+    words = run_argv(model, tiny_data, folder / "refused", damaged, *pp2)
+    cases["refused"] = dict(kind="cache_cases.refused_run", argv=words, said="is damaged")
+    return launch_cases(2, cases, folder)
 
 
 @pytest.mark.parametrize("layout", CACHE_LAYOUTS)
 def test_cache_is_the_same_at_every_layout(alone, together, layout):
     family, expected = CACHE_LAYOUTS[layout][0], alone / CACHE_LAYOUTS[layout][0]
-    found = together / f"cache-{layout}"
+    found = together.path(f"cache-{layout}")
     before, after = files(expected), files(found)
     assert {name: len(body) for name, body in after.items()} == {name: len(body) for name, body in before.items()}
     if layout == "dp2":
@@ -86,7 +79,7 @@ def test_cache_is_the_same_at_every_layout(alone, together, layout):
 
 
 def test_stopped_and_gone_on_with(alone, together):
-    assert files(together / "cache-stopped") == files(alone / DENSE)
+    assert files(together.path("cache-stopped")) == files(alone / DENSE)
 
 
 @pytest.mark.parametrize("layout", RUN_LAYOUTS)
@@ -94,10 +87,10 @@ def test_losses_are_those_of_the_teacher_itself(together, tiny_model, tiny_data,
     flags = RUN_LAYOUTS[layout]
     alone = [word for word in flags if word not in CACHE_LAYOUTS[layout][1]]
     tiny.run_here(run_argv(tiny_model(DENSE), tiny_data, tmp_path / "online", None, *alone))
-    losses = [[r["loss"] for r in read_metrics(run)] for run in (together / f"run-{layout}", tmp_path / "online")]
+    losses = [[r["loss"] for r in read_metrics(run)] for run in (together.path(f"run-{layout}"), tmp_path / "online")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3, rel=1e-3)
     assert len(losses[0]) == 4 and max(losses[0]) > 0.1
 
 
 def test_damage_is_refused_by_every_process(together):
-    assert not (together / "refused").exists()
+    assert not together.path("refused").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import launch_cases
 
 _PP2 = ("--pipeline-model-parallel-size", "2")
 _DISTRIBUTED = ("--use-distributed-optimizer",)
@@ -32,29 +32,28 @@ def argv(model, data, save, flags):
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, tiny_data, tmp_path_factory):
-    """The folder of the runs, each whole and in two goes."""
+    """The runs, each whole and in two goes."""
     folder = tmp_path_factory.mktemp("empty")
-    cases = []
+    cases = {}
     for name, (family, flags) in EMPTY.items():
         model = tiny_model(family)
         for kind, optimizer in OPTIMIZERS.items():
             whole, halves = folder / f"{name}-{kind}", folder / f"{name}-{kind}-resumed"
             flags_here = (*flags, *_PP2, *optimizer)
-            cases.append(dict(kind="prune", argv=argv(model, tiny_data, whole, flags_here)))
+            cases[whole.name] = dict(kind="prune", argv=argv(model, tiny_data, whole, flags_here))
             again = argv(model, tiny_data, halves, flags_here)
-            cases.append(dict(kind="interrupted_prune", stops=[(again, 2), (again, None)]))
+            cases[halves.name] = dict(kind="interrupted_prune", stops=[(again, 2), (again, None)])
     family, flags = EMPTY["nothing_first"]
     for name, goes in MOVED.items():
         stops = [(argv(tiny_model(family), tiny_data, folder / name, (*flags, *at)), stop) for at, stop in goes]
-        cases.append(dict(kind="interrupted_prune", stops=stops))
-    launch(2, cases, folder)
-    return folder
+        cases[name] = dict(kind="interrupted_prune", stops=stops)
+    return launch_cases(2, cases, folder)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("name", EMPTY)
 def test_resumed_run_ends_in_the_same_bits(runs, tiny_model, name, kind):
-    whole, resumed = (tiny.read_tensors(runs / f"{name}-{kind}{end}" / "hf") for end in ("", "-resumed"))
+    whole, resumed = (tiny.read_tensors(runs.path(f"{name}-{kind}{end}") / "hf") for end in ("", "-resumed"))
     assert whole.keys() == resumed.keys()
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
     source = tiny.read_tensors(tiny_model(EMPTY[name][0]))
@@ -65,7 +64,7 @@ def test_resumed_run_ends_in_the_same_bits(runs, tiny_model, name, kind):
 
 @pytest.mark.parametrize("name", MOVED)
 def test_run_goes_on_at_a_layout_with_other_empty_ranks(runs, name):
-    expected, moved = tiny.read_tensors(runs / "nothing_first-plain" / "hf"), tiny.read_tensors(runs / name / "hf")
+    expected, moved = (tiny.read_tensors(runs.path(which) / "hf") for which in ("nothing_first-plain", name))
     assert expected.keys() == moved.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(moved[key], tensor, atol=1e-3, rtol=1e-3, msg=key)

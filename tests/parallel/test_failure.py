@@ -1,16 +1,15 @@
 """A rank that fails ends the run: within seconds, and with one line that says why."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import tiny
+from tests.helpers.launch import torchrun
 
 _SCRIPT = Path(__file__).with_name("failing_prune.py")
-_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LINES = {
     "unforeseen": "prune: error: rank {rank}: KeyError: 'state'",
     "refused": "prune: error: the disk is full",
@@ -23,9 +22,7 @@ def test_one_failed_rank_ends_all(tiny_model, tiny_data, tmp_path, kind, rank):
     argv = tiny.select_argv(tiny_model("qwen3"), tiny_data, tmp_path / "run", "random")
     words = [str(_SCRIPT), kind, str(rank), str(tmp_path / "failed"), *argv, "--train-iters", "2"]
     with (tmp_path / "log").open("w") as output:
-        done = subprocess.run(
-            [sys.executable, *_TORCHRUN, *words], env=tiny.environment(), stdout=output, stderr=output, timeout=300
-        )
+        done = subprocess.run([*torchrun(2), *words], env=tiny.environment(), stdout=output, stderr=output, timeout=300)
     seconds = time.time() - float((tmp_path / "failed").read_text())
     log = (tmp_path / "log").read_text()
     assert done.returncode == 1

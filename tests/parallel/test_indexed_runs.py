@@ -9,7 +9,7 @@ import torch
 from megaprune.cli import main as cli
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import launch_cases
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 LAYOUTS = {"dp2": (), "pp2": ("--pipeline-model-parallel-size", "2")}
@@ -50,16 +50,15 @@ def alone(argv, folder):
 
 @pytest.fixture(scope="module")
 def at_two(argv, folder):
-    """The folder of the runs on two processes, which are launched once."""
-    cases = [dict(kind="prune", argv=argv(name, *flags)) for name, flags in LAYOUTS.items()]
+    """The runs on two processes, which are launched once."""
+    cases = {name: dict(kind="prune", argv=argv(name, *flags)) for name, flags in LAYOUTS.items()}
     stops = [(argv("resumed", *_TP2), 3), (argv("resumed"), None)]
-    launch(2, [*cases, dict(kind="interrupted_prune", stops=stops)], folder)
-    return folder
+    return launch_cases(2, cases | {"resumed": dict(kind="interrupted_prune", stops=stops)}, folder)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "resumed"])
 def test_run_is_the_same(name, alone, at_two):
-    run = at_two / name
+    run = at_two.path(name)
     found, wanted = (json.loads((path / "report.json").read_text()) for path in (run, alone))
     assert found["kept_layers"] == wanted["kept_layers"]
     records, expected = read_metrics(run), read_metrics(alone)
@@ -74,5 +73,6 @@ def test_run_is_the_same(name, alone, at_two):
 
 
 def test_nothing_half_built_is_left(at_two):
-    assert not list(at_two.rglob("*.tmp"))
-    assert len(list((at_two / "dp2" / "data-cache" / "indexed").iterdir())) == 2  # training and calibration
+    at_two.check(*LAYOUTS, "resumed")
+    assert not list(at_two.folder.rglob("*.tmp"))
+    assert len(list((at_two.path("dp2") / "data-cache" / "indexed").iterdir())) == 2  # training and calibration

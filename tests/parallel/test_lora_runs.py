@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megaprune.mcore import checkpoint
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import launch_cases
 from tests.parallel import cases
 from tests.parallel.lora_cases import LAYOUTS, argv
 
@@ -37,19 +37,20 @@ def alone(tiny_model, tiny_data, folder):
 @pytest.fixture(scope="module")
 def at_layout(tiny_model, tiny_data, folder):
     """Gives the run at a layout, of those of one number of processes that run together."""
+    launched = {}
 
     def get(layout):
         num_processes = LAYOUTS[layout][1]
-        together = folder / f"processes{num_processes}"
-        if not together.exists():
+        if num_processes not in launched:
+            together = folder / f"processes{num_processes}"
             together.mkdir()
-            work = [
-                dict(kind="lora_cases.prune", argv=argv(tiny_model(family), tiny_data, together / name, *flags))
+            cases = {
+                name: dict(kind="lora_cases.prune", argv=argv(tiny_model(family), tiny_data, together / name, *flags))
                 for name, (family, processes, flags) in LAYOUTS.items()
                 if processes == num_processes
-            ]
-            launch(num_processes, work, together)
-        return together / layout
+            }
+            launched[num_processes] = launch_cases(num_processes, cases, together)
+        return launched[num_processes].path(layout)
 
     return get
 

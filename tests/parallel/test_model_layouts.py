@@ -11,7 +11,7 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
 from tests.helpers import pangu, tiny
 from tests.parallel import cases
-from tests.parallel.layouts import MOE_FAMILIES, model_layouts
+from tests.parallel.layouts import LOAD_LAYOUTS, MOE_FAMILIES, model_layouts
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def computed(request, case):
     family, layout = case
     if layout == "alone":
         return request.getfixturevalue("alone")(family)
-    return request.getfixturevalue("results")(model_layouts(family)[layout][0]).model(family, layout)
+    return request.getfixturevalue("results")(model_layouts(family)[layout][0]).path(f"model-{family}-{layout}")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +89,11 @@ def test_exported_folder_is_a_model_for_transformers(computed, family, source):
     assert json.loads((computed / "hf" / "config.json").read_text())["auto_map"] == pangu.CONFIG["auto_map"]
     for name in pangu.REMOTE_CODE:
         assert (computed / "hf" / name).read_text() == (source(family) / name).read_text()
+
+
+@pytest.mark.parametrize("layout", LOAD_LAYOUTS)
+def test_megatron_core_loads_an_imported_checkpoint(results, layout):
+    results(2).check(f"load-{layout}")  # the case compares every weight, on each rank
 
 
 @pytest.mark.parametrize("stages", [[3, 3], [4, 4], [7]])

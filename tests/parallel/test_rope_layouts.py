@@ -13,7 +13,7 @@ from megaprune.cli import main as cli
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers import pangu, tiny
-from tests.helpers.launch import launch
+from tests.helpers.launch import launch_cases
 from tests.parallel import rope_cases
 from tests.parallel.rope_cases import FORMS, PANGU
 
@@ -36,12 +36,12 @@ def computed(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rope_logits")
     for name, model in models.items():
         rope_cases.logits(model, {}, folder / f"{name}-alone")
-    cases = [
-        dict(kind="rope_cases.logits", hf_model=models[name], sizes=sizes, out=folder / f"{name}-two")
+    cases = {
+        f"{name}-two": dict(kind="rope_cases.logits", hf_model=models[name], sizes=sizes, out=folder / f"{name}-two")
         for name, (*_, sizes) in (FORMS | PANGU).items()
-    ]
-    launch(2, cases, folder)
-    return lambda name, layout: folder / f"{name}-{layout}"
+    }
+    launched = launch_cases(2, cases, folder)
+    return lambda name, layout: launched.path(f"{name}-two") if layout == "two" else folder / f"{name}-{layout}"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def assert_same_up_to_rounding(run, other, iterations=20):
 
 @pytest.mark.parametrize("layout", RUN_LAYOUTS)
 def test_run_is_the_same_at_every_layout(results, whole_run, layout):
-    assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).run(layout), whole_run)
+    assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).path(f"run-{layout}"), whole_run)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def whole_moe_run(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", MOE_RUN_LAYOUTS)
 def test_moe_run_is_the_same_at_every_layout(results, whole_moe_run, layout):
-    assert_same_up_to_rounding(results(MOE_RUN_LAYOUTS[layout][0]).run(layout), whole_moe_run)
+    assert_same_up_to_rounding(results(MOE_RUN_LAYOUTS[layout][0]).path(f"run-{layout}"), whole_moe_run)
 
 
 def test_moe_run_prunes_to_its_parameters(whole_moe_run, tiny_model):
@@ -96,7 +96,7 @@ def selecting_alone(tiny_model, tiny_data, tmp_path_factory):
 @pytest.mark.parametrize("layout", SELECT_LAYOUTS)
 @pytest.mark.parametrize("method", SELECTING)
 def test_calibrated_methods_choose_the_same_at_every_layout(results, selecting_alone, method, layout):
-    found, expected = report(results(2).run(f"{method}-{layout}")), selecting_alone(method)
+    found, expected = report(results(2).path(f"run-{method}-{layout}")), selecting_alone(method)
     assert found["kept_layers"] == expected["kept_layers"]
     if expected["scores"] is not None:
         assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
@@ -113,7 +113,7 @@ def endpoints_alone(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ENDPOINT_LAYOUTS)
 def test_endpoint_tuning_is_the_same_at_every_layout(results, endpoints_alone, layout):
-    assert_same_up_to_rounding(results(2).run(layout), endpoints_alone, iterations=4)
+    assert_same_up_to_rounding(results(2).path(f"run-{layout}"), endpoints_alone, iterations=4)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def sheared_alone(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", SHEARED_LAYOUTS)
 def test_hard_concrete_gates_are_the_same_at_every_layout(results, sheared_alone, layout):
-    run = results(2).run(layout)
+    run = results(2).path(f"run-{layout}")
     assert report(run)["kept_layers"] == report(sheared_alone)["kept_layers"]
     found, expected = read_metrics(run), read_metrics(sheared_alone)
     assert expected[0]["loss"] > 1e-2  # not the teacher against itself
@@ -151,7 +151,7 @@ def test_run_moves_what_it_should(whole_run, tiny_model):
 
 def test_resumed_at_the_same_layout_ends_in_the_same_bits(results):
     found = results(2)
-    run, whole = found.run("same_layout"), found.run("dp2_distributed")
+    run, whole = found.path("run-same_layout"), found.path("run-dp2_distributed")
     tensors, expected = tiny.read_tensors(run / "hf"), tiny.read_tensors(whole / "hf")
     assert tensors.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
@@ -163,4 +163,4 @@ def test_resumed_at_the_same_layout_ends_in_the_same_bits(results):
 
 @pytest.mark.parametrize("name", ["other_layouts", "other_layouts_distributed"])
 def test_resumed_at_other_layouts_ends_in_the_same_model(results, whole_run, name):
-    assert_same_up_to_rounding(results(2).run(name), whole_run)
+    assert_same_up_to_rounding(results(2).path(f"run-{name}"), whole_run)

@@ -22,7 +22,7 @@ def computed(request, case, stored_model, tmp_path):
     if layout == "alone":
         cases.model(stored_model(name), {}, tmp_path / "alone")
         return tmp_path / "alone"
-    return request.getfixturevalue("results")(STORED_LAYOUTS[name][layout][0]).model(name, layout)
+    return request.getfixturevalue("results")(STORED_LAYOUTS[name][layout][0]).path(f"model-{name}-{layout}")
 
 
 def test_computed_and_exported_as_transformers_has_it(computed, case, stored_model):

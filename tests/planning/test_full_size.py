@@ -13,13 +13,15 @@ from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes
 from megaprune.mcore.hf_weights import global_weights, rules_by_parameter
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.simulation import rank_on_paper
+from megaprune.mcore.simulation import simulated_rank
 from megaprune.models.names import source_name
 from megaprune.models.shards import COPY, VOCAB, TensorParallel, padded_vocab_size
 from megaprune.models.sizes import model_size
 from tests.helpers.hf_tensors import expected_tensors
 from tests.helpers.paper_source import PaperSource
 from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
+
+pytestmark = pytest.mark.slow
 
 OPENPANGU_VLLM_SPELLING = {
     {
@@ -117,11 +119,11 @@ def read_on_every_rank(case):
     for stage in range(len(case.stages)):
         # another place within each stage: what a rank holds does not depend on it but for the experts' numbers
         rank = stage * ranks_per_stage + stage % ranks_per_stage
-        with rank_on_paper(rank, case.world_size, sizes), device.on_meta():
+        with simulated_rank(rank, case.world_size, sizes), device.on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
             model = build_model(model_arch, case.stages, EngineOptions(sizes, bf16=True))
             assert all(weight.is_meta for _, weight in global_weights(model))
-        with rank_on_paper(rank, case.world_size, sizes):
+        with simulated_rank(rank, case.world_size, sizes):
             for expert_rank in range(sizes.expert):
                 parallel_state.set_expert_model_parallel_rank(expert_rank)
                 for name, weight in global_weights(model):
@@ -175,7 +177,9 @@ def test_the_export_holds_what_its_config_says(built):
 
 
 def test_the_checkpoint_is_one_that_a_run_takes(built):
-    built[1].check_tensors()
+    _, source, _ = built
+    source.check_tensors()
+    assert set(source.names) == expected_tensors(source.config).keys()
 
 
 @pytest.mark.parametrize("config", [DEEPSEEK_R1, OPENPANGU_ULTRA, OPENPANGU_VLLM_SPELLING])
@@ -194,7 +198,7 @@ def test_all_ranks_of_a_small_cluster_build():
     source, sizes = PaperSource(config), ParallelSizes(tensor=2, pipeline=2)
     arch, counts = source.family.architecture(config), []
     for rank in range(8):
-        with rank_on_paper(rank, 8, sizes), device.on_meta():
+        with simulated_rank(rank, 8, sizes), device.on_meta():
             model = build_model(arch, [17, 15], EngineOptions(sizes))
             counts.append(sum(parameter.numel() for parameter in model.parameters()))
     assert len(set(counts[:4])) == len(set(counts[4:])) == 1

@@ -15,7 +15,7 @@ from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, add_adapters
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.mcore.simulation import PaperCluster, rank_on_paper
+from megaprune.mcore.simulation import SimulatedCluster, simulated_rank
 from megaprune.models import family_of
 from megaprune.planning.activations import Activations, Passes
 from megaprune.planning.memory import TrainingState, micro_batches_in_flight, training_memory
@@ -124,7 +124,7 @@ def predicted(case):
         fused_norm=False,
     )
     options = EngineOptions(sizes, bf16=case.bf16, recompute_granularity=case.recompute, seq_length=SEQ_LENGTH)
-    share = PaperCluster(options, case.world_size, case.lora).shares(arch, stages)[case.stage]
+    share = SimulatedCluster(options, case.world_size, case.lora).shares(arch, stages)[case.stage]
     replicas = case.world_size // sizes.model if case.distributed else 1
     first = sum(stages[: case.stage])
     return training_memory(
@@ -141,7 +141,7 @@ def measured(case):
     sizes, arch, stages = layout(case)
     engine = EngineOptions(sizes, bf16=case.bf16, recompute_granularity=case.recompute, seq_length=SEQ_LENGTH)
     rank = case.stage * (case.world_size // len(stages))
-    with rank_on_paper(rank, case.world_size, sizes):
+    with simulated_rank(rank, case.world_size, sizes):
         model = build_model(arch, stages, engine)
         if case.lora is not None:
             add_adapters(model, case.lora)
@@ -176,8 +176,8 @@ class Step:
         self.trainer.zero_grad()
         schedule.forward_backward(self.trainer.ddp, [self.batch] * self.micro_batches, self.loss)
 
-    def loss(self, logits, number):
-        return cross_entropy(logits, self.batch.labels.t(), self.shard).mean()
+    def loss(self, logits, tokens):
+        return cross_entropy(logits, tokens.labels, self.shard).mean()
 
 
 @torch.no_grad()

@@ -42,10 +42,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
     """Fewer windows than other tests take."""
-    folder = tmp_path_factory.mktemp("data")
-    tiny.make_data(folder / "train.jsonl", rows=40, seed=1)
-    tiny.make_data(folder / "valid.jsonl", rows=8, seed=2)
-    return folder
+    return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=40, valid_rows=8)
 
 
 @pytest.fixture(scope="module")

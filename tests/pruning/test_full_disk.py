@@ -5,7 +5,6 @@ meet that."""
 import errno
 import resource
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from safetensors.torch import load_file
 
 from megaprune.cli import main as cli
 from megaprune.mcore import parallel
-from megaprune.pruning.runner import PruningRun
+from megaprune.pruning import runner
 from megaprune.report.metrics import MetricsLogger
 from megaprune.utils import disk
 from megaprune.utils.disk import check_room, disk_error, explain, one_line, size_text
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
+from tests.helpers.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +161,7 @@ def test_room_is_looked_for_before_a_checkpoint(argv, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 300)])
 def test_both_ranks_end(argv, tmp_path, rank, largest_file):
     """Whether a worker of the second one fails, or the first in what it alone writes."""
@@ -169,20 +170,19 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
         "warnings.filterwarnings('ignore')\n"
         "from megaprune import cli\n"
         "from megaprune.report.metrics import MetricsLogger\n"
-        "from megaprune.pruning.runner import PruningRun\n"
-        "due = PruningRun._save_if_due\n"
+        "from megaprune.pruning.context import RunContext\n"
+        "due = RunContext.save_if_due\n"
         "def full(self, *rest, **more):\n"
         f"    if os.environ['RANK'] == '{rank}':\n"
         f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, resource.RLIM_INFINITY))\n"
         "    due(self, *rest, **more)\n"
-        "PruningRun._save_if_due = full\n"
+        "RunContext.save_if_due = full\n"
         "cli.main('prune', sys.argv[1:])\n"
     )
     (tmp_path / "full.py").write_text(script)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
-    torchrun += ["--log-dir", tmp_path / "logs", tmp_path / "full.py"]
+    words = ["--log-dir", tmp_path / "logs", tmp_path / "full.py"]
     done = subprocess.run(
-        [sys.executable, *map(str, torchrun), *argv, "--tensor-model-parallel-size", "2"],
+        [*torchrun(2, "--redirects", "3"), *map(str, words), *argv, "--tensor-model-parallel-size", "2"],
         env=tiny.environment(),
         cwd=ROOT,
         capture_output=True,
@@ -198,15 +198,15 @@ def test_both_ranks_end(argv, tmp_path, rank, largest_file):
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "64", "--export-adapter")])
 def test_export(argv, tmp_path, monkeypatch, flags):
-    run, export = tmp_path / "run", PruningRun._export
+    run, export = tmp_path / "run", runner.export
     argv = [*argv, *flags, "--max-shard-size", "5GB"]
 
-    def full(self, student):
+    def full(*args):
         with full_disk():
-            export(self, student)
+            export(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PruningRun, "_export", full)
+        patch.setattr(runner, "export", full)
         status, line = attempt("prune", *argv)
     assert status == 1 and "can't be written (File too large" in line, line
     assert not {"hf", "hf.tmp", "adapter.tmp", "adapter"} & files(run)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megaprune.cli.prune import parse_config
+from megaprune.pruning.resolve import fixed_settings
 from megaprune.pruning.run_dir import RunDir
 from megaprune.utils.errors import MegapruneError
 
@@ -16,7 +17,7 @@ def run_dir(tmp_path):
 
 def config(*flags):
     words = "--hf-model m --save s --train-data d --train-iters 10 --num-layers-to-prune 2"
-    return parse_config([*words.split(), *flags])
+    return fixed_settings(parse_config([*words.split(), *flags]))
 
 
 def refusal(run_dir, *flags):

@@ -1,15 +1,18 @@
 """A training step: the loss and gradients of the global batch, however it is cut, and those of transformers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import OnlineTeacher, vocab_shard
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
-from megaprune.pruning.step import Objective, search_step, train_step
+from megaprune.pruning.step import search_step, train_step
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
 from tests.helpers import tiny
@@ -29,14 +32,18 @@ def build(source, gate=None):
     return model
 
 
+def trainer_of(model):
+    options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0)
+    return Trainer(model, EngineOptions(ParallelSizes()), options)
+
+
 def step(source, kind, sizes, searching):
     """The step's result, and its gradients: of the parameters and, where it searches, of the mask."""
     gate, selector = LayerGate(), tiny.FixedMask()
-    options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0)
-    trainer = Trainer(build(source, gate), EngineOptions(ParallelSizes()), options)
+    trainer = trainer_of(build(source, gate))
     shard = vocab_shard(source.family.architecture(source.config))
     teacher = None if kind == "ce" else OnlineTeacher(build(source), shard, 10)
-    objective = Objective(kind, "rest", shard, teacher)
+    objective = make_objective(kind, "rest", shard, teacher)
     if searching:
         result = search_step(trainer, tiny.uneven_batches(sizes), objective, 0, selector, gate)
     else:
@@ -83,12 +90,48 @@ def test_a_teacher_teaches_nothing_to_itself(source):
     assert abs(result.loss) < 1e-6 and result.grad_norm < 1e-4
 
 
+class Mixture(Objective):
+    """Half of each of two objectives; hooks count the layers' passes while a step runs."""
+
+    def __init__(self, *parts):
+        self.parts, self.passes = parts, 0
+
+    def targets(self, batches):
+        return list(zip(*(part.targets(batches) for part in self.parts), strict=True))
+
+    def token_weights(self, tokens, targets):
+        return tokens.loss_mask
+
+    def token_losses(self, logits, tokens, targets):
+        found = [part.token_losses(logits, tokens, of) for part, of in zip(self.parts, targets, strict=True)]
+        return torch.stack(found).mean(0)
+
+    @contextmanager
+    def watching(self, model):
+        def count(*_):
+            self.passes += 1
+
+        hook = model.decoder.layers[0].register_forward_hook(count)
+        yield
+        hook.remove()
+
+
+def test_a_mixture_with_hooks_is_an_objective_too(source):
+    shard = vocab_shard(source.family.architecture(source.config))
+    trainer = trainer_of(build(source))
+    teacher = OnlineTeacher(build(source), shard, 10)
+    objective = Mixture(make_objective("ce", "rest", shard, None), make_objective("kl", "rest", shard, teacher))
+    result = train_step(trainer, tiny.uneven_batches([2, 2]), objective, 0)
+    alone = step(source, "ce", [2, 2], searching=False)[0]  # the teacher's own divergence is 0
+    assert result.loss == pytest.approx(alone.loss / 2, rel=1e-4)
+    assert objective.passes == 2 and not trainer.model.decoder.layers[0]._forward_hooks
+
+
 def test_a_loss_that_is_not_finite_is_refused(source):
     model = build(source)
     with torch.no_grad():
         model.output_layer.weight[5, 5] = float("nan")
-    options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0)
-    trainer = Trainer(model, EngineOptions(ParallelSizes()), options)
-    objective = Objective("ce", "rest", vocab_shard(source.family.architecture(source.config)), None)
+    trainer = trainer_of(model)
+    objective = make_objective("ce", "rest", vocab_shard(source.family.architecture(source.config)), None)
     with pytest.raises(MegapruneError, match="the loss is nan at iteration 7"):
         train_step(trainer, tiny.uneven_batches([4]), objective, 6)

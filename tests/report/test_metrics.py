@@ -1,15 +1,16 @@
-"""metrics.jsonl, metrics.csv, TensorBoard and the console; what a resumed run leaves of them."""
+"""metrics.jsonl, TensorBoard and the console; what a resumed run leaves of them."""
 
-import csv
 import io
 import json
 import sys
 import types
 
+import pandas
 import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaprune.cli.console import console
 from megaprune.report.metrics import MetricsLogger, read_metrics
 from megaprune.utils.errors import MegapruneError
 
@@ -49,7 +50,7 @@ def log_run(run_dir, iterations, start_iteration=0, **options):
 
 
 def contents(run_dir):
-    return {name: (run_dir / name).read_text() for name in ("metrics.jsonl", "metrics.csv")}
+    return (run_dir / "metrics.jsonl").read_text()
 
 
 def scalars(folder, tag):
@@ -63,14 +64,17 @@ def test_records_come_back_as_logged(tmp_path):
     assert read_metrics(tmp_path) == [record(iteration) for iteration in range(1, TOTAL + 1)]
 
 
-def test_csv_has_the_scalars_only(tmp_path):
+def test_pandas_reads_the_record(tmp_path):
     log_run(tmp_path, range(1, TOTAL + 1))
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == TOTAL
-    assert set(rows[0]) == set(record(1)) - {"scores", "mask"}
-    assert (rows[0]["stage"], rows[0]["temperature"]) == ("search", "0.9")
-    assert (rows[5]["stage"], rows[5]["temperature"], rows[5]["loss"]) == ("recovery", "", "0.5")
+    table = pandas.read_json(tmp_path / "metrics.jsonl", lines=True)
+    assert set(table.columns) == set(record(1)) and len(table) == TOTAL
+    assert table["loss"].tolist() == pytest.approx([3.0 / iteration for iteration in range(1, TOTAL + 1)])
+    assert table["temperature"].notna().sum() == 2
+
+
+def test_there_is_one_record(tmp_path):
+    log_run(tmp_path, [1])
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -91,7 +95,6 @@ def test_a_new_run_starts_from_nothing(tmp_path):
     log_run(tmp_path, range(1, 6))
     log_run(tmp_path, range(1, 3))
     assert [entry["iteration"] for entry in read_metrics(tmp_path)] == [1, 2]
-    assert (tmp_path / "metrics.csv").read_text().count("\n") == 3
 
 
 def test_numbers_that_are_not_finite_stay_standard_json(tmp_path):
@@ -153,7 +156,10 @@ def test_figure_is_shown_in_tensorboard(tmp_path):
 
 def test_plain_lines_each_interval_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    log_run(tmp_path, range(1, TOTAL + 1))
+    log_run(tmp_path / "library", range(1, TOTAL + 1))
+    assert sys.stderr.getvalue() == ""
+    with console():
+        log_run(tmp_path / "command", range(1, TOTAL + 1))
     lines = sys.stderr.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["iteration 2/6", "iteration 4/6", "iteration 6/6"]
     assert lines[0] == (
@@ -165,7 +171,8 @@ def test_progress_bar_on_a_terminal_starts_where_the_run_resumes(tmp_path, monke
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    log_run(tmp_path, range(5, TOTAL + 1), start_iteration=4)
+    with console():
+        log_run(tmp_path, range(5, TOTAL + 1), start_iteration=4)
     last = terminal.getvalue().split("\r")[-1]
     assert "| 6/6 [" in last
     assert "loss 0.5000, kept 3, 200 tokens/s, ETA 0:00:00" in last

@@ -1,5 +1,7 @@
 """The model card, and what is read back from it."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -42,14 +44,14 @@ def test_body_has_the_numbers_and_the_command(report):
 
 
 def test_surgery_alone_is_told_as_such(report):
-    report |= {"tokens_seen": 0, "valid": {"teacher": {"loss": 2.0}, "pruned": {"loss": 3.5}}}
+    report = replace(report, tokens_seen=0, valid={"teacher": {"loss": 2.0}, "pruned": {"loss": 3.5}})
     card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
     assert "left every remaining weight as it was" in card
     assert "| this model | 3.5000 | 33.12 |" in card
 
 
 def test_without_validation_there_is_no_quality_section(report):
-    report["valid"] = {}
+    report = replace(report, valid={})
     assert "## Quality" not in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
 
 

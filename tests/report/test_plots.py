@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from megaprune.report import plots
@@ -76,9 +77,10 @@ def test_many_layers_with_soft_masks(tmp_path):
 
 def figures(monkeypatch):
     """The figures that the plot functions save from now on."""
-    saved = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: saved.append(self) or save(self, *args, **kwargs)
+    )
     return saved
 
 
@@ -108,15 +110,28 @@ def test_layer_plots_label_the_kept_layers(tmp_path, monkeypatch):
         np.testing.assert_array_equal(strip.images[0].get_array()[:, 0], [1, 0, 1, 1])
 
 
-def test_smoothing_neither_lags_nor_trips_over_gaps():
-    line = np.arange(300, dtype=float)
-    np.testing.assert_allclose(plots._smooth(line)[10:-10], line[10:-10])
-    line[100] = np.nan
-    assert np.isfinite(plots._smooth(line)).all()
-    np.testing.assert_array_equal(plots._smooth(np.array([2.0, 4.0])), [2.0, 4.0])
+def smoothed(losses, folder, monkeypatch):
+    """The smoothed line that is drawn for these losses."""
+    records = run_records(0, len(losses))
+    for entry, loss in zip(records, losses, strict=True):
+        entry["loss"] = loss
+    with monkeypatch.context() as patch:
+        saved = figures(patch)
+        plot_loss(records, folder / "loss.png")
+    (line,) = [line for line in saved[0].axes[0].lines if line.get_label() == "recovery"]
+    return np.asarray(line.get_ydata(), float)
 
 
-def test_an_outlying_score_leaves_the_others_their_colours(tmp_path, monkeypatch):
+def test_smoothing_neither_lags_nor_trips_over_gaps(tmp_path, monkeypatch):
+    losses = np.arange(300, dtype=float).tolist()
+    np.testing.assert_allclose(smoothed(losses, tmp_path, monkeypatch)[10:-10], losses[10:-10])
+    losses[100] = None
+    gap = smoothed(losses, tmp_path, monkeypatch)
+    assert len(gap) >= 299 and np.isfinite(gap).all()
+    np.testing.assert_array_equal(smoothed([2.0, 4.0], tmp_path, monkeypatch), [2.0, 4.0])
+
+
+def test_an_outlying_score_leaves_the_others_their_colors(tmp_path, monkeypatch):
     saved = figures(monkeypatch)
     records = run_records(5, 0, num_layers=9)
     for entry in records:
@@ -130,4 +145,4 @@ def test_scores_that_are_all_the_same(tmp_path):
     records = run_records(3, 0)
     for entry in records:
         entry["scores"] = [0.0, 0.0, 0.0, 0.0]
-    plots.plot_scores(records, tmp_path / "scores.png", KEPT)
+    assert_drawn(plots.plot_scores(records, tmp_path / "scores.png", KEPT))

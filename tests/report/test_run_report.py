@@ -2,32 +2,34 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from megaprune.report.run_report import perplexity, result_table, write_report
+from megaprune.report.run_report import perplexity, read_report, result_table, write_report
 from megaprune.utils.files import whole_file
 
 
 def test_layers_are_told_by_source_index(report):
-    assert report["num_layers"] == 5
-    assert report["kept_layers"] == [0, 1, 2, 5, 7]
-    assert report["pruned_layers"] == [3, 4, 6]
+    assert report.num_layers == 5
+    assert report.kept_layers == [0, 1, 2, 5, 7]
+    assert report.pruned_layers == [3, 4, 6]
 
 
 def test_versions(report):
-    assert set(report["versions"]) == {"megaprune", "torch", "megatron-core", "transformers", "python"}
+    assert set(report.versions) == {"megaprune", "torch", "megatron-core", "transformers", "python"}
 
 
 def test_file_round_trip(tmp_path, report):
     write_report(tmp_path / "run" / "report.json", report)
-    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.to_dict()
+    assert read_report(tmp_path / "run" / "report.json") == report
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.json"]
 
 
 def test_no_nan_in_the_file(tmp_path, report):
-    report["scores"][0] = math.inf
-    report["valid"]["pruned"]["loss"] = math.nan
+    report.scores[0] = math.inf
+    report.valid["pruned"]["loss"] = math.nan
     write_report(tmp_path / "report.json", report)
     text = (tmp_path / "report.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -36,8 +38,13 @@ def test_no_nan_in_the_file(tmp_path, report):
 
 def test_experts_are_told_apart(report):
     assert "dense" not in result_table(report)
-    report["layer_kinds_before"], report["layer_kinds_after"] = {"dense": 2, "moe": 6}, {"dense": 1, "moe": 4}
-    report["active_params_before"], report["active_params_after"] = 3_000_000, 2_000_000
+    report = replace(
+        report,
+        layer_kinds_before={"dense": 2, "moe": 6},
+        layer_kinds_after={"dense": 1, "moe": 4},
+        active_params_before=3_000_000,
+        active_params_after=2_000_000,
+    )
     table = result_table(report)
     assert "2 -> 1 dense, 6 -> 4 MoE" in table
     assert "3,000,000 -> 2,000,000 parameters a token" in table
@@ -73,8 +80,7 @@ def test_result_table(tmp_path, report):
 
 
 def test_result_table_without_validation(report):
-    report["valid"] = {}
-    table = result_table(report)
+    table = result_table(replace(report, valid={}))
     assert "recovered" not in table
     assert "teacher            8           8,000,000            -             -" in table
 

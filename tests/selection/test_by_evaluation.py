@@ -5,13 +5,12 @@ import random
 
 import pytest
 
-from megaprune.importance.evaluator import masks_of
-from megaprune.importance.measures import shared_cost
 from megaprune.selection.budget import Budget
 from megaprune.selection.evolution import SIFTINGS, evolve
 from megaprune.selection.greedy import greedy_layers, num_layers_run
 from megaprune.selection.local_search import best_of, improve, neighbours
-from megaprune.selection.segments import best_window, windows
+from megaprune.selection.masks import masks_of, shared_cost
+from megaprune.selection.segments import best_segment, segments
 
 PROTECTED = frozenset({0, 11})
 SIX = Budget.of_layers(12, 6)
@@ -69,19 +68,19 @@ def test_greedy_by_price():
     assert is_exact(kept, PRICED) and {0, 1, 4, 7, 11} <= set(kept)
 
 
-def test_windows_are_all_segments_between_protected_layers():
-    found = windows(SIX, PROTECTED)
+def test_segments_are_all_those_between_protected_layers():
+    found = segments(SIX, PROTECTED)
     assert len(found) == 5 and all(len(kept) == 6 and set(kept) >= PROTECTED for kept in found)
     assert found[0] == [0, 7, 8, 9, 10, 11] and found[-1] == [0, 1, 2, 3, 4, 11]
-    assert len(windows(SIX, frozenset())) == 7
-    assert windows(SIX, frozenset({5})) == [[0, 1, 2, 3, 4, 5]]
-    assert windows(SIX, frozenset({3, 8})) == []
-    assert all(is_exact(kept, PRICED) for kept in windows(PRICED, PROTECTED))
+    assert len(segments(SIX, frozenset())) == 7
+    assert segments(SIX, frozenset({5})) == [[0, 1, 2, 3, 4, 5]]
+    assert segments(SIX, frozenset({3, 8})) == []
+    assert all(is_exact(kept, PRICED) for kept in segments(PRICED, PROTECTED))
 
 
-def test_best_window_is_the_planted_one():
-    assert best_window(SIX, PROTECTED, Planted((1, 2, 9, 10))) == [0, 1, 2, 9, 10, 11]
-    assert best_window(SIX, frozenset({3, 8}), Planted()) is None
+def test_best_segment_is_the_planted_one():
+    assert best_segment(SIX, PROTECTED, Planted((1, 2, 9, 10))) == [0, 1, 2, 9, 10, 11]
+    assert best_segment(SIX, frozenset({3, 8}), Planted()) is None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -56,7 +56,7 @@ def test_other_beginnings_find_what_one_would_miss():
 @pytest.mark.parametrize("num_steps", [1, 2, 30, 31, 40, 100])
 def test_every_beginning_comes_to_its_end(num_steps):
     gate = searched(torch.ones(16), num_steps)
-    assert len(gate._ends) == min(3, num_steps)
+    assert len(gate.state_dict()["ends"]) == min(3, num_steps)
     if num_steps >= 30:
         assert gate.temperature(num_steps - 1) == pytest.approx(0.25)
 

@@ -20,6 +20,7 @@ from megaprune.utils import locks
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.locks import lock_beside, locked
 from tests.helpers import tiny
+from tests.helpers.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -203,6 +204,7 @@ def attempt(verb, *argv):
         parallel.finish()
 
 
+@pytest.mark.parallel
 def test_second_prune_while_the_first_runs(model, tiny_data, tmp_path):
     run = tmp_path / "run"
     argv = tiny.prune_argv(model, tiny_data, run, "--train-iters", "4", "--search-iters", "2", "--save-interval", "1")
@@ -215,9 +217,8 @@ def test_second_prune_while_the_first_runs(model, tiny_data, tmp_path):
         assert line.startswith(f"prune: error: --save {run} is in use by process {holder.pid} on ")
         assert files(run).keys() == before.keys()
         # The second of two processes hears of it too.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tools/prune.py"]
         both = subprocess.run(
-            [sys.executable, *torchrun, *argv], env=tiny.environment(), cwd=ROOT, capture_output=True, text=True
+            [*torchrun(2), "tools/prune.py", *argv], env=tiny.environment(), cwd=ROOT, capture_output=True, text=True
         )
         assert both.returncode == 1
         assert both.stderr.count("is in use by process") == 1, both.stderr

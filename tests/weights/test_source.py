@@ -78,9 +78,11 @@ def test_tied_embeddings_count_once_and_may_be_stored_twice(tmp_path):
 
 
 def test_the_one_file_goes_before_an_index(tmp_path):
-    write_folder(tmp_path, LLAMA)
+    tensors = write_folder(tmp_path, LLAMA)
     write_index(tmp_path, {NORM: "model-00001-of-00009.safetensors"})
-    HFSource(tmp_path).check_tensors()
+    source = HFSource(tmp_path)
+    source.check_tensors()
+    assert set(source.names) == tensors.keys()
 
 
 def test_names_after_pruning():
@@ -173,7 +175,9 @@ def test_unknown_tensors(tmp_path, name):
 def test_rope_frequencies_are_no_unknown_tensor(tmp_path):
     frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(2) for layer in range(4)}
     write_folder(tmp_path, LLAMA, random_tensors(LLAMA) | frequencies)
-    HFSource(tmp_path).check_tensors()
+    source = HFSource(tmp_path)
+    source.check_tensors()
+    assert frequencies.keys() <= set(source.names)
 
 
 @pytest.mark.parametrize(

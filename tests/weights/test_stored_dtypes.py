@@ -196,9 +196,11 @@ def test_quantization_that_a_file_beside_the_config_declares(tmp_path, file):
 
 def test_a_quantized_cache_is_no_quantized_model(tmp_path):
     settings = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
-    write_folder(tmp_path, LLAMA)
+    tensors = write_folder(tmp_path, LLAMA)
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
-    HFSource(tmp_path).check_tensors()
+    source = HFSource(tmp_path)
+    source.check_tensors()
+    assert set(source.names) == tensors.keys()
 
 
 @pytest.mark.parametrize(

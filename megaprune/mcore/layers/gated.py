@@ -1,7 +1,7 @@
-"""The gate on a transformer layer: ``x + m * (layer(x) - x)``, E3-Pruner's mask.
+"""Gated transformer layers with E3-Pruner's mask: ``x + m * (layer(x) - x)``.
 
-The mask is sampled once per step outside the layers and handed to them as a leaf, so that its gradient adds up over
-micro-batches, works under activation recompute, and is reduced over the ranks once.
+The mask is sampled once per step outside the layers and passed to them as a leaf tensor. Its gradient therefore
+accumulates over micro-batches, works under activation recompute, and is reduced over the ranks once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class LayerGate:
-    """The mask that all gated layers of one model share. Closed (no mask) at first: layers run as they are.
+    """Mask shared by all gated layers of a model. At first there is no mask, and all layers run normally.
 
     Args:
-        skip_masked_backward: leave out the backward pass of layers whose mask is 0. Exact; False computes it plainly,
-            for comparison.
+        skip_masked_backward: skip the backward pass of layers whose mask is 0. The gradients are exact in both cases;
+            False serves for comparison.
     """
 
     def __init__(self, skip_masked_backward: bool = True) -> None:
@@ -27,24 +27,29 @@ class LayerGate:
         self.mask: Tensor | None = None
         self._values: list[float] = []
         self._bypassed: frozenset[int] = frozenset()
-        # of each layer: the masks of the layers up to it, and its output under them
+        # layer -> the mask up to and including the layer, and the layer's output under this mask
         self._outputs: dict[int, tuple[tuple[float, ...], Tensor]] | None = None
 
     def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
-        """Takes the mask [num_layers] of the next passes; None removes it."""
+        """Set the mask of the following passes.
+
+        Args:
+            mask: [num_layers]; None removes the mask.
+            device: device of the model; None keeps the mask's device.
+        """
         if mask is None:
             self.mask = None
             return
-        self._values = mask.tolist()  # read once per step, so that no layer waits for the device
+        self._values = mask.tolist()  # one transfer per step, so that no layer waits for the device
         self.mask = mask.detach().to(device=device, dtype=torch.float32).clone().requires_grad_()
 
     def bypass(self, layers: Iterable[int]) -> None:
-        """Leaves these layers (from 0) out of all later passes, with no mask to learn: as if they were pruned."""
+        """Skip these layers (from 0) in all later passes, as if they were pruned; their mask gets no gradient."""
         self._bypassed = frozenset(layers)
 
     @contextmanager
     def all_layers(self) -> Iterator[None]:
-        """Passes within the block run every layer as it is, whatever the mask and the bypass."""
+        """Run all layers normally within the block, regardless of the mask and bypassed layers."""
         mask, bypassed = self.mask, self._bypassed
         self.mask, self._bypassed = None, frozenset()
         try:
@@ -54,8 +59,10 @@ class LayerGate:
 
     @contextmanager
     def sharing_prefixes(self) -> Iterator[None]:
-        """Passes without gradients within the block take the output of layers up to which the mask is the last pass's
-        from there. Exact, as long as `forget` is called between micro-batches; holds one output a layer.
+        """Reuse layer outputs in passes without gradients within the block.
+
+        If the mask of a pass equals that of the last pass up to a layer, the layer's last output is reused. One output
+        per layer is kept in memory. The results are exact if `forget` is called before each new micro-batch.
         """
         self._outputs = {}
         try:
@@ -64,48 +71,49 @@ class LayerGate:
             self._outputs = None
 
     def forget(self) -> None:
-        """Another micro-batch comes: nothing of the last one's passes can be shared."""
+        """Drop all outputs kept by `sharing_prefixes`; call it before a new micro-batch."""
         if self._outputs is not None:
             self._outputs = {}
 
     def recalled(self, layer: int) -> Tensor | None:
-        """What the layer's output was under the mask as it is up to there, where that is known."""
+        """Return the kept output of `layer` if it was computed with the current mask up to this layer, else None."""
         if self._outputs is None or layer not in self._outputs or torch.is_grad_enabled():
             return None
         prefix, output = self._outputs[layer]
         return output if prefix == self._prefix(layer) else None
 
     def remember(self, layer: int, output: Tensor) -> None:
-        """Keeps the layer's output for passes that share the mask up to there, where such passes are made."""
+        """Keep the output of `layer` within `sharing_prefixes` in passes without gradients."""
         if self._outputs is not None and not torch.is_grad_enabled():
             self._outputs[layer] = (self._prefix(layer), output)
 
     def _prefix(self, layer: int) -> tuple[float, ...]:
+        """Return the mask up to and including `layer`."""
         return tuple(self._values[: layer + 1]) if self.mask is not None else (1.0,) * (layer + 1)
 
     def bypasses(self, layer: int) -> bool:
-        """Whether a layer is left out."""
+        """Return whether `layer` is bypassed."""
         return layer in self._bypassed
 
     @property
     def runs_all_layers(self) -> bool:
-        """Whether no layer is left out."""
+        """True if no layer is bypassed."""
         return not self._bypassed
 
     def value(self, layer: int) -> float:
-        """The mask of one layer as a number."""
+        """Return the mask of one layer as a number."""
         return self._values[layer]
 
     def take_gradient(self) -> Tensor:
-        """The gradient of the mask gathered on this rank, [num_layers]."""
+        """Return the mask's gradient that has accumulated on this rank, [num_layers]."""
         assert self.mask is not None
         return torch.zeros_like(self.mask) if self.mask.grad is None else self.mask.grad
 
 
 class _Gate(torch.autograd.Function):
-    """``x + m * (y - x)`` with the mask's gradient ``<dL/dout, y - x>``.
+    """Autograd function for ``x + m * (y - x)``; the mask's gradient is ``<dL/dout, y - x>``.
 
-    For m = 1 the output is y itself and for m = 0 it is x, so that a masked model equals the pruned one bit for bit.
+    For m = 1 the output is y itself, and for m = 0 it is x, so that a masked model is bitwise equal to the pruned one.
     """
 
     @staticmethod
@@ -129,23 +137,33 @@ class _Gate(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: float) -> Tensor | None:
+    """Return the scaled gradient; None, which autograd reads as zero, for a factor of 0."""
     if factor == 0.0:
         return None
     return grad if factor == 1.0 else grad * factor
 
 
 class GatedTransformerLayer(TransformerLayer):
-    """A transformer layer behind its gate. ``gate`` is set after the model is built; None leaves the layer as it is."""
+    """Transformer layer with a gate. `gate` is set after the model is built; with None the layer runs normally."""
 
     gate: LayerGate | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """hidden_states [s, b, h] (its sequence shard under sequence parallelism) to the same shape."""
+        """Return the gated output of the layer.
+
+        Args:
+            hidden_states: [s, b, h], or [s / tp, b, h] under sequence parallelism.
+            args: other positional arguments of the core's layer.
+            kwargs: keyword arguments of the core's layer.
+
+        Returns:
+            The output in the shape of `hidden_states`, and the core's cross-attention context.
+        """
         gate, layer = self.gate, self.layer_number - 1
         if gate is not None and gate.bypasses(layer):
-            return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
+            return _viewless(hidden_states.view_as(hidden_states)), kwargs.get("context")
         if gate is not None and (known := gate.recalled(layer)) is not None:
-            return _handed_on(known.view_as(known)), kwargs.get("context")
+            return _viewless(known.view_as(known)), kwargs.get("context")
         if gate is None or gate.mask is None:
             output, context = super().forward(hidden_states, *args, **kwargs)
             if gate is not None:
@@ -153,22 +171,22 @@ class GatedTransformerLayer(TransformerLayer):
             return output, context
         value = gate.value(layer)
         if value == 0.0 and not torch.is_grad_enabled():
-            return _handed_on(hidden_states.view_as(hidden_states)), kwargs.get("context")
+            return _viewless(hidden_states.view_as(hidden_states)), kwargs.get("context")
         if value == 0.0 and gate.skip_masked_backward:
-            # d out/dx is the identity and the mask's gradient needs only y: no graph, no kept activations.
+            # The derivative by x is the identity, and the mask's gradient needs only y, so the layer needs no graph.
             with torch.no_grad():
                 y, context = super().forward(hidden_states.detach(), *args, **kwargs)
             y = y.detach()
         else:
             y, context = super().forward(hidden_states, *args, **kwargs)
-        output = _handed_on(_Gate.apply(hidden_states, y, gate.mask[layer], value))
+        output = _viewless(_Gate.apply(hidden_states, y, gate.mask[layer], value))
         gate.remember(layer, output)
         return output, context
 
 
 @contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Weights get no gradients within the block; a mask does."""
+    """Compute no gradients of weights within the block; the mask still gets its gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -179,12 +197,15 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def layers_of(model: torch.nn.Module) -> list[TransformerLayer]:
-    """The transformer layers of the model on this rank, in order."""
+def transformer_layers(model: torch.nn.Module) -> list[TransformerLayer]:
+    """Return the transformer layers of the model on this rank, in order."""
     return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
-def _handed_on(out: Tensor) -> Tensor:
-    """A view as a tensor of its own: the pipeline frees the outputs that it has sent, and refuses views, which an
-    input that comes out of an activation recomputation as it went in is too."""
+def _viewless(out: Tensor) -> Tensor:
+    """Return the output as a tensor that is not a view.
+
+    The pipeline schedule frees the outputs that it has sent and rejects views. An input that activation recompute
+    returns unchanged is a view, too.
+    """
     return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)

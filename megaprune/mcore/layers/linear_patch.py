@@ -1,11 +1,12 @@
-"""LinearPatch (Chen et al., 2025): a linear map across a contiguous cut, which eases the jump in the hidden states.
+"""LinearPatch (Chen et al., 2025): a linear map of the hidden states where a contiguous segment of layers was removed.
 
-The map is x -> x H diag(d) H^T with H an orthonormal Hadamard matrix and d the ratio of mean magnitudes, channel by
-channel of x H, behind and before the removed layers. No stock model has room for it, and it can't be folded into the
-layers before the cut, whose outputs reach the layers between along the residual stream. So ours fades: d runs to 1
-while the model heals, and what is exported never had it.
+The map is x -> x H diag(d) H^T. H is an orthonormal Hadamard matrix. d is, for each channel of x H, the ratio of the
+mean magnitude after the removed layers to that before them. Standard model classes have no place for the map, and the
+residual stream prevents folding it into the layers before the cut. This implementation therefore fades it out: d moves
+to 1 during recovery, and the exported model does not contain the map.
 
-Where the hidden size is no power of two, H is block-diagonal, of the largest power of two that divides it (ours).
+If the hidden size is not a power of two, H is block-diagonal with blocks of the largest power of two that divides it.
+The paper does not cover this case.
 """
 
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.mcore.layers.gated import layers_of
+from megaprune.mcore.layers.gated import transformer_layers
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H over the last dimension, [..., h]; H is symmetric, and its own inverse."""
+    """Return x H for x [..., h]. H is symmetric and its own inverse."""
     size = x.shape[-1] & -x.shape[-1]
     y, step = x.reshape(-1, size), 1
     while step < size:
@@ -28,33 +29,36 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 class LinearPatch:
-    """The patch on what enters one layer.
+    """Patch of the input of one layer.
+
+    `strength` interpolates between the identity (0, the initial value) and the full map (1).
 
     Args:
         scale: d, [h] fp32.
-        strength: 1 is the whole patch, 0 none; between, the map is mixed with the identity.
     """
 
     def __init__(self, scale: Tensor) -> None:
         self.scale, self.strength = scale, 0.0
 
     def attach(self, model: torch.nn.Module, layer: int) -> None:
-        """Before the model's layer of this number, counted from 0, if it is on this rank."""
-        for module in layers_of(model):
+        """Attach the patch before a layer of the model, numbered from 0, if the layer is on this rank."""
+        for module in transformer_layers(model):
             if module.layer_number - 1 == layer:
                 module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[s, b, h], or a sequence shard of it, to the same shape and dtype."""
+        """Return the patched hidden states, in the shape and dtype of `hidden`: [s, b, h] or [s / tp, b, h]."""
         if self.strength == 0:
             return hidden
         scale = self.scale.to(hidden.device)
         mixed = hadamard(hidden.float()) * (1 + self.strength * (scale - 1))
         return hadamard(mixed).to(hidden.dtype)
 
-    def _before(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before(
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         gate = getattr(layer, "gate", None)
-        if gate is not None and gate.runs_all_layers:  # the teacher that the student also is: it has no cut
+        if gate is not None and gate.runs_all_layers:  # a pass of the self-teacher, which has all layers
             return args, kwargs
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": self(kwargs["hidden_states"])}
@@ -62,5 +66,5 @@ class LinearPatch:
 
 
 def strength_at(iteration: int, train_iters: int) -> float:
-    """Falls linearly from 1 at the first iteration to 0 at half of them, and stays there."""
+    """Return the strength at an iteration: linear from 1 at the first to 0 at half of `train_iters`, then 0."""
     return max(0.0, 1 - 2 * iteration / train_iters)

@@ -1,6 +1,8 @@
-"""What the local layer spec lacks without Transformer Engine: a core attention without a quadratic score matrix, an
-RMSNorm that works under sequence parallelism, and latent attention whose gradients are whole under tensor parallelism.
-All serve a GPU as well as the CPU."""
+"""Modules for layers without Transformer Engine, on CPU and GPU.
+
+They replace modules of the core's local layer spec: a core attention without a quadratic score matrix, an RMSNorm that
+supports sequence parallelism, and latent attention with correct gradients under tensor parallelism.
+"""
 
 from typing import Any
 
@@ -15,8 +17,10 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-# Without Transformer Engine, 0.16.1 leaves a stand-in where it later asks `isinstance(..., TELinear)`, and a router
-# helper undefined. Both are no-ops where it is installed.
+from megaprune.mcore.layers import mark
+
+# Without Transformer Engine, 0.16.1 sets TELinear to a placeholder that it later passes to `isinstance`, and leaves a
+# router helper undefined. Both patches have no effect if Transformer Engine is installed.
 if not isinstance(multi_latent_attention.TELinear, type):
     multi_latent_attention.HAVE_TE = False
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -24,7 +28,7 @@ if not hasattr(moe_utils, "te_general_gemm"):
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Causal core attention on torch's fused kernels, with grouped queries and any value dimension."""
+    """Causal core attention with torch's fused kernels; supports grouped queries and any value dimension."""
 
     def __init__(
         self,
@@ -38,39 +42,46 @@ class ScaledDotProductAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """query [s, b, n, d], key [s, b, g, d], value [s, b, g, dv] to [s, b, n * dv]."""
+        """Return the attention output [s, b, n * dv].
+
+        Args:
+            query: [s, b, n, d].
+            key: [s, b, g, d] with g query groups.
+            value: [s, b, g, dv].
+            args: other positional arguments of the core's attention, which causal attention does not need.
+            kwargs: other keyword arguments of the core's attention.
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != query.shape[2],
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight tells the core that its gradient is partial under sequence parallelism."""
+    """RMSNorm with its weight marked for sequence parallelism, where each rank has a part of the weight's gradient."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
 
 class LatentAttention(multi_latent_attention.MLASelfAttention):
-    """Multi-head latent attention whose RoPE key gets the gradient of all heads under sequence parallelism.
+    """Multi-head latent attention with the correct gradient of the RoPE key under sequence parallelism.
 
-    The key/value down-projection is cut over the tensor-parallel ranks here, and 0.16.1 gathers its parts so that the
-    gradient of the RoPE key, which every rank's heads use, stays one rank's. Handed the output of a projection that
-    is not cut, as Transformer Engine's is, it sums that gradient over the ranks.
+    The heads of all ranks use the RoPE key. Without Transformer Engine, the key/value down-projection is sharded over
+    the tensor-parallel ranks, and 0.16.1 gathers its output such that the key gets the gradient of one rank's heads
+    only. With an unsharded projection, as in Transformer Engine, it sums the gradient over the ranks. This class
+    therefore gathers the projection's output and returns it in the form of an unsharded projection.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.sequence_parallel:
-            self.linear_kv_down_proj.register_forward_hook(_as_if_not_cut)
+            self.linear_kv_down_proj.register_forward_hook(_as_unsharded)
 
 
-def _as_if_not_cut(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """[s, b, latent / tp] to [s / tp, b, latent]."""
+def _as_unsharded(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """Convert the projection's output from [s, b, latent / tp] to [s / tp, b, latent]."""
     whole = gather_from_tensor_model_parallel_region(output[0], group=module.tp_group)
     return scatter_to_sequence_parallel_region(whole, group=module.tp_group), output[1]

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021) on Megatron's parallel linear layers: ``W x + (alpha / r) B A x`` with W frozen.
+"""LoRA (Hu et al., 2021) on Megatron's parallel linear layers: ``W x + (alpha / r) B A x`` with W frozen.
 
-A linear layer is made into its LoRA form in place, so that every other name in the model stays what it was. A
-column-parallel layer holds all of A and its rows of B; a row-parallel one its columns of A and all of B. What is held
-in whole is the same on every rank, and so is its gradient: the collectives below see to it, for dense layers over the
-tensor-parallel group, for routed experts over their own.
+A linear layer is converted in place, so that the names of all other parameters stay the same. A column-parallel layer
+holds the full A and a shard of B; a row-parallel layer holds a shard of A and the full B. The full matrix is
+replicated, and the collectives below give it the same gradient on every rank: over the tensor-parallel group for dense
+layers, over the expert-tensor-parallel group for routed experts.
 """
 
 import hashlib
@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import ModelParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -31,6 +33,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megaprune.mcore.layers import mark
+
 TARGETS = (
     *("linear_qkv", "linear_proj", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj"),
     *("linear_kv_down_proj", "linear_kv_up_proj", "linear_fc1", "linear_fc2"),
@@ -40,7 +44,13 @@ _ADAPTER = re.compile(r"\.lora_[ab]$")
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """``--lora-rank``, ``--lora-alpha`` (scale alpha / rank) and the names of the linear layers that get adapters."""
+    """Options of adapters.
+
+    Args:
+        rank: ``--lora-rank``.
+        alpha: ``--lora-alpha``; the adapter is scaled by alpha / rank.
+        targets: names of the linear layers that get adapters.
+    """
 
     rank: int
     alpha: float
@@ -48,64 +58,81 @@ class LoRAOptions:
 
     @property
     def scale(self) -> float:
+        """Factor of the adapter's output."""
         return self.alpha / self.rank
 
 
 class _LoRALinear:
-    """What both forms share. ``enabled`` turns the adapter off for a pass through the base model."""
+    """Code shared by both kinds of parallel layers. `enabled` False runs the base layer without the adapter."""
 
+    # attributes of the parallel layer
+    weight: torch.nn.Parameter
+    tp_group: torch.distributed.ProcessGroup
+    is_expert: bool
+    config: ModelParallelConfig
+    # whether A is sharded; otherwise B is
+    cut_a: bool
     lora: LoRAOptions
     lora_a: torch.nn.Parameter
     lora_b: torch.nn.Parameter
     enabled: bool
 
     def _attach(self, options: LoRAOptions) -> None:
+        """Create the adapter's parameters."""
         self.lora, self.enabled = options, True
         self.lora_a = self._parameter(options.rank, self.weight.shape[1], cut=self.cut_a)
         self.lora_b = self._parameter(self.weight.shape[0], options.rank, cut=not self.cut_a)
 
     def _parameter(self, rows: int, columns: int, cut: bool) -> torch.nn.Parameter:
+        """Return a matrix with the attributes that Megatron-Core reads; `cut` says whether it is sharded."""
         parameter = torch.nn.Parameter(self.weight.new_zeros(rows, columns))
-        parameter.allreduce = self.weight.allreduce
-        # What is held in whole counts once in the gradient's norm, on the first rank of its group; the core would take
-        # the dense layers' group for the experts' too.
+        # A replicated matrix must be counted once in the gradient norm: on the first rank of its group. The core would
+        # use the group of dense layers for experts, too.
         counts_here = cut or self.tp_group.rank() == 0
         set_tensor_model_parallel_attributes(parameter, counts_here, int(self.cut_a), 1)
-        parameter.shared = not counts_here
-        # Under sequence parallelism, a dense layer's whole matrix sees this rank's part of the tokens.
-        parameter.sequence_parallel = not cut and not self.is_expert and self.config.sequence_parallel
+        mark(
+            parameter,
+            allreduce=getattr(self.weight, "allreduce", True),
+            shared=not counts_here,
+            # Under sequence parallelism, the replicated matrix of a dense layer sees only this rank's tokens.
+            sequence_parallel=not cut and not self.is_expert and self.config.sequence_parallel,
+        )
         return parameter
 
     def merge(self) -> None:
-        """Adds the adapter to this rank's shard of the weight, rounding once, and leaves it without effect."""
+        """Add the adapter to this rank's shard of the weight, rounding once, and set B to zero."""
         delta = self.lora.scale * (self.lora_b.float() @ self.lora_a.float())
         self.weight.copy_(self.weight.float() + delta)
         self.lora_b.zero_()
 
-    def _sharded_adapter(self, prefix: str, offsets: tuple, metadata: dict, axes: dict[str, int]) -> dict:
+    def _sharded_adapter(
+        self, prefix: str, offsets: tuple[Any, ...], metadata: dict[str, Any] | None, axes: dict[str, int]
+    ) -> dict[str, Any]:
+        """Return the sharded state dict of the adapter; `axes` gives the sharded axis of the sharded matrix."""
         state = {name: getattr(self, name) for name in ("lora_a", "lora_b")}
+        assert metadata is not None  # checkpoints always pass it
         return make_sharded_tensors_for_checkpoint(
             state, prefix, axes, offsets, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"]
         )
 
 
-def _without_adapter(state: dict) -> dict:
+def _without_adapter(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not _ADAPTER.search(key)}
 
 
 class LoRAColumnParallelLinear(_LoRALinear, ColumnParallelLinear):
-    """Column-parallel: A [r, in] on every rank, B [out / tp, r] cut."""
+    """Column-parallel linear layer with an adapter: A [r, in] replicated, B [out / tp, r] sharded."""
 
     cut_a = False
 
-    def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """[..., in] to [..., out / tp]."""
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the output [..., out / tp] and the base layer's bias for an input [..., in]."""
         output, bias = super().forward(input_, *args, **kwargs)
         if not self.enabled:
             return output, bias
         if self.explicit_expert_comm:
-            # The dispatcher has gathered the tokens, and adds up the ranks' gradients of them: each rank's is a part,
-            # and so is its gradient of A.
+            # The dispatcher has gathered the tokens and sums their gradients over the ranks. Each rank therefore has a
+            # part of the gradient of A, which this function sums as well.
             lora_a = copy_to_tensor_model_parallel_region(self.lora_a, group=self.tp_group)
             latent = F.linear(input_, lora_a)
         elif self.sequence_parallel:
@@ -114,31 +141,33 @@ class LoRAColumnParallelLinear(_LoRALinear, ColumnParallelLinear):
             latent = copy_to_tensor_model_parallel_region(F.linear(input_, self.lora_a), group=self.tp_group)
         return output + F.linear(self.lora.scale * latent, self.lora_b), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The base layer's, and the adapter's."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the sharded state dict of the base layer and the adapter."""
         base = _without_adapter(super().sharded_state_dict(prefix, sharded_offsets, metadata))
         adapter = self._sharded_adapter(prefix, sharded_offsets, metadata, {"lora_b": 0})
         if prefix.endswith("linear_fc1."):
-            # gate and up are cut one by one, as in the weight
+            # Gate and up projection are sharded separately, as in the weight.
             key = f"{prefix}lora_b"
             adapter[key] = apply_swiglu_sharded_factory(adapter[key], sharded_offsets)
         return base | adapter
 
 
 class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
-    """Row-parallel: A [r, in / tp] cut, B [out, r] on every rank."""
+    """Row-parallel linear layer with an adapter: A [r, in / tp] sharded, B [out, r] replicated."""
 
     cut_a = True
 
-    def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """[..., in / tp] to [..., out]."""
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the output [..., out] and the base layer's bias for an input [..., in / tp]."""
         output, bias = super().forward(input_, *args, **kwargs)
         if not self.enabled:
             return output, bias
         latent, lora_b = F.linear(input_, self.lora_a), self.lora_b
         if self.explicit_expert_comm:
-            # The dispatcher adds up the ranks' outputs, which are linear in their parts of the latent; each rank's
-            # gradient of B is then a part, too.
+            # The dispatcher sums the outputs of the ranks, so that the latent need not be reduced here. Each rank
+            # therefore has a part of the gradient of B, which this function sums.
             lora_b = copy_to_tensor_model_parallel_region(lora_b, group=self.tp_group)
         elif self.sequence_parallel:
             latent = reduce_scatter_to_sequence_parallel_region(latent, group=self.tp_group)
@@ -146,8 +175,10 @@ class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
             latent = reduce_from_tensor_model_parallel_region(latent, group=self.tp_group)
         return output + F.linear(self.lora.scale * latent, lora_b), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The base layer's, and the adapter's."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the sharded state dict of the base layer and the adapter."""
         base = _without_adapter(super().sharded_state_dict(prefix, sharded_offsets, metadata))
         return base | self._sharded_adapter(prefix, sharded_offsets, metadata, {"lora_a": 1})
 
@@ -156,8 +187,10 @@ _FORMS = {ColumnParallelLinear: LoRAColumnParallelLinear, RowParallelLinear: LoR
 
 
 def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
-    """Freezes the model and gives its decoder's targeted linear layers their adapters (undefined: see
-    `initialize_adapter`)."""
+    """Freeze the model and add adapters to the targeted linear layers of its decoder.
+
+    `initialize_adapter` initializes an adapter.
+    """
     model.requires_grad_(False)
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
@@ -166,20 +199,24 @@ def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, _LoRALinear]:
-    """LoRA layers by their module's name."""
+    """Return the layers with adapters by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _LoRALinear)}
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
+    """Return whether `name` is the name of an adapter's parameter."""
     return bool(_ADAPTER.search(name))
 
 
 def initialize_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
-    """A as in PEFT (uniform, Kaiming with a = sqrt 5), B zero: the same whatever the layout.
+    """Initialize A as PEFT does (Kaiming uniform with a = sqrt(5)) and B to zero.
+
+    The values depend only on `seed` and `global_name`, not on the parallel layout.
 
     Args:
-        global_name: the layer's name in the whole model, from which, with the seed, A is drawn.
+        layer: layer with the adapter.
+        global_name: the layer's name in the whole model.
+        seed: seed of all adapters.
     """
     tp = layer.tp_group.size() if layer.cut_a else 1
     columns = layer.lora_a.shape[1]
@@ -195,14 +232,14 @@ def initialize_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
 
 @torch.no_grad()
 def merge_adapters(model: torch.nn.Module) -> None:
-    """Adds every adapter to its weight, and leaves it without effect."""
+    """Add every adapter to its weight, and set its B to zero."""
     for layer in adapted_layers(model).values():
         layer.merge()
 
 
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """Passes within the block see the base model."""
+    """Run the base model without adapters within the block."""
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.enabled = False

@@ -1,4 +1,4 @@
-"""openPangu-Ultra's layer: a norm behind attention and one behind the MLP, before each is added to the residual."""
+"""Sandwich-norm layers (openPangu-Ultra): the outputs of attention and MLP are normalized before the residual add."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,27 +10,33 @@ from torch import Tensor
 from megaprune.mcore.layers.gated import GatedTransformerLayer
 from megaprune.mcore.layers.local import RMSNorm
 
+# Megatron-Core's bias, dropout and residual addition, by (training, fused)
+_Add = Callable[[bool, bool], Callable[..., Tensor]]
+
 
 class SandwichTransformerLayer(TransformerLayer):
-    """``x + post_attention_layernorm(attention(...))``, then ``x + post_mlp_layernorm(mlp(...))``."""
+    """Layer with ``x + post_attention_layernorm(attention(...))``, then ``x + post_mlp_layernorm(mlp(...))``."""
+
+    self_attn_bda: _Add
+    mlp_bda: _Add
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
         self.post_mlp_layernorm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
-        self.self_attn_bda = _behind(self.post_attention_layernorm, self.self_attn_bda)
-        self.mlp_bda = _behind(self.post_mlp_layernorm, self.mlp_bda)
+        self.self_attn_bda = _normalized(self.post_attention_layernorm, self.self_attn_bda)
+        self.mlp_bda = _normalized(self.post_mlp_layernorm, self.mlp_bda)
 
 
 class GatedSandwichTransformerLayer(GatedTransformerLayer, SandwichTransformerLayer):
-    """A sandwich layer behind its gate."""
+    """Sandwich-norm layer with a gate."""
 
 
-def _behind(norm: torch.nn.Module, add: Callable[[bool, bool], Callable[..., Tensor]]) -> Callable[..., Any]:
-    """The core's bias, dropout and residual addition with a norm before it."""
+def _normalized(norm: torch.nn.Module, add: _Add) -> _Add:
+    """Return the core's bias, dropout and residual addition with a norm before it."""
 
-    def normalised(training: bool, fused: bool) -> Callable[..., Tensor]:
+    def normalized_add(training: bool, fused: bool) -> Callable[..., Tensor]:
         inner = add(training, fused)
 
         def run(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
@@ -39,4 +45,4 @@ def _behind(norm: torch.nn.Module, add: Callable[[bool, bool], Callable[..., Ten
 
         return run
 
-    return normalised
+    return normalized_add

@@ -21,6 +21,7 @@ from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.files import aside_folder, whole_file
 from megaprune.utils.locks import lock_beside, locked
+from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.ranks import raise_together, rank, world_size
 from megaprune.weights.byte_ranges import Advance
 
@@ -50,6 +51,19 @@ class Labour:
     def threads(self) -> int:
         """Two for a process alone: one reads while the other writes."""
         return self.workers or (2 if world_size() == 1 else 1)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: the number of HF tensors, and what became what."""
+
+    tensors: int
+    source: Path
+    output: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"tensors": self.tensors, "source": str(self.source), "output": str(self.output)}
 
 
 def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
@@ -164,7 +178,7 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Write[T], num_thr
     left = [part for part in mine if not (work.result / part.file).exists()]
     total = sum(part.num_bytes for part in mine)
     done = total - sum(part.num_bytes for part in left)
-    settings = dict(unit="B", unit_scale=True, disable=not is_first(), dynamic_ncols=True)
+    settings = dict(unit="B", unit_scale=True, disable=not bars_are_shown(), dynamic_ncols=True)
     with tqdm(total=total, initial=done, **settings) as bar, ThreadPoolExecutor(num_threads) as pool:
         futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
         try:
@@ -202,6 +216,9 @@ def _processes() -> Any:
         return
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield
+        return
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     failure.watch()
     try:
@@ -209,6 +226,16 @@ def _processes() -> Any:
     finally:
         dist.destroy_process_group()
     failure.stop()  # not where this rank fails, which the others have yet to be told
+
+
+def on_rank0(work: Callable[[], None]) -> None:
+    """Have rank 0 do something while the others wait. Collective where a launcher started several processes.
+
+    Raises:
+        MegapruneError: rank 0 met it; on every process.
+    """
+    with _processes():
+        _together(lambda: work() if is_first() else None)
 
 
 def _together(work: Callable[[], None]) -> None:

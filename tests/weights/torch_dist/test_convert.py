@@ -21,6 +21,7 @@ from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 from megaprune.weights.torch_dist.source import CheckpointSource
 from tests.helpers import pangu, tiny
 from tests.helpers.converting import KEY, assert_same_model, contents, convert, done, edited, raising
+from tests.helpers.launch import torchrun
 from tests.weights.torch_dist import kill_worker
 
 CONVERT = Path(__file__).parents[3] / "tools" / "convert.py"
@@ -45,6 +46,7 @@ def test_round_trip_is_bit_equal(models, name, size, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parallel
 def test_result_does_not_depend_on_who_works(models, tmp_path):
     model = models("deepseek_v3")
     for workers in (1, 3):
@@ -52,13 +54,12 @@ def test_result_does_not_depend_on_who_works(models, tmp_path):
         done("import", "--hf-model", model, "--megatron-path", out / "m", "--workers", workers)
         done("export", "--megatron-path", out / "m", "--hf-path", out / "hf", "--max-shard-size", "50KB")
     assert contents(tmp_path / "w1" / "m") == contents(tmp_path / "w3" / "m")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for verb, flags in (
         ("import", ["--hf-model", model, "--megatron-path", tmp_path / "two" / "m"]),
         ("export", ["--megatron-path", tmp_path / "w1" / "m", "--hf-path", tmp_path / "two" / "hf"]),
     ):
         words = [verb, *flags, *(["--max-shard-size", "50KB"] if verb == "export" else [])]
-        ran = subprocess.run([*torchrun, CONVERT, *words], env=tiny.environment(), capture_output=True, text=True)
+        ran = subprocess.run([*torchrun(2), CONVERT, *words], env=tiny.environment(), capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.count("ported") == 1
     assert contents(tmp_path / "two" / "hf") == contents(tmp_path / "w1" / "hf")

@@ -10,6 +10,7 @@ import torch
 from megaprune.weights.fp8 import SCALE_SUFFIX
 from megaprune.weights.torch_dist import engine
 from tests.helpers import tiny
+from tests.helpers.checkpoints import layers_in_config
 from tests.helpers.converting import KEY, convert, done, edited
 
 
@@ -99,7 +100,7 @@ def test_files_of_others_are_not_touched(models, tmp_path):
 def test_what_the_config_has_no_place_for_is_not_lost(models, tmp_path):
     done("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "m")
     config = tmp_path / "m" / "hf" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 5}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | layers_in_config(5)))
     status, line = convert("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
     assert status == 1 and "holds decoder.layers.5." in line
 
@@ -145,7 +146,7 @@ def test_bad_input_of_export(models, tmp_path):
     (out / ".metadata").write_bytes(metadata)
     config = out / "hf" / "config.json"
     whole = config.read_text()
-    config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 8}))
+    config.write_text(json.dumps(json.loads(whole) | layers_in_config(8)))
     refused("lacks decoder.layers.7.", out)
     config.write_text(whole)
     data = part.read_bytes()

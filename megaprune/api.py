@@ -1,0 +1,242 @@
+"""The Python API: a run, and what it is made of, as functions.
+
+Keyword arguments are the flags of the commands with underscores. The functions return reports and raise
+`MegapruneError` (`UsageError` for a wrong argument). They print nothing: progress goes to the logger `megaprune`, at
+the level INFO. They never exit the process. Under torchrun every rank calls them and gets the same report, and the
+process group stays usable: calls may follow each other.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaprune.config.checks import check_for_scoring, check_run
+from megaprune.config.evaluation import EvaluateConfig
+from megaprune.config.mapping import fill, overridden
+from megaprune.config.schema import ALTERNATIVES, GROUPS, WHAT_TO_PRUNE, Config
+from megaprune.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from megaprune.evaluation.result import Evaluation
+    from megaprune.report.run_report import LayerScores, Report
+    from megaprune.weights.torch_dist.engine import Conversion
+
+__all__ = ["evaluate", "export_hf", "import_hf", "prune", "remove_layers", "score_layers"]
+
+
+def prune(
+    config: Config | None = None,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    command: str | None = None,
+    **flags: Any,
+) -> "Report | None":
+    """Prune and recover a model, or go on with a run that was stopped.
+
+    Args:
+        config: the run; flags given as keywords replace its own.
+        should_stop: asked on every rank after each iteration. Where any rank's says yes, the run saves a checkpoint
+            and raises `RunStopped`; the same call goes on from there. Give it on every rank or on none.
+        command: how the run was started, for the model card.
+        flags: the flags of `megaprune prune`, such as `hf_model`, `train_data`, `num_layers_to_prune` and `save`.
+
+    Returns:
+        The report, equal to report.json in the run folder; None with `dry_run`.
+
+    Raises:
+        MegapruneError: what was asked can't be done; all that was done is in a checkpoint.
+        UsageError: a flag is wrong; nothing was written.
+        RunStopped: `should_stop` said so.
+    """
+    resolved = _config(config, flags)
+    # Imported here and below, so that wrong flags don't wait for megatron.
+    from megaprune.pruning.resolve import open_run
+    from megaprune.pruning.runner import run
+    from megaprune.utils.ranks import world_size
+
+    options, source = open_run(resolved, world_size())
+    return run(
+        options, source, command or _call("prune", {**({"config": "..."} if config else {}), **flags}), should_stop
+    )
+
+
+def score_layers(
+    hf_model: str | Path | None = None,
+    data: Sequence[str | Path] = (),
+    method: str = "kl-init",
+    **flags: Any,
+) -> "LayerScores":
+    """Score the layers of a model on calibration data. Trains nothing and writes nothing.
+
+    Args:
+        data: what `--train-data` takes; `calibration_samples` windows of it are used.
+        method: a method that looks at calibration data and trains nothing.
+        flags: other flags of `megaprune prune`, such as `seq_length`. With one that says how much goes, such as
+            `num_layers_to_prune`, the method also chooses the layers that stay.
+
+    Raises:
+        MegapruneError: the model or the data can't be used.
+        UsageError: a flag is wrong, or the method does not score layers.
+    """
+    fixed = [name for name in ("save", "train_iters", "train_data") if name in flags]
+    if fixed:
+        raise UsageError(
+            f"score_layers takes no {fixed[0]}: it trains nothing and writes nothing, and scores on `data`"
+        )
+    sized = any(flags.get(name) is not None for name in WHAT_TO_PRUNE)
+    given: dict[str, Any] = {"hf_model": hf_model, "train_data": list(data), "method": method, "train_iters": 0}
+    config = Config(*fill(GROUPS, given | ({} if sized else {"num_layers_to_prune": 1}) | flags))
+    check_for_scoring(config)
+    from megaprune.pruning.resolve import open_source, resolve
+    from megaprune.pruning.score import score
+    from megaprune.utils.ranks import world_size
+
+    source = open_source(config)
+    source.check_tensors()
+    return score(resolve(config, source.config, world_size()), source, chooses=sized)
+
+
+def remove_layers(
+    hf_model: str | Path,
+    layers: Sequence[int],
+    save: str | Path,
+    *,
+    mtp: str = "keep",
+    max_shard_size: str = "5GB",
+) -> "Report":
+    """Remove layers of an HF model: every tensor that stays is copied bit for bit. Needs no process group.
+
+    Args:
+        layers: the layers that go, counted from 0.
+        save: the folder of the pruned model; it appears when it is whole.
+        mtp: "keep" or "drop" multi-token-prediction layers.
+
+    Raises:
+        MegapruneError: the model can't be read, or the folder exists or can't be written.
+        UsageError: an argument is wrong.
+    """
+    if mtp not in ("keep", "drop"):
+        raise UsageError(f"--mtp {mtp!r} is neither keep nor drop")
+    from megaprune.pruning.surgery import remove_layers_of
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource
+    from megaprune.weights.writer import parse_size
+
+    size, source = parse_size(max_shard_size), HFSource(resolve_hf_model(str(hf_model)))
+    command = _call("remove_layers", {"hf_model": str(hf_model), "layers": list(layers), "save": str(save)})
+    return remove_layers_of(source, str(hf_model), layers, Path(save), mtp == "keep", size, command)
+
+
+def evaluate(
+    hf_model: str | Path,
+    data: Sequence[str | Path] = (),
+    *,
+    teacher: str | Path | None = None,
+    tasks: str | Sequence[str] | None = None,
+    **flags: Any,
+) -> "Evaluation":
+    """Measure the loss of an HF model, its distance from a teacher, and benchmark tasks, with stock transformers.
+
+    Args:
+        data: held-out text.
+        teacher: also measure the KL divergence from this model and the top-1 agreement with it.
+        tasks: tasks of lm-evaluation-harness, as a list or between commas.
+        flags: other flags of `megaprune evaluate` but `output`, such as `seq_length`, `limit` and `dtype`.
+
+    Raises:
+        MegapruneError: a model, the data or a task can't be used.
+        UsageError: an argument is wrong.
+    """
+    words = tasks if tasks is None or isinstance(tasks, str) else ",".join(tasks)
+    given = {"hf_model": hf_model, "data": list(data), "teacher": teacher, "tasks": words}
+    [config] = fill([EvaluateConfig], given | flags)
+    from megaprune.evaluation.run import evaluate_all
+
+    return evaluate_all(**vars(config))
+
+
+def import_hf(
+    hf_model: str | Path,
+    megatron_path: str | Path,
+    *,
+    dtype: str | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+) -> "Conversion":
+    """Convert HF safetensors to a Megatron-Core `torch_dist` checkpoint. Under torchrun the ranks share the work.
+
+    Args:
+        dtype: "bf16", "fp16" or "fp32" (default: as stored; bf16 for FP8).
+        workers: threads of each process.
+        resume: go on with interrupted work.
+
+    Raises:
+        MegapruneError: the model can't be read, or the checkpoint can't be written.
+        UsageError: an argument is wrong.
+    """
+    names = {None: None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+    if dtype not in names:
+        raise UsageError(f"--dtype {dtype}: give one of bf16, fp16, fp32")
+    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.weights.source import HFSource
+    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.import_hf import import_checkpoint
+
+    source, folder = HFSource(resolve_hf_model(str(hf_model))), Path(megatron_path).absolute()
+    import_checkpoint(source, folder, names[dtype], Labour(_workers(workers), resume))
+    return Conversion(len(source.names), source.folder, folder)
+
+
+def export_hf(
+    megatron_path: str | Path,
+    hf_path: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    workers: int | None = None,
+    resume: bool = False,
+) -> "Conversion":
+    """Convert a checkpoint that `import_hf` wrote to HF safetensors. Under torchrun the ranks share the work.
+
+    Args:
+        max_shard_size: the largest safetensors file, such as "500MB".
+        workers: threads of each process.
+        resume: go on with interrupted work.
+
+    Raises:
+        MegapruneError: the checkpoint can't be read, or the folder can't be written.
+        UsageError: an argument is wrong.
+    """
+    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.export_hf import export_checkpoint
+    from megaprune.weights.torch_dist.source import CheckpointSource
+    from megaprune.weights.writer import parse_size
+
+    size = parse_size(max_shard_size)
+    source, folder = CheckpointSource(megatron_path), Path(hf_path).absolute()
+    export_checkpoint(source, folder, size, Labour(_workers(workers), resume))
+    return Conversion(len(source.names), Path(megatron_path), folder)
+
+
+def _config(config: Config | None, flags: dict[str, Any]) -> Config:
+    if config is None:
+        return Config.from_mapping(flags)
+    if flags:
+        return Config.from_mapping(overridden(config.flat(), flags, ALTERNATIVES))
+    check_run(config)
+    return config
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    defaults = Config().flat()
+    return {name: value for name, value in config.flat().items() if value != defaults[name]}
+
+
+def _workers(number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise UsageError(f"--workers {number} is less than 1")
+    return number
+
+
+def _call(function: str, arguments: dict[str, Any]) -> str:
+    """The call as a user would write it, for the model card."""
+    return f"megaprune.{function}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"

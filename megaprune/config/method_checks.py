@@ -1,0 +1,89 @@
+"""Checks of a run's flags against the traits of its method."""
+
+from megaprune.config.fields import flag_name
+from megaprune.config.schema import Config, PruneConfig
+from megaprune.selection import registry
+from megaprune.selection.registry import BudgetKind
+from megaprune.utils.errors import UsageError
+
+# The flags that say how much goes, by the kind of budget that they are.
+_BUDGETS: dict[str, BudgetKind] = {
+    "num_layers_to_prune": "layers",
+    "prune_ratio": "layers",
+    "target_params": "parameters",
+    "prune_layers": "list",
+}
+# Flags of the group "search" that are refused unless the method takes them.
+_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
+
+
+def check_budget(prune: PruneConfig) -> None:
+    """Check that the method understands how much is to go.
+
+    Raises:
+        UsageError: it doesn't.
+    """
+    method = registry.find(prune.method)
+    kind, flag = next((kind, flag) for flag, kind in _BUDGETS.items() if getattr(prune, flag) is not None)
+    if kind in method.budgets:
+        return
+    if kind == "list" or method.names_layers:
+        listing = " or ".join(other.name for other in registry.methods() if other.names_layers)
+        raise UsageError(f"--prune-layers and --method {listing} go together")
+    counts = "finds a segment of a fixed number of layers" if method.contiguous else "counts layers"
+    if kind == "layers":
+        raise UsageError(f"--method {prune.method} counts parameters: give --target-params, not {flag_name(flag)}")
+    raise UsageError(
+        f"--method {prune.method} {counts}: give --num-layers-to-prune or --prune-ratio, not {flag_name(flag)}"
+    )
+
+
+def check_method_flags(config: Config) -> None:
+    """Check that the method takes the flags of the search that were given, and that the iterations fit it.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    method, name, train_iters = config.method, config.prune.method, config.recovery.train_iters or 0
+    defaults = type(config.search)()
+    for flag in _OWN_FLAGS:
+        given = getattr(config.search, flag) not in (0, getattr(defaults, flag))
+        if given and flag not in method.flags:
+            raise UsageError(f"{flag_name(flag)} is for {_takers(flag, name)}")
+    search_iters = config.search.search_iters
+    if method.searches:
+        if train_iters == 0:
+            raise UsageError(f"--method {name} searches while it trains: --train-iters must be above 0")
+        if not 1 <= config.search_iters <= train_iters:
+            raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
+    elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
+        raise UsageError(f"--search-iters {search_iters} is less than 1")
+    config.method_options()  # refuses a function that asks for what is no flag
+
+
+def check_cut(config: Config) -> None:
+    """Check that what needs one contiguous cut gets one.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if not config.needs_one_cut:
+        return
+    flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"
+    if not (config.method.contiguous or config.method.names_layers):
+        raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
+    if config.stitches and not config.recovery.train_iters:
+        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
+    if config.stitches and not config.data.train_data:
+        raise UsageError("--stitch linear-patch needs --train-data")
+    if config.tunes_endpoints and config.lora.lora_rank is not None:
+        raise UsageError(
+            "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
+        )
+
+
+def _takers(flag: str, instead: str) -> str:
+    if flag in registry.SEARCH_FLAGS:
+        return f"methods that search, and --method {instead} does not"
+    takers = " or ".join(method.name for method in registry.methods() if flag in method.flags)
+    return f"--method {takers}, not {instead}"

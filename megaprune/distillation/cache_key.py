@@ -1,0 +1,36 @@
+"""The key of a teacher's cache: everything that the cached targets follow from."""
+
+from typing import Any
+
+from megaprune.data.batches import Windows
+from megaprune.data.token_cache import tokenizer_fingerprint
+from megaprune.distillation.cache_format import CacheKey
+from megaprune.mcore import parallel
+from megaprune.utils.errors import MegapruneError
+from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
+from megaprune.weights.tensor_source import TensorSource
+
+
+def fingerprint_of(source: TensorSource) -> str:
+    """Return the model's fingerprint; each rank reads its share of the tensors. Collective."""
+    names, error, digests = fingerprinted_tensors(source), None, {}
+    share = -(-len(names) // parallel.world_size())  # neighbours together: they may lie in one fused tensor
+    try:
+        digests = tensor_digests(source, names[parallel.rank() * share :][:share])
+    except MegapruneError as met:
+        error = met
+    parallel.raise_together(error)
+    parts = parallel.all_gather_objects(digests)
+    return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
+
+
+def cache_key(source: TensorSource, tokenizer: Any, data: Windows) -> CacheKey:
+    """Return what a teacher's targets on these data follow from. Collective."""
+    return CacheKey(
+        model=fingerprint_of(source),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        data=data.fingerprint,
+        seq_length=data.seq_length,
+        windows=len(data),
+        vocab_size=source.family.architecture(source.config).vocab_size,
+    )

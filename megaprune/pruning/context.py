@@ -1,0 +1,151 @@
+"""What the stages of a run share: options, data, models, progress, metrics, and the saving of checkpoints."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaprune.data.batches import Batch
+from megaprune.importance.measures import mean_loss
+from megaprune.mcore import checkpoint, parallel
+from megaprune.mcore.optimizer import Trainer
+from megaprune.pruning.data import Data
+from megaprune.pruning.models import Models
+from megaprune.pruning.options import RunOptions
+from megaprune.pruning.progress import Progress
+from megaprune.pruning.step import StepResult
+from megaprune.report.metrics import MetricsLogger
+from megaprune.selection.masks import masks_of
+from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
+from megaprune.utils.progress import say
+from megaprune.weights.tensor_source import TensorSource
+
+ShouldStop = Callable[[], bool]
+
+
+class RunContext:
+    """The state of a run.
+
+    Args:
+        should_stop: asked on every rank before the first iteration and after each; one that says yes is enough to
+            save a checkpoint and stop.
+    """
+
+    def __init__(
+        self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
+    ) -> None:
+        self.options, self.source, self.data = options, source, data
+        self._should_stop = should_stop
+        self.models = Models(options, source, data.teacher_cache)
+        self.valid: Sequence[Batch] = data.valid_batches()
+        self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
+        self.progress = Progress()
+        if self.resume_from is not None:
+            self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            self._check_batch(self.progress.global_batch_size)
+            say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+        self.progress.global_batch_size = options.training.global_batch_size
+        if self._is_to_stop():
+            raise RunStopped
+        self.metrics = MetricsLogger(
+            options.output.run_dir.path,
+            enabled=parallel.rank() == 0,
+            total_iterations=options.training.train_iters,
+            tokens_per_iteration=options.tokens_per_iteration,
+            log_interval=options.output.log_interval,
+            tensorboard_dir=options.output.tensorboard_dir,
+            wandb_project=options.output.wandb_project,
+            start_iteration=self.progress.iteration,
+        )
+
+    def _check_batch(self, begun_with: int | None) -> None:
+        """Without --global-batch-size the batch follows the number of replicas, which may be another when resumed."""
+        size = self.options.training.global_batch_size
+        if begun_with not in (None, size):
+            raise UsageError(
+                f"--global-batch-size: the run began with {begun_with}, and on these processes it would go on with "
+                f"{size}; give --global-batch-size {begun_with}"
+            )
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """The layers that stay, once they are chosen."""
+        assert self.progress.kept_layers is not None, "the selection comes first"
+        return self.progress.kept_layers
+
+    def validate(self, which: str, model: torch.nn.Module) -> None:
+        """Measure the validation loss of a model, where there is validation data, for the report."""
+        if self.valid:
+            with self.progress.timed("validation"):
+                self.progress.valid[which] = {"loss": mean_loss(model, self.valid, self.models.shard)}
+
+    def record(
+        self, iteration: int, stage: str, result: StepResult, start: float, extra: dict[str, Any] | None = None
+    ) -> None:
+        """Book an iteration that is done.
+
+        Args:
+            start: when it began, by `time.perf_counter`.
+        """
+        seconds = time.perf_counter() - start
+        self.progress.iteration = iteration + 1
+        self.progress.spend(stage, seconds, self.options.tokens_per_iteration)
+        num_kept = len(self.kept_layers) if result.mask is None else int((result.mask > 0).sum())
+        record = {
+            "iteration": iteration + 1,
+            "stage": stage,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "num_kept": num_kept,
+            "tokens": (iteration + 1) * self.options.tokens_per_iteration,
+            "seconds": seconds,
+        }
+        if result.mask is not None:
+            record["mask"] = result.mask.tolist()
+        self.metrics.log(record | (extra or {}))
+
+    @property
+    def weights_are_the_source(self) -> bool:
+        """Whether nothing but scores has been learned so far."""
+        training = self.options.training
+        return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
+
+    def saved_weights(self) -> Path | None:
+        """Return the newest checkpoint, if there are weights in it."""
+        return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+
+    def save_if_due(self, trainer: Trainer, force: bool) -> None:
+        """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
+
+        Raises:
+            RunStopped: a rank was asked to stop; the checkpoint is saved.
+        """
+        interval, iteration = self.options.output.save_interval, self.progress.iteration
+        stopping = self._is_to_stop()
+        if force or stopping or (interval and iteration % interval == 0):
+            folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
+            checkpoint.save(folder, iteration, trained, self.progress.state())
+        if stopping:
+            say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
+            raise RunStopped
+
+    def _is_to_stop(self) -> bool:
+        return self._should_stop is not None and parallel.any_rank(self._should_stop())
+
+
+def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
+    """Return the layers that a method keeps, which must be the same on every rank. Collective.
+
+    Raises:
+        MegapruneError: they are not; on every rank.
+    """
+    mask = masks_of([kept], options.model.arch.num_layers)
+    error = None
+    if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
+        name = options.selection.name
+        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
+    parallel.raise_together(error)
+    return kept

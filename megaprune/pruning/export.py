@@ -1,0 +1,122 @@
+"""The results of a run: report, plots, and the HF folder, which gets its name last."""
+
+import shutil
+from pathlib import Path
+
+from megaprune.mcore import parallel
+from megaprune.mcore.adapters import export_adapter
+from megaprune.mcore.hf_weights import export_weights
+from megaprune.mcore.optimizer import Trainer
+from megaprune.models.sizes import inventory
+from megaprune.pruning.context import RunContext
+from megaprune.report.metrics import read_metrics
+from megaprune.report.model_card import CARD_NAME, model_card
+from megaprune.report.plots import write_plots
+from megaprune.report.run_report import Report, build_report, result_table, write_report
+from megaprune.utils.disk import one_line
+from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
+from megaprune.utils.progress import say
+from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+
+GO_ON = "give the same command to go on from the last checkpoint"
+
+
+def export(run: RunContext, student: Trainer | None, command: str) -> None:
+    """Write the pruned model, the report and the plots. Collective.
+
+    Args:
+        student: the trained model; None where nothing trained.
+        command: how the run was started, for the model card.
+    """
+    run_dir = run.options.output.run_dir
+    aside = aside_folder(run_dir.hf)
+    try:
+        _emptied(aside)
+        with run.progress.timed("export"):
+            _export_weights(run, student, aside)
+        parallel.on_rank0(lambda: _finish(run, aside, command))
+    except MegapruneError:
+        if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside_folder(run_dir.adapter), ignore_errors=True)
+        raise
+
+
+def _finish(run: RunContext, aside: Path, command: str) -> None:
+    options, kept, run_dir = run.options, run.kept_layers, run.options.output.run_dir
+    with one_line(aside, GO_ON):
+        write_pruned_config(run.source, kept, aside, options.model.keep_mtp)
+        report = _report(run)
+        write_report(run_dir.report, report)
+        records = read_metrics(run_dir.path)
+        for path in write_plots(records, run_dir.plots, kept, report.valid):
+            run.metrics.figure(path.stem, path)
+        adapter = options.output.export_adapter
+        card = model_card(report, source_name=options.model.name, command=command, adapter=adapter)
+        (aside / CARD_NAME).write_text(card)
+        run.metrics.close()
+        aside.rename(run_dir.hf)
+    say(result_table(report, run_dir.path))
+
+
+def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> None:
+    """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
+    options, kept, whole = run.options, run.kept_layers, run.models.student_stays_whole
+    size, keep_mtp = options.output.max_shard_bytes, options.model.keep_mtp
+    trained = student is not None and options.training.train_iters > 0
+    if options.output.export_adapter:
+        _export_adapter(run, student)
+    elif student is not None and trained:
+        export_weights(student.model, run.source, kept, folder, size, whole, keep_mtp)
+    if options.output.export_adapter or not trained:
+
+        def write() -> None:
+            with one_line(folder, GO_ON):
+                write_pruned_weights(run.source, kept, folder, size, keep_mtp)
+
+        parallel.on_rank0(write)  # no weight has changed: the stored bits are the export
+
+
+def _export_adapter(run: RunContext, student: Trainer | None) -> None:
+    options, run_dir = run.options, run.options.output.run_dir
+    assert student is not None and options.lora is not None, "the configuration's checks ask for both"
+    aside, whole = _emptied(aside_folder(run_dir.adapter)), run.models.student_stays_whole
+    export_adapter(student.model, run.source, run.kept_layers, aside, options.lora, str(run_dir.hf), whole)
+    parallel.on_rank0(lambda: _replace(run_dir.adapter, aside))
+
+
+def _report(run: RunContext) -> Report:
+    options, hf_config, kept = run.options, run.source.config, run.kept_layers
+    return build_report(
+        method=options.selection.name,
+        num_source_layers=options.model.arch.num_layers,
+        kept_layers=kept,
+        scores=run.progress.scores,
+        before=inventory(hf_config),
+        after=inventory(hf_config, kept),
+        tokens_seen=run.progress.iteration * options.tokens_per_iteration,
+        seed=options.training.seed,
+        stages=run.progress.stages,
+        valid=run.progress.valid,
+        seq_length=options.data.seq_length,
+        candidates=run.progress.candidates,
+    )
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, made anew by rank 0. Collective."""
+
+    def make() -> None:
+        with one_line(folder, GO_ON):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    parallel.on_rank0(make)
+    return folder
+
+
+def _replace(folder: Path, by: Path) -> None:
+    with one_line(folder, GO_ON):
+        shutil.rmtree(folder, ignore_errors=True)
+        by.rename(folder)

@@ -1,0 +1,383 @@
+"""Resolves a Config once: with the model's config.json and the number of processes it becomes frozen options.
+
+Nothing below reads a Config. A run, a plan and the caching of a teacher are resolved from the same parts; a plan may
+leave open the data, the run folder and what is pruned, and caching everything that concerns the student.
+"""
+
+from pathlib import Path
+
+from megaprune import device
+from megaprune.config.schema import (
+    WHAT_TO_PRUNE,
+    Config,
+    EngineConfig,
+    ParallelConfig,
+    RunConfig,
+    num_layers_to_prune,
+)
+from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
+from megaprune.mcore.optimizer import OptimizerOptions
+from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
+from megaprune.models import Architecture, HFConfig, family_of
+from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
+from megaprune.pruning.cache_teacher import check_output
+from megaprune.pruning.data import check_cacheable
+from megaprune.pruning.options import (
+    CachingOptions,
+    DataOptions,
+    DistillationOptions,
+    JobOptions,
+    ModelOptions,
+    OutputOptions,
+    PipelineOptions,
+    PlanOptions,
+    RunOptions,
+    SelectionOptions,
+    TrainingOptions,
+)
+from megaprune.pruning.run_dir import RunDir
+from megaprune.selection.budget import Budget
+from megaprune.selection.segments import cut_position
+from megaprune.selection.selector import protected_layers
+from megaprune.utils.errors import UsageError
+from megaprune.weights.hub import resolve_hf_model
+from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
+from megaprune.weights.torch_dist.source import CheckpointSource
+from megaprune.weights.writer import parse_size
+
+# How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
+# optimizer's kind: Megatron-Core saves the state of each in a form of its own.
+_MAY_CHANGE = {
+    *ParallelConfig.__dataclass_fields__,
+    *EngineConfig.__dataclass_fields__,
+    *RunConfig.__dataclass_fields__,
+    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
+} - {"use_distributed_optimizer"}
+
+
+def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
+    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
+
+    Raises:
+        MegapruneError: what was asked can't be done.
+        UsageError: flags that don't fit the model or the processes.
+    """
+    parse_size(config.run.max_shard_size)
+    source = open_source(config)
+    windowed = _with_window(config, source.config)
+    RunDir(Path(config.run.save or "")).check(fixed_settings(windowed))
+    source.check_tensors()
+    return resolve(windowed, source.config, world_size), source
+
+
+def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
+    """Check the caching of a teacher against its folder, its model and its processes. Raises as `open_run`."""
+    check_output(output)
+    check_cacheable(config.data.train_data)
+    source = open_source(config)
+    source.check_tensors()
+    return resolve_caching(config, source.config, world_size, output), source
+
+
+def open_source(config: Config) -> TensorSource:
+    """Return the model that the flags name.
+
+    Raises:
+        MegapruneError: it is not there, or can't be read.
+    """
+    if config.model.load:
+        return CheckpointSource(config.model.load)
+    return HFSource(resolve_hf_model(config.model.given))
+
+
+def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
+    """Return the options of a run.
+
+    Raises:
+        MegapruneError: the model can't be expressed.
+        UsageError: flags that don't fit each other, the model or the processes.
+    """
+    config = _with_window(config, hf_config)
+    fused = device.use_transformer_engine(_transformer_impl(config))
+    job = _job(config, hf_config, world_size, fused, config.reads_windows)
+    arch = job.model.arch
+    if config.distils:
+        _check_top_k(config, arch)
+    batch = global_batch_size(config, job.sizes, world_size)
+    selection = _selection(config, hf_config, batch * job.data.seq_length)
+    _check_selection(config, selection, arch)
+    options = RunOptions(
+        **job.__dict__,
+        lora=_lora_options(config, arch, hf_config),
+        optimizer=_optimizer_options(config),
+        selection=selection,
+        training=_training_options(config, batch),
+        output=_output_options(config),
+    )
+    options.pipeline.stages_of_layers(selection.fewest_layers())
+    return options
+
+
+def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
+    """Return the options of a run on paper. Raises as `resolve`."""
+    # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
+    config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
+    job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
+    batch = global_batch_size(config, job.sizes, world_size)
+    prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
+    return PlanOptions(
+        **job.__dict__,
+        world_size=world_size,
+        lora=_lora_options(config, job.model.arch, hf_config),
+        global_batch_size=batch,
+        selection=_selection(config, hf_config, batch * job.data.seq_length) if prunes else None,
+        trains=trains,
+        distributed_optimizer=config.engine.use_distributed_optimizer,
+    )
+
+
+def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output: Path) -> CachingOptions:
+    """Return the options of caching a teacher. Raises as `resolve`."""
+    config = _with_window(config, hf_config)
+    fused = device.use_transformer_engine(config.engine.transformer_impl)
+    job = _job(config, hf_config, world_size, fused, reads_windows=True)
+    _check_top_k(config, job.model.arch)
+    return CachingOptions(**job.__dict__, output=output, dry_run=config.run.dry_run)
+
+
+def fixed_settings(config: Config) -> dict[str, object]:
+    """Return what a run that goes on must have in common with the one that began its folder."""
+    return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
+
+
+def _with_window(config: Config, hf_config: HFConfig) -> Config:
+    return config.with_window(family_of(hf_config).architecture(hf_config).max_position_embeddings)
+
+
+def _job(
+    config: Config, hf_config: HFConfig, world_size: int, transformer_engine: bool, reads_windows: bool
+) -> JobOptions:
+    arch = family_of(hf_config).architecture(hf_config)
+    sizes = _parallel_sizes(config, arch, world_size)
+    check_parallel_sizes(arch, sizes, world_size)
+    seq_length = config.data.seq_length or arch.max_position_embeddings
+    _check_sequence(seq_length, arch, sizes, reads_windows)
+    recovery, data, distillation = config.recovery, config.data, config.distillation
+    save, cache, logits = config.run.save, data.data_cache_path, distillation.teacher_logits
+    cache_dir = Path(cache) if cache else RunDir(Path(save)).data_cache if save else None
+    return JobOptions(
+        model=ModelOptions(
+            config.model.given, hf_config, arch, config.model.mtp == "keep", config.model.trust_remote_code
+        ),
+        engine=EngineOptions(sizes, transformer_engine, recovery.bf16, config.engine.recompute_granularity, seq_length),
+        pipeline=_pipeline(config, hf_config, sizes),
+        data=DataOptions(
+            train=list(data.train_data),
+            valid=list(data.valid_data),
+            text_key=data.text_key,
+            messages_key=data.messages_key,
+            seq_length=seq_length,
+            micro_batch_size=recovery.micro_batch_size,
+            cache_dir=cache_dir,
+            reads_windows=reads_windows,
+            reads_training=config.reads_training_data,
+            calibrates=config.calibrates,
+        ),
+        distillation=DistillationOptions(
+            loss=distillation.distill_loss,
+            tail=distillation.distill_tail,
+            top_k=distillation.distill_top_k,
+            teacher=distillation.teacher,
+            teaches=config.distils,
+            logits=Path(logits) if logits else None,
+        ),
+    )
+
+
+def _parallel_sizes(config: Config, arch: Architecture, world_size: int) -> ParallelSizes:
+    parallel_config = config.parallel
+    expert_tensor = parallel_config.expert_tensor_parallel_size
+    if expert_tensor is None:
+        # As in Megatron-LM, experts are cut like the rest unless the user says otherwise; but not where there are too
+        # few processes for that.
+        expert_tensor = parallel_config.tensor_model_parallel_size if arch.num_experts else 1
+        in_a_stage = world_size // parallel_config.pipeline_model_parallel_size
+        if in_a_stage % (expert_tensor * parallel_config.expert_model_parallel_size):
+            expert_tensor = 1
+    return ParallelSizes(
+        tensor=parallel_config.tensor_model_parallel_size,
+        pipeline=parallel_config.pipeline_model_parallel_size,
+        context=parallel_config.context_parallel_size,
+        expert=parallel_config.expert_model_parallel_size,
+        expert_tensor=expert_tensor,
+        sequence_parallel=parallel_config.sequence_parallel,
+    )
+
+
+def _pipeline(config: Config, hf_config: HFConfig, sizes: ParallelSizes) -> PipelineOptions:
+    costs, last = layer_costs(hf_config), output_cost(hf_config)
+    layout = config.parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        original = parse_layout(layout, sizes.pipeline, len(costs))
+    else:
+        original = balanced_stages(costs, sizes.pipeline, last)
+    return PipelineOptions(tuple(original), tuple(costs), last)
+
+
+def _transformer_impl(config: Config) -> str:
+    choice = config.engine.transformer_impl
+    if config.lora.lora_rank is None:
+        return choice
+    if choice == "transformer_engine":
+        raise UsageError("--lora-rank works on Megatron's own linear layers: use --transformer-impl local")
+    return "local"
+
+
+def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -> SelectionOptions:
+    given = config.search.selection_budget
+    manual, protected, budget = _layers_in_question(config, hf_config)
+    return SelectionOptions(
+        name=config.prune.method,
+        method=config.method,
+        method_options=config.method_options(),
+        budget=budget,
+        protected=protected,
+        manual=manual,
+        calibration_samples=config.data.calibration_samples,
+        init_scale=config.search.mask_init_scale,
+        # A search's iteration is a forward and a backward pass, which costs two.
+        token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
+        token_budget_given=given is not None,
+    )
+
+
+def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] | None, frozenset[int], Budget]:
+    """Return the user's own choice of kept layers if there is one, the protected layers, and what those that stay may
+    cost."""
+    num_layers = len(layer_sizes(hf_config))
+    if config.method.names_layers:
+        whole = Budget.of_layers(num_layers, num_layers)
+        manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
+        return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
+    if config.prune.target_params is not None:
+        budget = _parameter_budget(config.prune.target_params, hf_config)
+    else:
+        num_pruned = num_layers_to_prune(config.prune, num_layers)
+        if num_pruned == 0:
+            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to none")
+        budget = Budget.of_layers(num_layers, num_layers - num_pruned)
+    protected = protected_layers(config.search.protect_layers, num_layers)
+    budget.check(protected)
+    return None, protected, budget
+
+
+def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
+    total, costs = model_size(hf_config).total, tuple(size.total for size in layer_sizes(hf_config))
+    if target >= total:
+        raise UsageError(f"--target-params {target:,}: the model has {total:,}; give a smaller number")
+    return Budget(costs, target - (total - sum(costs)))
+
+
+def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
+    if selection.method.check is not None:
+        selection.method.check(selection.budget, selection.protected)
+    if selection.manual is not None and config.needs_one_cut:
+        behind = cut_position(selection.manual, arch.num_layers)
+        if config.stitches and behind == len(selection.manual):
+            raise UsageError("--stitch linear-patch: no layer behind the cut is left to stitch to; leave it out")
+
+
+def _check_sequence(seq_length: int, arch: Architecture, sizes: ParallelSizes, reads_windows: bool) -> None:
+    if sizes.context > 1:
+        raise UsageError("--context-parallel-size > 1 is not supported: use tensor and sequence parallelism instead")
+    if not reads_windows:
+        return
+    if seq_length > arch.max_position_embeddings:
+        raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
+    if sizes.sequence_parallel and seq_length % sizes.tensor:
+        raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
+
+
+def _check_top_k(config: Config, arch: Architecture) -> None:
+    top_k = config.distillation.distill_top_k
+    if top_k > arch.vocab_size:
+        raise UsageError(f"--distill-top-k {top_k} is more than the {arch.vocab_size} tokens of the vocabulary")
+
+
+def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> int:
+    """Return the windows of one iteration.
+
+    Raises:
+        UsageError: the replicas can't share them out.
+    """
+    replicas = world_size // sizes.model
+    per_step = config.recovery.micro_batch_size * replicas
+    size = config.recovery.global_batch_size or per_step
+    if size % per_step and config.recovery.train_iters == 0:
+        return per_step  # no batch is made
+    if size % per_step:
+        raise UsageError(
+            f"--global-batch-size {size} is not a multiple of --micro-batch-size "
+            f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
+        )
+    return size
+
+
+def _lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> LoRAOptions | None:
+    lora, family = config.lora, family_of(hf_config)
+    if lora.lora_rank is None:
+        return None
+    rules = [rule for layer in range(arch.num_layers) for rule in family.layer_rules(arch, layer)]
+    modules = {rule.megatron.split(".")[-2] for rule in rules}
+    known = [target for target in TARGETS if target in modules]
+    unknown = [target for target in lora.lora_target_modules if target not in known]
+    if unknown:
+        raise UsageError(
+            f"--lora-target-modules {unknown[0]} is no linear layer of this model: choose of {' '.join(known)}"
+        )
+    alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
+    return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))
+
+
+def _optimizer_options(config: Config) -> OptimizerOptions:
+    recovery = config.recovery
+    return OptimizerOptions(
+        lr=recovery.lr,
+        min_lr=recovery.min_lr,
+        lr_decay_style=recovery.lr_decay_style,
+        lr_warmup_iters=recovery.lr_warmup_iters,
+        train_iters=recovery.train_iters or 0,
+        weight_decay=recovery.weight_decay,
+        clip_grad=recovery.clip_grad,
+        distributed=config.engine.use_distributed_optimizer,
+    )
+
+
+def _training_options(config: Config, batch: int) -> TrainingOptions:
+    return TrainingOptions(
+        train_iters=config.recovery.train_iters or 0,
+        search_iters=config.search_iters,
+        global_batch_size=batch,
+        seed=config.recovery.seed,
+        trains_weights_in_search=config.search.search_weights == "trained",
+        endpoints_only=config.tunes_endpoints,
+        stitches=config.stitches,
+    )
+
+
+def _output_options(config: Config) -> OutputOptions:
+    run = config.run
+    return OutputOptions(
+        run_dir=RunDir(Path(run.save or "")),
+        settings=fixed_settings(config),
+        max_shard_bytes=parse_size(run.max_shard_size),
+        export_adapter=config.lora.export_adapter,
+        save_interval=run.save_interval,
+        log_interval=run.log_interval,
+        tensorboard_dir=run.tensorboard_dir,
+        wandb_project=run.wandb_project,
+        dry_run=run.dry_run,
+    )

@@ -1,0 +1,135 @@
+"""The choice of the layers that stay: by calibration data, by the user, or, beside the training, by a search."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megaprune.data.batches import Batch
+from megaprune.distillation.teachers import Teacher
+from megaprune.importance.evaluator import LayerEvaluator
+from megaprune.mcore.builder import in_half_precision
+from megaprune.mcore.optimizer import Trainer
+from megaprune.pruning.context import RunContext, agreed_layers
+from megaprune.pruning.data import Data
+from megaprune.pruning.models import Models
+from megaprune.pruning.options import RunOptions
+from megaprune.pruning.train import search
+from megaprune.selection.initial_scores import scores_from_kl
+from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
+
+
+class Calibration:
+    """Evaluates the original model without some of its layers on a run's calibration data."""
+
+    def __init__(self, options: RunOptions, data: Data, models: Models, model: torch.nn.Module) -> None:
+        self._options, self._data, self._models, self._model = options, data, models, model
+
+    def evaluator(self, num_windows: int | None = None, skip: int = 0) -> LayerEvaluator:
+        """Return an evaluator on so many windows behind the first `skip`; by default, on all calibration samples."""
+        selection = self._options.selection
+        count = selection.calibration_samples if num_windows is None else num_windows
+
+        def windows(count: int, behind: int) -> Sequence[Batch]:
+            return self._data.calibration_batches(count, skip + behind)
+
+        return LayerEvaluator(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
+
+    def initial_scores(self) -> tuple[list[float], int]:
+        """Return the scores that a search starts from, and the tokens that they cost."""
+        selection, evaluator = self._options.selection, self.evaluator()
+        kl = evaluator.without_each(selection.protected)
+        scores = scores_from_kl(kl, selection.protected, selection.init_scale, selection.budget.costs)
+        return scores.tolist(), evaluator.tokens
+
+    def choose(self) -> tuple[Choice, int]:
+        """Return the choice of a method that looks at calibration data, and the tokens that it cost.
+
+        Raises:
+            UsageError: the method's budget of tokens is too small.
+        """
+        selection, held_out = self._options.selection, None
+        method, count = selection.method, self._num_windows()
+        options = dict(selection.method_options)
+        if "selection_budget" in method.flags:
+            options["selection_budget"] = selection.token_budget
+        evaluator = self.evaluator(count)
+        if method.needs_held_out:
+            held_out = self.evaluator(HELD_OUT_WINDOWS * count, skip=count)
+        choice = method.choose(selection.budget, selection.protected, options, evaluator, held_out)
+        agreed_layers(choice.kept_layers, self._options)
+        return choice, evaluator.tokens + (held_out.tokens if held_out else 0)
+
+    def _num_windows(self) -> int:
+        """How many calibration windows each pass of the method sees."""
+        selection, method = self._options.selection, self._options.selection.method
+        count, seq_length = selection.calibration_samples, self._options.data.seq_length
+        if "selection_budget" in method.flags and method.windows is not None:
+            budget, protected, tokens = selection.budget, selection.protected, selection.token_budget
+            count = min(count, method.windows(budget, protected, tokens, seq_length, selection.token_budget_given))
+        if method.needs_held_out:
+            count = min(count, self._data.num_calibration_windows // (1 + HELD_OUT_WINDOWS))
+        return max(1, count)
+
+
+def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
+    """Choose the layers that stay.
+
+    Returns:
+        What recovery can go on with: the searched student if it keeps its pruned layers, and the teacher.
+    """
+    searching, models = run.options.selection.method.searches, run.models
+    if not searching and not _needs_original(run):
+        run.progress.kept_layers = _named_layers(run.options)
+        return None, None
+    original = None
+    if run.resume_from is None:
+        with run.progress.timed("import"):
+            original = models.original()
+        _measure_original(run, original)
+    if not searching:
+        return None, None if models.student_stays_whole else models.teacher(None, original)
+    student = models.whole_student(original, run.saved_weights())
+    teacher = models.teacher(student)
+    search(run, student, teacher)
+    return (student if models.student_stays_whole else None), teacher
+
+
+def _needs_original(run: RunContext) -> bool:
+    """Whether a method without a search has a use for the original model."""
+    options = run.options
+    taught = options.distillation.teaches and options.distillation.teacher != "cached"
+    return taught or bool(run.valid) or options.training.stitches or options.selection.method.calibrated
+
+
+def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
+    """Measure the model's validation loss and, where they are wanted, its layers' scores."""
+    options, progress, selection = run.options, run.progress, run.options.selection
+    model = in_half_precision(original, options.engine)
+    run.validate("teacher", model)
+    calibration = Calibration(options, run.data, run.models, model)
+    if selection.method.needs_scores:
+        with progress.timed("importance"):
+            progress.scores, tokens = calibration.initial_scores()
+        progress.spend("importance", 0.0, tokens)
+    elif selection.method.calibrated:
+        with progress.timed("importance"):
+            choice, tokens = calibration.choose()
+        progress.spend("importance", 0.0, tokens)
+        progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
+        progress.candidates = choice.candidates
+    elif not selection.method.searches:
+        progress.kept_layers = _named_layers(options)
+    if options.training.stitches:
+        evaluator, hidden_size = calibration.evaluator(), options.model.arch.transformer["hidden_size"]
+        with progress.timed("importance"):
+            progress.stitch = evaluator.jump_across(run.kept_layers, hidden_size).tolist()
+        progress.spend("importance", 0.0, evaluator.tokens)
+
+
+def _named_layers(options: RunOptions) -> list[int]:
+    """The choice of a method that looks at no data."""
+    selection = options.selection
+    if selection.manual is not None:
+        return selection.manual
+    choice = selection.method.choose(selection.budget, selection.protected, selection.method_options)
+    return agreed_layers(choice.kept_layers, options)

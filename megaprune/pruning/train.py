@@ -1,0 +1,98 @@
+"""The two stages that train: search, in which the layers' scores learn beside the weights, and recovery."""
+
+import time
+
+import torch
+
+from megaprune.distillation.objectives import Objective, make_objective
+from megaprune.distillation.teachers import Teacher
+from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
+from megaprune.mcore.optimizer import Trainer
+from megaprune.pruning.context import RunContext, agreed_layers
+from megaprune.pruning.step import search_step, train_step
+from megaprune.selection.segments import cut_position
+from megaprune.utils.progress import say
+
+
+def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
+    """Train the whole model and the layers' scores, and choose the layers that stay."""
+    training, selection, progress = run.options.training, run.options.selection, run.progress
+    method, scores = selection.method, None
+    if method.needs_scores:
+        scores = torch.tensor(progress.scores)
+    selector = method.selector(
+        selection.budget, selection.protected, training.search_iters, selection.method_options, scores
+    )
+    if run.resume_from is not None:
+        selector.load_state_dict(progress.selector)
+    objective = _objective(run, teacher)
+    for iteration in range(progress.iteration, training.search_iters):
+        start, last = time.perf_counter(), iteration + 1 == training.search_iters
+        result = search_step(
+            student,
+            run.data.train_batches(iteration),
+            objective,
+            iteration,
+            selector,
+            run.models.gate,
+            train_weights=training.trains_weights_in_search,
+        )
+        progress.selector = selector.state_dict()
+        progress.scores = selector.scores.tolist()
+        extra = {"temperature": selector.temperature(iteration), "scores": progress.scores}
+        run.record(iteration, "search", result, start, extra)
+        if last:
+            kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
+            progress.kept_layers = agreed_layers(kept, run.options)
+        run.save_if_due(student, force=last)
+
+
+def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
+    """Return the student without its pruned layers: they are removed, or bypassed."""
+    kept, saved, options = run.kept_layers, run.saved_weights(), run.options
+    if run.models.student_stays_whole:
+        say(f"keeping layers {kept}")
+        run.models.gate.bypass(set(range(options.model.arch.num_layers)) - set(kept))
+        return student or run.models.whole_student(None, saved)
+    say(f"keeping layers {kept}, on pipeline stages of {options.pipeline.stages_of_layers(kept)}")
+    student = run.models.pruned_student(kept, saved, run.progress.pruned)
+    run.progress.pruned = True
+    return student
+
+
+def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
+    """Train the student for the iterations that are left, and measure it before and after."""
+    if "pruned" not in run.progress.valid:
+        run.validate("pruned", student.ddp)
+    train_iters = run.options.training.train_iters
+    if run.progress.iteration < train_iters and teacher is None:
+        teacher = run.models.teacher(student)
+    objective, patch = _objective(run, teacher), _patch(run, student)
+    for iteration in range(run.progress.iteration, train_iters):
+        start = time.perf_counter()
+        if patch is not None:
+            patch.strength = strength_at(iteration, train_iters)
+        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
+        run.record(iteration, "recovery", result, start)
+        run.save_if_due(student, force=iteration + 1 == train_iters)
+    if patch is not None:
+        patch.strength = 0.0  # not there yet where there are too few iterations to fade
+    if train_iters > 0 and not run.options.output.export_adapter:
+        run.models.merge_and_round(student, run.kept_layers)
+    run.validate("recovered", student.ddp)
+
+
+def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
+    """The map that bridges the cut while the model recovers, in its place."""
+    if run.progress.stitch is None:
+        return None
+    kept, num_layers = run.kept_layers, run.options.model.arch.num_layers
+    patch, behind = LinearPatch(torch.tensor(run.progress.stitch)), cut_position(kept, num_layers)
+    if behind < len(kept):
+        patch.attach(student.model, kept[behind] if run.models.student_stays_whole else behind)
+    return patch
+
+
+def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
+    distillation = run.options.distillation
+    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)

@@ -1,0 +1,37 @@
+"""The best of several methods, within a number of tokens."""
+
+from collections.abc import Set
+from typing import TYPE_CHECKING
+
+from megaprune.selection.budget import Budget
+from megaprune.selection.registry import Choice, register
+
+if TYPE_CHECKING:
+    from megaprune.selection.evaluator import Evaluator
+
+
+def _windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, asked: bool) -> int:
+    from megaprune.selection.auto import num_windows
+
+    return num_windows(budget, protected, tokens, seq_length, asked)
+
+
+@register(
+    "auto",
+    calibrated=True,
+    windows=_windows,
+    description="the best of several cheap methods and of swaps, judged on held-out text",
+)
+def auto(
+    evaluator: "Evaluator",
+    budget: Budget,
+    protected: Set[int],
+    *,
+    held_out: "Evaluator",
+    selection_budget: int,
+    seed: int,
+) -> Choice:
+    """Compare the candidates of several methods by KL on windows that none of them saw."""
+    from megaprune.selection.auto import choose_automatically
+
+    return choose_automatically(evaluator, held_out, budget, protected, selection_budget, seed)

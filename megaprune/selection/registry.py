@@ -1,0 +1,292 @@
+"""The registry of methods: what each one does, needs and takes. Imports no torch: `--help` lists the methods.
+
+`--help`, the checks of the flags, the stages of a run and the table in docs/methods.md follow from it.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from megaprune.selection.budget import Budget
+from megaprune.selection.segments import cut_positions
+from megaprune.utils.errors import MegapruneError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaprune.selection.evaluator import Evaluator
+    from megaprune.selection.selector import Selector
+
+# A number of layers (--num-layers-to-prune, --prune-ratio), of parameters (--target-params), or the user's own list of
+# layers (--prune-layers).
+BudgetKind = Literal["layers", "parameters", "list"]
+# Calibration windows held out, for each one that a method chooses by, where it asks for them.
+HELD_OUT_WINDOWS = 4
+# Flags that every method that trains its scores beside the weights takes.
+SEARCH_FLAGS = frozenset({"search_iters", "search_weights"})
+# What a method may take by keyword beside flags.
+_INPUTS = frozenset({"scores", "held_out"})
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass
+class Choice:
+    """The layers that a method keeps.
+
+    `scores` are [num_layers], higher = keep, where layers are scored one by one. `candidates` go into `report.json`.
+    """
+
+    kept_layers: list[int]
+    scores: list[float] | None = None
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of choosing layers: its function and its traits (see `register`)."""
+
+    name: str
+    function: Callable[..., Any]
+    description: str = ""
+    aliases: tuple[str, ...] = ()
+    calibrated: bool = False
+    searches: bool = False
+    contiguous: bool = False
+    budgets: tuple[BudgetKind, ...] = ("layers", "parameters")
+    recovers: Literal["all", "endpoints"] = "all"
+    check: Callable[[Budget, Set[int]], None] | None = None
+    windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The function's keyword-only parameters."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """The flags that the method takes, by field name."""
+        return (self.takes - _INPUTS) | (SEARCH_FLAGS if self.searches else frozenset())
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a search starts from scores, which calibration data gives."""
+        return self.searches and "scores" in self.takes
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether the method compares its candidates on windows that it did not choose by."""
+        return self.calibrated and "held_out" in self.takes
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method looks at calibration data."""
+        return self.calibrated or self.needs_scores
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the user names the layers, and there is nothing to choose."""
+        return "list" in self.budgets
+
+    def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the flags that the function takes by keyword.
+
+        Raises:
+            MegapruneError: it takes a keyword without a default that is no flag.
+        """
+        parameters = inspect.signature(self.function).parameters
+        options = {name: values[name] for name in self.takes - _INPUTS if name in values}
+        for name in sorted(self.takes - _INPUTS - options.keys()):
+            if parameters[name].default is inspect.Parameter.empty:
+                raise MegapruneError(f"--method {self.name}: its function takes {name!r} by keyword, which is no flag")
+        return options
+
+    def choose(
+        self,
+        budget: Budget,
+        protected: Set[int],
+        options: Mapping[str, Any],
+        evaluator: "Evaluator | None" = None,
+        held_out: "Evaluator | None" = None,
+    ) -> Choice:
+        """The layers that the method keeps, checked.
+
+        Args:
+            options: values of the flags that the function takes, see `options`.
+            evaluator: for a calibrated method.
+            held_out: an evaluator on other windows, for a method that asks for it.
+
+        Raises:
+            MegapruneError: the method can't choose within the budget, or what it chose doesn't fit it.
+        """
+        inputs = {"held_out": held_out} if self.needs_held_out else {}
+        arguments = (evaluator, budget, protected) if self.calibrated else (budget, protected)
+        found = self.function(*arguments, **options, **inputs)
+        choice = found if isinstance(found, Choice) else Choice(found)
+        choice.kept_layers = self.checked(choice.kept_layers, budget, protected)
+        choice.scores = None if choice.scores is None else [float(score) for score in choice.scores]
+        return choice
+
+    def selector(
+        self, budget: Budget, protected: Set[int], num_steps: int, options: Mapping[str, Any], scores: "Tensor | None"
+    ) -> "Selector":
+        """The learner of a method that searches.
+
+        Args:
+            scores: [num_layers], to start from, for a method that asks for them.
+        """
+        inputs = {"scores": scores} if self.needs_scores else {}
+        return self.function(budget, protected, num_steps, **options, **inputs)
+
+    def checked(self, kept: Iterable[int], budget: Budget, protected: Set[int]) -> list[int]:
+        """The layers that the method said stay, ascending.
+
+        Raises:
+            MegapruneError: they don't fit the budget, or break what the method promised.
+        """
+        said = f"--method {self.name} chose layers that "
+        try:
+            layers = sorted(int(layer) for layer in kept)
+        except (TypeError, ValueError):
+            raise MegapruneError(
+                f"--method {self.name} must return the kept layers as numbers, or a Choice, not {kept!r}"
+            ) from None
+        if len(set(layers)) != len(layers) or not set(layers) <= set(range(budget.num_layers)):
+            raise MegapruneError(f"{said}are not those of a model of {budget.num_layers}, each once: {layers}")
+        if self.names_layers:
+            return layers
+        if not protected <= set(layers):
+            gone = sorted(protected - set(layers))
+            raise MegapruneError(f"{said}do not hold layer {gone[0]}, which --protect-layers keeps")
+        cost = sum(budget.costs[layer] for layer in layers)
+        if cost > budget.limit or (budget.counts_layers and cost != budget.limit):
+            unit = "layers" if budget.counts_layers else "parameters"
+            raise MegapruneError(f"{said}have {cost:,} {unit} where the budget is {budget.limit:,}")
+        if self.contiguous and len(cut_positions(layers, budget.num_layers)) > 1:
+            raise MegapruneError(f"{said}leave more than one cut, and it is registered as contiguous: {layers}")
+        return layers
+
+
+_methods: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    *,
+    description: str = "",
+    aliases: Sequence[str] = (),
+    calibrated: bool = False,
+    searches: bool = False,
+    contiguous: bool = False,
+    budgets: Sequence[BudgetKind] = ("layers", "parameters"),
+    recovers: Literal["all", "endpoints"] = "all",
+    check: Callable[[Budget, Set[int]], None] | None = None,
+    windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Register a function as a method for `--method`.
+
+    The function is called with
+
+    - `(evaluator, budget, protected)` if it is calibrated, and returns the kept layers or a `Choice`;
+    - `(budget, protected, num_steps)` if it searches, and returns a `Selector`;
+    - `(budget, protected)` otherwise, and returns the kept layers or a `Choice`.
+
+    Keyword-only parameters are flags of the run, by name with underscores, such as `seed`. A search may take `scores`
+    by keyword, [num_layers], to start from; a calibrated method `held_out`, an evaluator on other windows. Every rank
+    calls the function and must get the same answer.
+
+    Args:
+        description: one line for `--help` and the docs; by default the first line of the docstring.
+        aliases: other names of the method.
+        calibrated: looks at calibration data, and trains nothing.
+        searches: trains its scores beside the weights.
+        contiguous: leaves one cut.
+        budgets: the ways of saying how much goes that the method understands.
+        recovers: what recovery trains unless `--recovery-layers` says otherwise.
+        check: refuses what the method can't choose within a budget, before the model is loaded.
+        windows: the number of calibration windows for a budget, protected layers, a number of tokens, a sequence
+            length, and whether the user asked for that number; for methods with `--selection-budget`.
+
+    Raises:
+        MegapruneError: the name is taken, or the function's parameters are others.
+    """
+
+    def add(function: _Function) -> _Function:
+        text = description or (inspect.getdoc(function) or "").partition("\n")[0]
+        method = Method(
+            name,
+            function,
+            text,
+            tuple(aliases),
+            calibrated,
+            searches,
+            contiguous,
+            tuple(budgets),
+            recovers,
+            check,
+            windows,
+        )
+        _check(method)
+        _methods[name] = method
+        return function
+
+    return add
+
+
+def methods() -> list[Method]:
+    """All methods, by name: the built-in ones, those of installed plugins, and the user's."""
+    _load()
+    return [_methods[name] for name in sorted(_methods)]
+
+
+def names() -> list[str]:
+    """The names that `--method` takes, aliases included."""
+    return sorted(name for method in methods() for name in (method.name, *method.aliases))
+
+
+def find(name: str) -> Method:
+    """The method with this name or alias.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for method in methods():
+        if name in (method.name, *method.aliases):
+            return method
+    raise UsageError(f"--method: invalid choice: {name!r} (choose from {', '.join(names())})")
+
+
+def _load() -> None:
+    from megaprune.selection.plugins import load_builtin, load_installed
+
+    load_builtin()
+    load_installed()
+
+
+def _check(method: Method) -> None:
+    for name in (method.name, *method.aliases):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+            raise MegapruneError(f"a method cannot be named {name!r}: use letters, digits and dashes")
+        for other in _methods.values():
+            # a module may be run again, as a notebook's cell is
+            if name in (other.name, *other.aliases) and _origin(other) != _origin(method):
+                raise MegapruneError(f"the method {name!r} is registered already, by {other.function.__module__}")
+    if method.calibrated and method.searches:
+        raise MegapruneError(f"the method {method.name!r} is either calibrated, and trains nothing, or searches")
+    if not method.budgets or ("list" in method.budgets and len(method.budgets) > 1):
+        raise MegapruneError(f"the method {method.name!r} counts layers, parameters or both, or takes a list alone")
+    wanted = ["budget", "protected"]
+    wanted = ["evaluator", *wanted] if method.calibrated else [*wanted, "num_steps"] if method.searches else wanted
+    parameters = inspect.signature(method.function).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) != len(wanted):
+        raise MegapruneError(
+            f"the method {method.name!r} must take ({', '.join(wanted)}), and flags behind a *, by keyword alone"
+        )
+
+
+def _origin(method: Method) -> tuple[str, str]:
+    return method.function.__module__, method.function.__qualname__
