@@ -15,7 +15,9 @@ from torch import Tensor
 from megaprune import device
 from megaprune.benchmarks.options import TeacherCacheOptions
 from megaprune.benchmarks.timing import Result, environment, interleaved, median_ratio
-from megaprune.data.batches import PADDING_ID, Windows, batches_for, eval_batches, prepare_dataset
+from megaprune.data.batches import PADDING_ID, batches_for, eval_batches
+from megaprune.data.datasets import Windows
+from megaprune.data.prepare import prepare_dataset
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import CacheKey, CachePlan

@@ -1,4 +1,4 @@
-"""Checks across settings: which go together, which exclude each other, and which a method has no use for."""
+"""Checks across settings: required combinations, exclusions, and flags that a method does not use."""
 
 from megaprune.config.method_checks import check_budget, check_cut, check_method_flags
 from megaprune.config.schema import (
@@ -13,7 +13,7 @@ from megaprune.utils.errors import UsageError
 
 
 def check_run(config: Config) -> None:
-    """Check all that can be known before the model and the data are looked at.
+    """Check everything that can be checked without reading the model and the data.
 
     Raises:
         UsageError: names the flag.
@@ -34,7 +34,7 @@ def check_run(config: Config) -> None:
 
 
 def check_for_plan(config: Config) -> None:
-    """Like a run's checks, where data, a run folder, what to prune and for how long may be left open.
+    """Check a configuration for a plan: data, run folder, pruned size and iterations may be missing.
 
     Raises:
         UsageError: names the flag.
@@ -67,7 +67,7 @@ def check_for_scoring(config: Config) -> None:
 
 
 def check_for_caching(config: Config) -> None:
-    """The checks of what a teacher's targets follow from; the flags of pruning and training are left alone.
+    """Check the settings that determine the teacher's outputs; flags of pruning and training are not checked.
 
     Raises:
         UsageError: names the flag.

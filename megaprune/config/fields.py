@@ -1,4 +1,4 @@
-"""Fields of configuration dataclasses: a help text and bounds beside each default."""
+"""Fields of configuration dataclasses: each has a default, a help text and bounds."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a number may have; every bound is optional, and every number must be finite.
+    """The range of a number. Every bound is optional. Every number must be finite.
 
     Args:
         least: the smallest value.
         above: the value must be larger.
         most: the largest value.
         below: the value must be smaller.
-        between: the value lies between these two, neither included.
+        between: the value must be strictly between these two.
     """
 
     least: float | None = None
@@ -35,9 +35,9 @@ def flag(
     """Return a dataclass field with its help text and the bounds of its value (see `Bounds`).
 
     Args:
-        help: the text, or a function that gives it when `--help` is printed.
-        choices: gives the values to choose from, where they aren't a Literal's.
-        loads: called with the values before other settings are looked at, as their choices may follow from it.
+        help: the text, or a function that returns it when `--help` is printed.
+        choices: returns the permitted values, if the type is not a Literal.
+        loads: called with the values before other settings are converted, because their choices may depend on it.
     """
     metadata: dict[str, Any] = {"help": help, "bounds": Bounds(**bounds), "loads": loads}
     if choices is not None:

@@ -1,4 +1,4 @@
-"""Mappings of settings to checked dataclasses: the one way from recipes, keyword arguments and flags to a config."""
+"""Conversion of settings to checked dataclasses. Recipes, keyword arguments and flags all go through `fill`."""
 
 import difflib
 import math
@@ -27,11 +27,12 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """The name of the field."""
         return self.field.name
 
     @cached_property
     def kind(self) -> type:
-        """The type of the value, or of each value of a list: str, int, float or bool."""
+        """The type of the value, or of each item of a list: str, int, float or bool."""
         hint = self._without_none
         if get_origin(hint) is Literal:
             return str
@@ -39,12 +40,12 @@ class Setting:
 
     @property
     def takes_many(self) -> bool:
-        """Whether the value is a list."""
+        """True if the value is a list."""
         return get_origin(self._without_none) is list
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values to choose from, or none where any is taken."""
+        """The permitted values; empty if any value is permitted."""
         if "choices" in self.field.metadata:
             return tuple(self.field.metadata["choices"]())
         return get_args(self._without_none) if get_origin(self._without_none) is Literal else ()
@@ -57,11 +58,12 @@ class Setting:
 
     @property
     def loads(self) -> Callable[[list[str]], None] | None:
-        """The function that takes the values before other settings are looked at."""
+        """A function that is called with the values before other settings are converted."""
         return self.field.metadata.get("loads")
 
     @property
     def required(self) -> bool:
+        """True if the setting has no default."""
         return self.field.default is MISSING and self.field.default_factory is MISSING
 
     @cached_property
@@ -85,11 +87,11 @@ def fill(groups: Sequence[type], values: Mapping[str, Any], origin: str = "") ->
 
     Args:
         groups: dataclasses whose fields come from `flag`.
-        values: settings by their flags' names, with dashes or underscores; None stands for the default.
-        origin: what errors begin with, such as the file of a recipe.
+        values: settings by their flags' names, with dashes or underscores; None means the default.
+        origin: prefix of errors, such as the file of a recipe.
 
     Raises:
-        UsageError: names the setting that is unknown, of a wrong type or out of range.
+        UsageError: a setting is unknown, of a wrong type or out of range; names it.
     """
     settings = settings_of(groups)
     given: dict[type, dict[str, Any]] = {group: {} for group in groups}
@@ -107,7 +109,7 @@ def fill(groups: Sequence[type], values: Mapping[str, Any], origin: str = "") ->
 
 
 def normalized(values: Mapping[str, Any], settings: Mapping[str, Setting], origin: str = "") -> dict[str, Any]:
-    """Return the given values under their settings' names, without those that stand for a default.
+    """Return the given values by the names of their settings, without those that mean the default.
 
     Raises:
         UsageError: a name is unknown, or a value is neither a scalar nor a list of scalars.
@@ -131,10 +133,11 @@ def normalized(values: Mapping[str, Any], settings: Mapping[str, Setting], origi
 def overridden(
     base: Mapping[str, Any], changes: Mapping[str, Any], alternatives: Sequence[Collection[str]]
 ) -> dict[str, Any]:
-    """Return the settings of `base` with those of `changes` in their place.
+    """Return the settings of `base`, replaced by those of `changes`.
 
     Args:
-        alternatives: sets of settings of which one is given: one among the changes replaces another in the base.
+        alternatives: sets of settings of which only one is given. A setting among the changes removes all others of its
+            set from the base.
     """
     names = {str(name).replace("-", "_") for name, value in changes.items() if value is not None}
     replaced = set(names).union(*(set(group) for group in alternatives if names.intersection(group)))
@@ -146,7 +149,7 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        UsageError: there is none, or it is no YAML.
+        UsageError: the file does not exist or is not YAML.
     """
     if not path.is_file():
         raise UsageError(f"--config {path} does not exist")
@@ -160,7 +163,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return a YAML recipe: settings by their flags' names.
 
     Raises:
-        UsageError: there is no such file, or it is no mapping.
+        UsageError: the file does not exist or is not a mapping.
     """
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
@@ -172,7 +175,7 @@ def _converted(setting: Setting, value: Any, origin: str) -> Any:
     items = value if isinstance(value, list | tuple) else [value]
     if setting.takes_many:
         return [_scalar(setting, item, origin) for item in items]
-    # A recipe may give a list where the flag takes words between commas, as in `prune_layers: [3, 7]`.
+    # A recipe may give a list for a flag that takes words separated by commas, such as `prune_layers: [3, 7]`.
     return _scalar(setting, value if len(items) == 1 and items[0] is value else ",".join(map(str, items)), origin)
 
 
@@ -183,14 +186,14 @@ def _scalar(setting: Setting, value: Any, origin: str) -> Any:
     try:
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError
-        # Through its text, so that 1e-5, a string to YAML, is a number, and 1.5 is no int.
+        # Convert the text: YAML reads 1e-5 as a string, and 1.5 must not become an int.
         converted = value if type(value) is kind else kind(str(value))
     except ValueError:
         raise UsageError(f"{origin}argument {flag}: invalid {kind.__name__} value: {str(value)!r}") from None
     if setting.choices and converted not in setting.choices:
         known = ", ".join(map(repr, setting.choices))
         raise UsageError(f"{origin}argument {flag}: invalid choice: {converted!r} (choose from {known})")
-    if kind in (int, float):
+    if isinstance(converted, int | float):
         _check_bounds(setting, converted)
     return converted
 

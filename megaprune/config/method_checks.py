@@ -6,22 +6,22 @@ from megaprune.selection import registry
 from megaprune.selection.registry import BudgetKind
 from megaprune.utils.errors import UsageError
 
-# The flags that say how much goes, by the kind of budget that they are.
+# The flags that give the size of the pruned model, by the kind of budget.
 _BUDGETS: dict[str, BudgetKind] = {
     "num_layers_to_prune": "layers",
     "prune_ratio": "layers",
     "target_params": "parameters",
     "prune_layers": "list",
 }
-# Flags of the group "search" that are refused unless the method takes them.
+# Flags of the group "search" that are refused unless the method uses them.
 _OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
 
 
 def check_budget(prune: PruneConfig) -> None:
-    """Check that the method understands how much is to go.
+    """Check that the method supports the given kind of budget.
 
     Raises:
-        UsageError: it doesn't.
+        UsageError: it does not.
     """
     method = registry.find(prune.method)
     kind, flag = next((kind, flag) for flag, kind in _BUDGETS.items() if getattr(prune, flag) is not None)
@@ -39,7 +39,7 @@ def check_budget(prune: PruneConfig) -> None:
 
 
 def check_method_flags(config: Config) -> None:
-    """Check that the method takes the flags of the search that were given, and that the iterations fit it.
+    """Check that the method uses the given search flags, and that the iterations are valid for it.
 
     Raises:
         UsageError: names the flag.
@@ -58,11 +58,11 @@ def check_method_flags(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
         raise UsageError(f"--search-iters {search_iters} is less than 1")
-    config.method_options()  # refuses a function that asks for what is no flag
+    config.method_options()  # raises if the method's function has a parameter that is not a flag
 
 
 def check_cut(config: Config) -> None:
-    """Check that what needs one contiguous cut gets one.
+    """Check that options that need one contiguous cut are used with a method that makes one.
 
     Raises:
         UsageError: names the flag.

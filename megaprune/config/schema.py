@@ -1,4 +1,4 @@
-"""The whole configuration of a pruning run. Flags, recipes and ``--help`` all come from these dataclasses."""
+"""The configuration of a pruning run. Flags, recipes and ``--help`` are derived from these dataclasses."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,14 +15,14 @@ from megaprune.utils.errors import UsageError
 _LONGEST_DEFAULT_WINDOW = 4096
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
-# Of each of these one is given.
+# Groups of settings of which exactly one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
 
 
 def _methods() -> str:
-    """The methods, each with its line."""
+    """Return the help text of `--method`: each method with its description."""
     lines = [f"{' or '.join([method.name, *method.aliases])}: {method.description}" for method in registry.methods()]
-    return "how layers are chosen (docs/methods.md). " + "; ".join(lines)
+    return "how the layers to remove are selected (docs/methods.md). " + "; ".join(lines)
 
 
 @dataclass
@@ -30,40 +30,44 @@ class ModelConfig:
     """The model to prune."""
 
     _argument_group_name = "model"
-    hf_model: str | None = flag("HF model: a folder with safetensors, or a hub id")
-    load: str | None = flag("instead of --hf-model: a Megatron-Core checkpoint that convert.py import wrote")
-    mtp: Literal["keep", "drop"] = flag("multi-token-prediction layers: carried along untrained, or left out", "keep")
-    trust_remote_code: bool = flag("let the tokenizer run code that comes with the model", False)
+    hf_model: str | None = flag("HF model: a folder with safetensors files, or a hub id")
+    load: str | None = flag("Megatron-Core checkpoint written by `megaprune convert import`, instead of --hf-model")
+    mtp: Literal["keep", "drop"] = flag(
+        "multi-token-prediction layers: copied to the output untrained, or dropped", "keep"
+    )
+    trust_remote_code: bool = flag("run the tokenizer code that comes with the model", False)
 
     @property
     def given(self) -> str:
-        """The model as the user named it."""
-        return self.hf_model or self.load
+        """The model as named by the user; empty before the checks if it was not named."""
+        return self.hf_model or self.load or ""
 
 
 @dataclass
 class DataConfig:
-    """Text or chat to search, recover and validate on."""
+    """Data for search, recovery and validation."""
 
     _argument_group_name = "data"
     train_data: list[str] = flag(
-        "training data: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, folders of these, hub dataset ids; or preprocessed "
-        ".bin/.idx prefixes, each behind its weight if they have any",
+        "training data: .jsonl, .jsonl.zst, .jsonl.gz or .parquet files, folders of these, or hub dataset ids; or "
+        "prefixes of preprocessed .bin/.idx files, optionally each preceded by a weight",
         [],
     )
-    valid_data: list[str] = flag("validation data, in the same forms; its loss goes into the report", [])
+    valid_data: list[str] = flag(
+        "validation data, in the same formats but without weights; the report contains its loss", []
+    )
     text_key: str = flag("key of the text in each row", "text")
     messages_key: str = flag("key of the chat messages in each row", "messages")
     seq_length: int | None = flag(
-        "tokens in a training window (default: 4096, or the model's positions if fewer)", least=1
+        "tokens in a training window (default: 4096, or the model's maximum if it is smaller)", least=1
     )
-    calibration_samples: int = flag("training windows on which layers are scored before the search", 40, least=1)
-    data_cache_path: str | None = flag("where tokenised data is cached (default: SAVE/data-cache)")
+    calibration_samples: int = flag("number of training windows on which layers are scored", 40, least=1)
+    data_cache_path: str | None = flag("folder for tokenized data and index files (default: SAVE/data-cache)")
 
 
 @dataclass
 class PruneConfig:
-    """What to prune."""
+    """The layers to prune: the method and the size of the pruned model."""
 
     _argument_group_name = "what to prune"
     method: str = flag(_methods, "e3", choices=registry.names)
@@ -72,146 +76,172 @@ class PruneConfig:
         [],
         loads=load_modules,
     )
-    num_layers_to_prune: int | None = flag("how many layers go", least=1)
-    prune_ratio: float | None = flag("share of the layers that go, rounded to whole layers", between=(0, 1))
-    prune_layers: str | None = flag("with manual: the layers that go, counted from 0, as in 3,7,9")
-    target_params: int | None = flag("the most parameters that the pruned model may have (without MTP layers)", least=1)
+    num_layers_to_prune: int | None = flag("number of layers to remove", least=1)
+    prune_ratio: float | None = flag(
+        "fraction of the layers to remove, rounded to a whole number of layers", between=(0, 1)
+    )
+    prune_layers: str | None = flag("with --method manual: the layers to remove, counted from 0, such as 3,7,9")
+    target_params: int | None = flag("maximum number of parameters of the pruned model, without MTP layers", least=1)
 
 
 @dataclass
 class SearchConfig:
-    """The search for the layers that stay."""
+    """The search for the layers to keep."""
 
     _argument_group_name = "search"
     search_iters: int | None = flag(
-        "iterations of search within --train-iters (default: a tenth); clp's, which trains no weights, come on top"
+        "search iterations, part of --train-iters (default: a tenth of it); with --method clp, which trains no weights, in "
+        "addition to --train-iters"
     )
-    mask_lr: float = flag("learning rate of the layer scores (Adam), falling to 0 over the search", 0.02, above=0)
-    mask_init_scale: float = flag(
-        "spread (standard deviation) of the scores that the search starts from", 16.0, above=0
-    )
+    mask_lr: float = flag("learning rate of the layer scores (Adam); it decreases to 0 over the search", 0.02, above=0)
+    mask_init_scale: float = flag("standard deviation of the initial layer scores", 16.0, above=0)
     mask_ramp: float = flag(
-        "share of the search over which the number of kept layers falls to its target", 0.05, above=0, most=1
+        "fraction of the search during which the number of kept layers decreases to the target", 0.05, above=0, most=1
     )
     search_weights: Literal["trained", "frozen"] = flag(
-        "whether the model's weights train during the search too, or stay the original ones until recovery", "trained"
+        "whether the model's weights are trained during the search, or stay unchanged until recovery", "trained"
     )
-    gumbel_temperature: float = flag("temperature at the start of the search", 1.0, above=0)
-    gumbel_anneal: float = flag("share of the temperature that is gone at the end of the search", 0.9, least=0, below=1)
+    gumbel_temperature: float = flag("Gumbel-TopK temperature at the start of the search", 1.0, above=0)
+    gumbel_anneal: float = flag(
+        "fraction by which the temperature has decreased at the end of the search", 0.9, least=0, below=1
+    )
     criterion: Literal["perplexity", "taylor"] = flag(
-        "with shortened: the loss without each layer, or its first-order estimate from one backward pass", "perplexity"
+        "with --method shortened: the loss without each layer, or its first-order estimate from one backward pass",
+        "perplexity",
     )
     selection_budget: int | None = flag(
-        "with auto: tokens of its forward passes (default: what a search of a tenth of --train-iters costs, whose "
-        "backward pass counts as two)",
+        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
+        "of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
-    protect_layers: str = flag("layers that are never pruned: first, last, numbers from 0, or none", "first,last")
+    protect_layers: str = flag(
+        "layers that are never removed, separated by commas: first, last, numbers from 0; or none", "first,last"
+    )
 
 
 @dataclass
 class RecoveryConfig:
-    """Training of what is left."""
+    """Training of the remaining layers."""
 
     _argument_group_name = "recovery"
-    train_iters: int | None = flag("iterations of search and recovery together; 0 changes no weight", least=0)
+    train_iters: int | None = flag(
+        "total iterations of search and recovery; 0 removes layers without training", least=0
+    )
     lr: float = flag("peak learning rate", 1e-4, least=0)
-    min_lr: float = flag("learning rate at the end", 0.0, least=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag("decay", "cosine")
-    lr_warmup_iters: int = flag("iterations of linear warm-up", 0, least=0)
+    min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
+        "decay of the learning rate after the warm-up", "cosine"
+    )
+    lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
     stitch: Literal["none", "linear-patch"] = flag(
-        "with a contiguous cut: linear-patch maps what enters the layer behind it to what the layers that are gone "
-        "made of it, and fades over the first half of recovery, for no exported model can carry it",
+        "experimental, for one contiguous cut: linear-patch applies a linear map at the cut that approximates the "
+        "removed layers; it fades over the first half of recovery, because an exported model cannot contain it",
         "none",
     )
     recovery_layers: Literal["all", "endpoints"] | None = flag(
-        "what recovery trains: all layers, or the two beside the cut of a contiguous segment (default: all; with clp, "
-        "endpoints)"
+        "layers that recovery trains: all, or endpoints: the two layers next to a contiguous cut (default: all; with "
+        "--method clp, endpoints)"
     )
-    micro_batch_size: int = flag("windows in one forward pass of one replica", 1, least=1)
-    global_batch_size: int | None = flag("windows in one iteration (default: one micro-batch per replica)", least=1)
-    clip_grad: float = flag("largest gradient norm; 0 clips nothing", 1.0, least=0)
-    weight_decay: float = flag("weight decay", 0.01, least=0)
-    seed: int = flag("seed of data order, noise and random choices", 1234, least=0, most=LARGEST_SEED)
-    bf16: bool = flag("train in bf16 with fp32 optimizer state (default: fp32)", False)
+    micro_batch_size: int = flag("windows in one forward pass of a data-parallel replica", 1, least=1)
+    global_batch_size: int | None = flag(
+        "windows in one iteration (default: one micro-batch per data-parallel replica)", least=1
+    )
+    clip_grad: float = flag("maximum gradient norm; 0 disables clipping", 1.0, least=0)
+    weight_decay: float = flag("weight decay of AdamW", 0.01, least=0)
+    seed: int = flag("seed of the data order, the noise and all random choices", 1234, least=0, most=LARGEST_SEED)
+    bf16: bool = flag("train in bf16 with fp32 optimizer state, instead of in fp32", False)
 
 
 @dataclass
 class DistillationConfig:
-    """Learning from the original model."""
+    """Distillation from the original model."""
 
     _argument_group_name = "distillation"
     distill_loss: Literal["adaptive", "kl", "ce"] = flag(
-        "adaptive: KL on the teacher's top k, weighted by its entropy; kl: unweighted; ce: no teacher", "adaptive"
+        "adaptive: KL divergence on the teacher's top k tokens, weighted by its entropy; kl: the same without weights; "
+        "ce: cross-entropy, no teacher",
+        "adaptive",
     )
     distill_tail: Literal["renormalized", "rest", "full"] = flag(
-        "the tokens beyond the teacher's top k: left out, one bucket of all of them, or the student's full softmax",
+        "treatment of the tokens outside the teacher's top k: renormalized ignores them, rest counts them as one "
+        "outcome, full compares with the student's full softmax",
         "rest",
     )
-    distill_top_k: int = flag("teacher logits per token", 10, least=1)
+    distill_top_k: int = flag("number of teacher logits per token (k)", 10, least=1)
     teacher: Literal["online", "self", "cached"] = flag(
-        "online: the original model beside the student; self: with LoRA, the student's own frozen weights; cached: "
-        "what cache_teacher.py stored in --teacher-logits",
+        "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
+        "outputs stored in --teacher-logits",
         "online",
     )
-    teacher_logits: str | None = flag("with --teacher cached: the folder that cache_teacher.py wrote")
+    teacher_logits: str | None = flag("with --teacher cached: folder written by `megaprune cache-teacher`")
 
 
 @dataclass
 class LoRAConfig:
-    """Training adapters instead of the weights."""
+    """Low-rank adapters, trained instead of the weights."""
 
     _argument_group_name = "LoRA"
-    lora_rank: int | None = flag("rank of the adapters; turns LoRA on", least=1)
-    lora_alpha: float | None = flag("scale of the adapters times their rank (default: twice the rank)", above=0)
-    lora_target_modules: list[str] = flag(
-        "Megatron's names of the linear layers that get adapters, such as linear_qkv linear_proj (default: all)", []
+    lora_rank: int | None = flag("rank of the adapters; enables LoRA", least=1)
+    lora_alpha: float | None = flag(
+        "LoRA alpha: adapters are scaled by alpha / rank (default: twice the rank)", above=0
     )
-    export_adapter: bool = flag("export the adapters in PEFT's format beside the untrained pruned model", False)
+    lora_target_modules: list[str] = flag(
+        "linear layers that get adapters, by their Megatron names, such as linear_qkv linear_proj (default: all)", []
+    )
+    export_adapter: bool = flag("export the adapters in PEFT's format, next to the untrained pruned model", False)
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over processes."""
+    """Distribution of the model over processes."""
 
     _argument_group_name = "parallelism"
-    tensor_model_parallel_size: int = flag("tensor-parallel ranks", 1, least=1)
-    pipeline_model_parallel_size: int = flag("pipeline stages", 1, least=1)
-    expert_model_parallel_size: int = flag("ranks that share out the experts of each layer", 1, least=1)
+    tensor_model_parallel_size: int = flag("number of tensor-parallel ranks", 1, least=1)
+    pipeline_model_parallel_size: int = flag("number of pipeline stages", 1, least=1)
+    expert_model_parallel_size: int = flag(
+        "number of ranks among which the experts of each layer are distributed", 1, least=1
+    )
     expert_tensor_parallel_size: int | None = flag(
-        "ranks that cut each expert (default: the tensor-parallel size if there are processes enough, otherwise 1)",
+        "number of ranks that split each expert (default: the tensor-parallel size if there are enough processes, "
+        "otherwise 1)",
         least=1,
     )
-    context_parallel_size: int = flag("context-parallel ranks; only 1 is supported", 1, least=1)
-    sequence_parallel: bool = flag("split activations along the sequence among tensor-parallel ranks", False)
+    context_parallel_size: int = flag("number of context-parallel ranks; only 1 is supported", 1, least=1)
+    sequence_parallel: bool = flag("split activations along the sequence over tensor-parallel ranks", False)
     pipeline_model_parallel_layout: str | None = flag(
-        "layout of the original model's stages, as in Ettt|tttL (default: balanced); the pruned model is balanced anew"
+        "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
+        "are always balanced"
     )
 
 
 @dataclass
 class EngineConfig:
-    """How Megatron-Core computes."""
+    """Options of Megatron-Core."""
 
     _argument_group_name = "engine"
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag("layer implementation", "auto")
-    use_distributed_optimizer: bool = flag("shard the optimizer's state over data-parallel ranks", False)
-    recompute_granularity: Literal["selective", "full"] | None = flag("activation recomputation")
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag(
+        "layer implementation; auto uses Transformer Engine if it is available", "auto"
+    )
+    use_distributed_optimizer: bool = flag("shard the optimizer state over data-parallel ranks", False)
+    recompute_granularity: Literal["selective", "full"] | None = flag(
+        "recompute activations in the backward pass: full recomputes whole layers, selective only the attention "
+        "(default: none)"
+    )
 
 
 @dataclass
 class RunConfig:
-    """Where the run goes, and how it is watched."""
+    """Output and monitoring of a run."""
 
     _argument_group_name = "run"
-    save: str | None = flag("run folder: the pruned model, the report, plots and checkpoints")
+    save: str | None = flag("run folder, which gets the pruned model, the report, plots and checkpoints")
     save_interval: int | None = flag("iterations between checkpoints", least=1)
-    exit_on_signal: bool = flag("on SIGTERM, save a checkpoint and exit", True)
-    log_interval: int = flag("iterations between log lines", 10, least=1)
-    tensorboard_dir: str | None = flag("TensorBoard folder (default: SAVE/tensorboard)")
-    wandb_project: str | None = flag("Weights & Biases project to log to")
-    max_shard_size: str = flag("largest safetensors file of the export", "5GB")
-    dry_run: bool = flag("check everything, print the plan, and stop", False)
+    exit_on_signal: bool = flag("save a checkpoint and exit on SIGTERM", True)
+    log_interval: int = flag("iterations between two log lines", 10, least=1)
+    tensorboard_dir: str | None = flag("folder for TensorBoard (default: SAVE/tensorboard)")
+    wandb_project: str | None = flag("Weights & Biases project that gets the metrics")
+    max_shard_size: str = flag("maximum size of a safetensors file of the exported model", "5GB")
+    dry_run: bool = flag("check the command and print the plan, without running it", False)
 
 
 GROUPS = (
@@ -245,14 +275,14 @@ class Config:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "") -> "Config":
-        """Return the run that these settings describe, checked.
+        """Return the checked configuration that these settings describe.
 
         Args:
             values: settings by their flags' names, with dashes or underscores.
-            origin: what errors about single settings begin with, such as the file of a recipe.
+            origin: prefix of errors about single settings, such as the file of a recipe.
 
         Raises:
-            UsageError: names the setting that is unknown or wrong.
+            UsageError: a setting is unknown or wrong; names it.
         """
         from megaprune.config.checks import check_run
 
@@ -262,40 +292,41 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "Config":
-        """Return the run of a YAML recipe.
+        """Return the checked configuration of a YAML recipe.
 
         Args:
-            overrides: settings that replace the recipe's; one way to name the model or the size replaces another.
+            overrides: settings that replace the recipe's. A setting of the model or the size replaces its alternatives
+                too, for instance `prune_ratio` the recipe's `num_layers_to_prune`.
 
         Raises:
-            UsageError: the file is no recipe, or names a setting that is unknown or wrong.
+            UsageError: the file is not a recipe, or a setting is unknown or wrong.
         """
         recipe = read_recipe(Path(path))
         return cls.from_mapping(overridden(recipe, overrides, ALTERNATIVES), f"--config {path}: ")
 
     def flat(self) -> dict[str, Any]:
-        """Every setting under its flag's name."""
+        """Return every setting by its name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
     def with_window(self, max_positions: int) -> "Config":
-        """This run with a window's length: the user's, or the default for a model of so many positions."""
+        """Return this configuration with `seq_length` set, by default for a model of so many positions."""
         if self.data.seq_length is not None:
             return self
         return replace(self, data=replace(self.data, seq_length=min(_LONGEST_DEFAULT_WINDOW, max_positions)))
 
     @property
     def calibrates(self) -> bool:
-        """Whether layers are judged on windows of the training data."""
+        """True if layers are scored on windows of the training data."""
         return self.method.needs_data or self.stitches
 
     @property
     def reads_training_data(self) -> bool:
-        """Whether any window of the training data is looked at."""
+        """True if the run reads any window of the training data."""
         return bool(self.recovery.train_iters) or self.calibrates
 
     @property
     def reads_windows(self) -> bool:
-        """Whether the model sees any window at all; surgery has no use for one."""
+        """True if the run reads any window; pure removal of layers reads none."""
         return self.reads_training_data or bool(self.data.valid_data)
 
     @property
@@ -318,37 +349,37 @@ class Config:
 
     @property
     def distils(self) -> bool:
-        """Whether the student learns from a teacher."""
+        """True if the student is trained against a teacher."""
         return bool(self.recovery.train_iters) and self.distillation.distill_loss != "ce"
 
     @property
     def tunes_endpoints(self) -> bool:
-        """Whether recovery trains only the layers beside the cut."""
+        """True if recovery trains only the layers next to the cut."""
         return (self.recovery.recovery_layers or self.method.recovers) == "endpoints"
 
     @property
     def stitches(self) -> bool:
-        """Whether a cut is bridged while the model heals."""
+        """True if a map bridges the cut during recovery."""
         return self.recovery.stitch != "none"
 
     @property
     def needs_one_cut(self) -> bool:
-        """Whether what goes must be one contiguous segment."""
+        """True if the removed layers must be one contiguous segment."""
         return self.tunes_endpoints or self.stitches
 
     @property
     def gradient_steps(self) -> int:
-        """Steps of a search that trains no weights."""
+        """Number of steps of a search that trains no weights."""
         return self.search.search_iters or max(30, self.tenth_of_training)
 
     @property
     def tenth_of_training(self) -> int:
-        """Iterations of search where the user names none (E3-Pruner)."""
+        """Default number of search iterations (E3-Pruner)."""
         return max(1, round((self.recovery.train_iters or 0) / 10))
 
     @property
     def search_iters(self) -> int:
-        """Iterations of search: none for methods that don't search."""
+        """Number of search iterations; 0 for methods that do not search."""
         if not self.method.searches:
             return 0
         chosen = self.search.search_iters
@@ -356,10 +387,10 @@ class Config:
 
 
 def pruned_layers_of(text: str) -> list[int]:
-    """``3,7,9`` as layers.
+    """Parse layer numbers such as ``3,7,9``.
 
     Raises:
-        UsageError: it is not a list of numbers.
+        UsageError: the text is not a list of numbers.
     """
     try:
         return [int(word) for word in text.split(",")]
@@ -368,7 +399,8 @@ def pruned_layers_of(text: str) -> list[int]:
 
 
 def num_layers_to_prune(config: PruneConfig, num_layers: int) -> int:
-    """How many layers of a model of ``num_layers`` are to go, where the flags count layers."""
+    """Return the number of layers to remove from a model of ``num_layers``; for flags that count layers."""
     if config.num_layers_to_prune is not None:
         return config.num_layers_to_prune
+    assert config.prune_ratio is not None, "the size is given in parameters or as a list"
     return round(config.prune_ratio * num_layers)

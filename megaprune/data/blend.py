@@ -1,9 +1,7 @@
-"""Windows over preprocessed data: Megatron's .bin/.idx files, in a blend for training and in their own order for
-validation."""
+"""Blends: windows of preprocessed .bin/.idx datasets, mixed by weights for training, in file order for validation."""
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import math
@@ -12,37 +10,37 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megaprune.data.batches import PackedDataset, sample_order
+from megaprune.data.datasets import CALIBRATION_STREAM, JoinedWindows, PackedDataset
 from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabulary, open_indexed
 from megaprune.data.sources import FileSource, source_identity
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import MegapruneError, UsageError
 
-# Keeps the order of calibration windows apart from that of training at the same seed.
-_CALIBRATION_STREAM = 0xCA11B
-
 
 @dataclass(frozen=True)
 class Blend:
-    """Preprocessed datasets and their weights, or None where each counts by its size."""
+    """Preprocessed datasets and their weights; without weights, each dataset counts by its size."""
 
     prefixes: list[str]
     weights: list[float] | None
 
 
 def find_blend(words: Sequence[str], flag: str) -> Blend | None:
-    """The blend that the words of a flag mean (PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX...), or None where they name
-    text, folders or hub datasets. Opens no file.
+    """Return the blend that the words of a flag describe: PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX...
+
+    Opens no file.
+
+    Returns:
+        None if the words name text, folders or hub datasets.
 
     Raises:
-        UsageError: a word is both or neither, or weights and prefixes don't alternate.
+        UsageError: a word is ambiguous or names nothing, or weights and prefixes do not alternate.
     """
     kinds = [_kind(word, flag) for word in words]
     if "prefix" not in kinds:
@@ -96,13 +94,13 @@ def _stem(word: str) -> str:
 def open_blend(
     blend: Blend, flag: str, seq_length: int, vocab_size: int | None, whole: bool = False
 ) -> list[IndexedFile]:
-    """The checked files of a blend.
+    """Open and check the files of a blend.
 
     Args:
-        whole: looks through all tokens of large files too, as is needed where windows are not looked at when read.
+        whole: check all tokens of large files too; needed if windows are not checked when they are read.
 
     Raises:
-        MegapruneError: one can't be used, is shorter than a window, or holds tokens that the model hasn't.
+        MegapruneError: a file can't be used, is shorter than a window, or has tokens outside the vocabulary.
     """
     files = [open_indexed(prefix, flag) for prefix in blend.prefixes]
     for file in files:
@@ -116,51 +114,13 @@ def open_blend(
     return files
 
 
-# In the order of the files
-
-
-@dataclass(frozen=True)
-class JoinedWindows:
-    """The windows of several datasets, one dataset after the other; none spans two."""
-
-    parts: list[PackedDataset]
-
-    @property
-    def seq_length(self) -> int:
-        return self.parts[0].seq_length
-
-    @property
-    def pad_id(self) -> int:
-        return self.parts[0].pad_id
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the parts'."""
-        return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `PackedDataset.window`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        ends = list(accumulate(map(len, self.parts)))
-        part = bisect.bisect_right(ends, index)
-        return self.parts[part].window(index - (ends[part - 1] if part else 0))
-
-    def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """As `PackedDataset.train_order`."""
-        return sample_order(len(self), seed, start, count)
-
-
 def stored_windows(
     blend: Blend, files: Sequence[IndexedFile], seq_length: int, pad_id: int, pad_last: bool, flag: str
 ) -> PackedDataset | JoinedWindows:
-    """The windows of datasets as they lie in their files, each token but the first of a dataset predicted once.
+    """Return the windows of the datasets in file order. Each token except the first of a dataset is predicted once.
 
     Raises:
-        UsageError: weights were given, which have no meaning here.
+        UsageError: the blend has weights, which have no meaning here.
     """
     if blend.weights is not None:
         raise UsageError(f"{flag} takes no weights: it is read once, in order; give the datasets alone")
@@ -178,16 +138,16 @@ def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
     return hashlib.sha256(json.dumps([identity, *more]).encode()).hexdigest()
 
 
-# In Megatron's order
-
-
 @dataclass(frozen=True)
 class IndexedWindows:
-    """Samples of a blend, in the order that Megatron-Core's GPTDataset and BlendedDataset give them: sample n is the
-    same at every layout and after every resume.
+    """Samples of a blend, in the order of Megatron-Core's GPTDataset and BlendedDataset.
 
-    dataset: maps sample numbers to tokens and labels, int64 [seq_length] each. fingerprint: hex digest of the files
-    and of all that the order depends on.
+    Sample n is the same at every layout and after every resume.
+
+    Args:
+        dataset: maps sample numbers to tokens and labels, int64 [seq_length] each.
+        name: the data, for error messages.
+        fingerprint: hex digest of the files and of everything that determines the order.
     """
 
     dataset: Any
@@ -202,9 +162,12 @@ class IndexedWindows:
         return self.num_windows
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index`: tokens int64 [seq_length + 1], and the loss mask float32 [seq_length] of its labels, which
-        are the tokens from the second on: all ones. Raises IndexError outside 0 <= index < len(self), MegapruneError
-        for tokens that the model hasn't."""
+        """Return sample `index` (see `Windows.window`). The loss mask is all ones.
+
+        Raises:
+            IndexError: `index` is not in [0, len(self)).
+            MegapruneError: a token is outside the model's vocabulary.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         sample = self.dataset[index]
@@ -213,7 +176,7 @@ class IndexedWindows:
         return tokens, np.ones(self.seq_length, np.float32)
 
     def train_order(self, seed: int, start: int, count: int) -> np.ndarray:
-        """The windows of samples start .. start + count - 1: these, for `seed` went into the order already."""
+        """Return start .. start + count - 1, int64 [count]: the seed is already part of the order."""
         return np.arange(start, start + count)
 
 
@@ -229,19 +192,21 @@ def training_windows(
     cache_dir: Path,
     flag: str = "--train-data",
 ) -> IndexedWindows:
-    """At least `num_samples` windows, in Megatron's order for this seed: as many epochs of each dataset as they take.
-    Collective; each rank maps the index files that rank 0 writes to `cache_dir` if they are not there.
+    """Return at least `num_samples` windows in Megatron's order for this seed. Collective.
+
+    Each dataset is repeated for as many epochs as its share requires. Rank 0 writes the index files to `cache_dir` if
+    they do not exist, and all ranks map them.
 
     Raises:
-        MegapruneError: the indices can't be written, or not be seen from every rank.
+        MegapruneError: the index files can't be written, or a rank does not see them.
     """
     from megaprune.mcore import datasets, parallel
 
-    # Without weights, as Megatron does it: by windows.
+    # Without weights, the number of windows is the weight, as in Megatron.
     weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
     prefixes = [os.path.abspath(file.prefix) for file in files]
     fingerprint = _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
-    # The names of the index files hold the paths of the data, and say nothing of what these contain.
+    # The names of Megatron's index files depend on the paths of the data, but not on its contents.
     key = hashlib.sha256(json.dumps([prefixes, fingerprint]).encode()).hexdigest()[:32]
     folder = cache_dir.absolute() / "indexed" / key
 
@@ -258,7 +223,7 @@ def training_windows(
             build=build,
         )
 
-    # Drawn by rank 0 for all: 0 where the indices are there, else what their folder aside is called by.
+    # Rank 0 draws it for all ranks: 0 if the index files exist, otherwise the suffix of the temporary folder.
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
     number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
@@ -278,22 +243,29 @@ def training_windows(
 def calibration_windows(
     blend: Blend, files: Sequence[IndexedFile], *, most: int, seq_length: int, seed: int, **options: Any
 ) -> IndexedWindows:
-    """At most `most` windows of the blend, all from one epoch of each dataset. Collective; takes and raises what
-    `training_windows` does, and UsageError where a dataset is too small for its share of one window."""
+    """Return at most `most` windows of the blend, from one epoch of each dataset. Collective.
+
+    Args:
+        options: other arguments of `training_windows`.
+
+    Raises:
+        UsageError: a dataset is too small for its share of one window.
+        MegapruneError: as `training_windows`.
+    """
     from megaprune.mcore.datasets import samples_indexed
 
     windows = np.array([file.num_windows(seq_length) for file in files])
-    weights = blend.weights or windows
+    weights = blend.weights or windows.astype(float).tolist()
     count = min(most, int(windows.sum()))
     while count and (samples_indexed(weights, count) > windows).any():
         count -= 1
     if not count:
         raise UsageError(
-            f"--train-data {files[windows.argmin()].prefix} is too small for a choice of calibration windows: give "
-            "more data or a smaller --seq-length"
+            f"--train-data {files[int(windows.argmin())].prefix} is too small for a choice of calibration windows: "
+            "give more data or a smaller --seq-length"
         )
     return training_windows(
-        blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ _CALIBRATION_STREAM, **options
+        blend, files, num_samples=count, seq_length=seq_length, seed=seed ^ CALIBRATION_STREAM, **options
     )
 
 
@@ -305,7 +277,7 @@ def _make(folder: Path) -> None:
 
 
 def _build(build: Any, aside: Path, folder: Path) -> None:
-    """Index files written aside by rank 0, then renamed; another run may have been quicker."""
+    """Write the index files to a temporary folder on rank 0 and rename it, unless another run was faster."""
     from megaprune.mcore import parallel
 
     try:
@@ -314,7 +286,7 @@ def _build(build: Any, aside: Path, folder: Path) -> None:
             aside.rename(folder)
     except MegapruneError:
         raise
-    except Exception as error:  # the core wraps the OSErrors of some of its writes
+    except Exception as error:  # Megatron-Core wraps some OSErrors
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if not isinstance(cause, OSError):
             raise

@@ -1,4 +1,4 @@
-"""Chat rows: messages, the arguments of the chat template beside them, and what a template makes of either."""
+"""Chats: checks of messages and template arguments, and analysis of chat templates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import jinja2.nodes
 
 from megaprune.utils.errors import MegapruneError
 
-# The columns that hold arguments of the template, as in transformers and TRL; the last is a mapping of more of them.
+# Columns with arguments of the template, as in transformers and TRL. The last one contains further arguments.
 TOOLS, DOCUMENTS, MORE = "tools", "documents", "chat_template_kwargs"
 ARGUMENTS = (TOOLS, DOCUMENTS, MORE)
-# What `apply_chat_template` takes beside the template's own arguments, and what is given to it here.
+# Parameters of `apply_chat_template` itself, and arguments that this package passes.
 _RESERVED = frozenset(
     [
         *("conversation", "messages", "chat_template", "continue_final_message", "sanitize_control_tokens", "tokenize"),
@@ -27,20 +27,24 @@ _RESERVED = frozenset(
 )
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "images", "audio", "input_audio", "video", "video_url", "file")
-# Messages that hold a result of a tool, which may be any JSON.
+# Roles of messages with the result of a tool, which may be any JSON.
 _RESULT_ROLES = ("tool", "ipython", "function")
-# What of a message templates write as JSON.
+# The fields of a message that templates write as JSON.
 _WRITTEN_AS_JSON = ("content", "tool_calls", "function_call")
 
 
 def checked_messages(messages: Any, where: str, key: str) -> list[dict[str, Any]]:
-    """The messages whole, but for content in parts, whose texts are joined.
+    """Return the messages with all their fields. Content that is a list of text parts is joined to a string.
+
+    Args:
+        where: file and row, for error messages.
+        key: the column of the messages, for error messages.
 
     Raises:
-        MegapruneError: they are no chat, or hold what is no text.
+        MegapruneError: the value is not a chat, or contains parts other than text.
     """
 
-    # Templates render what they do not know (ShareGPT's "from" and "value") as nothing: refuse it here.
+    # Templates silently ignore unknown fields (such as ShareGPT's "from" and "value"): refuse such chats here.
     def fail(problem: str) -> NoReturn:
         raise MegapruneError(f'{where}: {key!r} {problem}; chat is a list of {{"role": ..., "content": ...}}')
 
@@ -67,7 +71,7 @@ def _joined(content: Any, role: str, where: str) -> Any:
     if is_parts:
         return "".join(_text_of(part, where) for part in content)
     if role in _RESULT_ROLES and isinstance(content, (list, Mapping)):
-        return content  # templates with tools write these as JSON
+        return content  # templates with tools write it as JSON
     raise MegapruneError(
         f"{where} has a {type(content).__name__} as its content that is no list of text parts: give a string, or "
         'a list of {"type": "text", "text": ...}'
@@ -90,13 +94,14 @@ def _text_of(part: Any, where: str) -> str:
 
 
 def template_arguments(row: Mapping[str, Any], names: Iterable[str], where: str) -> dict[str, Any]:
-    """The arguments of the template that a row carries.
+    """Return the template arguments in a row.
 
     Args:
-        names: the columns that are such.
+        names: the columns with arguments.
+        where: file and row, for error messages.
 
     Raises:
-        MegapruneError: one has not the form that templates expect.
+        MegapruneError: an argument does not have the form that templates expect.
     """
     given = {name: row[name] for name in names if row.get(name) is not None}
     more = _parsed(given.pop(MORE, None), MORE, where)
@@ -111,7 +116,7 @@ def template_arguments(row: Mapping[str, Any], names: Iterable[str], where: str)
     for name in (TOOLS, DOCUMENTS):
         if name in given:
             given[name] = _objects(given[name], name, where)
-            if not given[name]:  # as a row without any has it
+            if not given[name]:  # the same as a row without the column
                 del given[name]
     return given
 
@@ -127,7 +132,7 @@ def _objects(value: Any, name: str, where: str) -> list[Any] | None:
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:
-    """A value that many datasets store as JSON in a string, since columns have one type."""
+    """Parse a value that many datasets store as a JSON string, because a column has one type."""
     if not isinstance(value, str):
         return value
     try:
@@ -137,11 +142,13 @@ def _parsed(value: Any, name: str, where: str) -> Any:
 
 
 def as_written(row: Mapping[str, Any], messages: str) -> dict[str, Any]:
-    """A row as it was before Arrow gave all structs of a column the same fields: null ones are left out of what
-    templates write as JSON, the tools, their calls and results, and of the other arguments.
+    """Return a row as it was before Arrow gave all structs of a column the same fields.
+
+    Null fields are removed from everything that templates write as JSON (tools, their calls and results) and from the
+    other arguments.
 
     Args:
-        messages: the column that holds the chat.
+        messages: the column of the chat.
     """
     row = {name: value if name == messages else _without_nulls(value) for name, value in row.items()}
     if isinstance(row.get(messages), list):
@@ -165,8 +172,11 @@ def _without_nulls(value: Any) -> Any:
 
 @lru_cache
 def template_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The variables that a template takes and never sets, and every name in it: of a variable, of an attribute, or in
-    quotes. Both are empty where it is no template; rendering says why."""
+    """Return the variables that a template reads but never sets, and all names in it.
+
+    Names are those of variables and attributes, and quoted strings. Both sets are empty if the template is invalid;
+    rendering it reports the error.
+    """
     extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
     environment = jinja2.Environment(extensions=extensions)
     try:
@@ -174,7 +184,7 @@ def template_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
     except jinja2.TemplateError:
         return frozenset(), frozenset()
     variables = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
-    # What a template sets in a branch is its own: a column that has the name by chance must not show in another.
+    # A variable that is set in one branch is the template's own: a column of the same name must not appear in another.
     variables -= {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
     names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
     names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
@@ -183,7 +193,7 @@ def template_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """transformers' `{% generation %}`, to be read through."""
+    """Parser for transformers' `{% generation %}` block."""
 
     tags = {"generation"}
 
@@ -193,8 +203,10 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def argument_columns(tokenizer: Any) -> tuple[str, ...]:
-    """The columns of a chat row that are arguments of the tokenizer's template: those that always are, and those by
-    whose name it has a variable."""
+    """Return the columns of a chat row that are arguments of the tokenizer's template.
+
+    These are the fixed ones (`ARGUMENTS`) and those with the name of a variable of the template.
+    """
     templates = tokenizer.chat_template or {}
     variables: set[str] = set()
     for template in templates.values() if isinstance(templates, dict) else [templates]:
@@ -204,9 +216,10 @@ def argument_columns(tokenizer: Any) -> tuple[str, ...]:
 
 
 class IgnoredFields:
-    """Finds the fields of chats that make no difference to their text, each once.
+    """Detector of chat fields that do not affect the rendered text. Each field is reported once.
 
-    notes: field to the line that says so.
+    Attributes:
+        notes: messages by the name of the field.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -217,10 +230,11 @@ class IgnoredFields:
     def look(
         self, where: str, messages: list[dict[str, Any]], arguments: dict[str, Any], unread: Iterable[str]
     ) -> None:
-        """Looks at a chat that the template has rendered.
+        """Check a chat that the template has rendered.
 
         Args:
-            unread: columns of its row that are no argument of the template.
+            where: its file and row.
+            unread: columns of its row that are not used.
         """
         for name in unread:
             if self._first(("column", name)):
@@ -249,7 +263,7 @@ class IgnoredFields:
         try:
             if self._render(messages, arguments) != self._render(*other):
                 return
-        except Exception:  # a template that can't do without it reads it
+        except Exception:  # a template that fails without the field reads it
             return
         self.notes[f"{kind} {name}"] = (
             f"note: {where}: the chat template ignores the {kind} {name!r}: it has no such name in it, and renders the "

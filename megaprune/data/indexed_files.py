@@ -1,5 +1,7 @@
-"""The files of Megatron's indexed datasets, checked and mapped: a .bin of tokens and a .idx that says where each
-document begins. Without Megatron, whose reader asserts little of what can be wrong with them."""
+"""Files of Megatron's indexed datasets, checked and memory-mapped: a .bin of tokens and a .idx with document offsets.
+
+Read without Megatron, whose reader checks little.
+"""
 
 import struct
 from dataclasses import dataclass
@@ -10,21 +12,22 @@ import numpy as np
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.hub import check_link
 
-# Header, version, code of the dtype, number of sequences, number of documents and one; then, end to end, the
-# sequences' lengths (int32), where each begins in the .bin (int64, bytes), and the documents' first sequences (int64).
+# Magic, version, dtype code, number of sequences, number of documents plus one. Three arrays follow: the lengths of the
+# sequences (int32), their offsets in the .bin (int64, bytes), and the first sequence of each document (int64).
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-# Of larger files, a sample of as many bytes is looked through; windows are looked at again as they are read.
+# Larger files are checked in part, up to this many bytes. Training windows are checked again when they are read.
 _SCANNED_BYTES = 4 << 30
 _CHUNK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A checked pair of files; nothing of them is held in memory.
+    """A checked pair of files. Their contents are not in memory.
 
-    starts: int64 [sequences], the bytes in the .bin before each.
+    Args:
+        starts: int64 [sequences], the byte offset of each sequence in the .bin, memory-mapped.
     """
 
     prefix: str
@@ -34,22 +37,23 @@ class IndexedFile:
 
     @property
     def paths(self) -> list[Path]:
+        """The paths of the tokens and of the index."""
         return [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
 
     def tokens(self) -> np.ndarray:
-        """All tokens, mapped, [num_tokens]."""
+        """Return all tokens, memory-mapped, [num_tokens]."""
         return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r")
 
     def num_windows(self, seq_length: int) -> int:
-        """Windows of `seq_length` predicted tokens."""
+        """Return the number of complete windows of `seq_length` predicted tokens."""
         return (self.num_tokens - 1) // seq_length
 
 
 def open_indexed(prefix: str, flag: str) -> IndexedFile:
-    """The dataset at `prefix`, both of whose files are whole.
+    """Open the dataset at `prefix` and check that both files are complete and consistent.
 
     Raises:
-        MegapruneError: a file is missing, cut off, no index, or not of the other's size; names it.
+        MegapruneError: a file is missing, truncated or not an index, or the files do not match; names the file.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (bin_path, idx_path):
@@ -97,10 +101,10 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
 
 
 def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bool = False) -> None:
-    """Looks through the tokens, or from 4 GiB on, unless `whole`, through a sample of them.
+    """Check the tokens against the model's vocabulary; files above 4 GiB in part, unless `whole`.
 
     Raises:
-        MegapruneError: one is none of the model's.
+        MegapruneError: a token is outside the vocabulary.
     """
     tokens = indexed.tokens()
     chunks = -(-len(tokens) // _CHUNK_TOKENS)
@@ -116,13 +120,21 @@ def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bo
 
 
 def _beyond(tokens: np.ndarray, vocab_size: int) -> int | None:
-    """The token that is farthest outside the vocabulary, if there is one."""
+    """Return the largest or smallest token if it is outside the vocabulary."""
     outside = [token for token in (int(tokens.max()), int(tokens.min())) if not 0 <= token < vocab_size]
     return outside[0] if outside else None
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, name: str, place: str = "") -> None:
-    """Raises MegapruneError for tokens that are not in [0, vocab_size); `place` ends the message."""
+    """Check that all tokens are in [0, vocab_size).
+
+    Args:
+        name: the data, as the message begins.
+        place: the end of the message.
+
+    Raises:
+        MegapruneError: a token is not.
+    """
     token = _beyond(tokens, vocab_size)
     if token is not None:
         raise MegapruneError(

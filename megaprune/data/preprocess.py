@@ -1,37 +1,202 @@
-"""Rows to documents of tokens, as Megatron-LM's tool encodes them; in this process or in several."""
+"""Preprocessing: text or chats to Megatron's indexed datasets, with the same bytes as Megatron-LM's own tool."""
 
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megaprune.data.sources import Document, Row, RowKeys, document_of
-from megaprune.data.token_cache import Encoder
-from megaprune.data.tokenizer import tokenizer_in
+from megaprune.data.chat import argument_columns
+from megaprune.data.encoder import Encoder
+from megaprune.data.sources import Document, FileSource, Row, RowKeys, Source, document_of, find_sources, read_rows
+from megaprune.data.tokenizer import end_of_text, model_vocabulary, tokenizer_in, vocabulary_size
+from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import whole_file
+from megaprune.utils.locks import lock_beside, locked
 
+_BAR_DELAY = 3.0  # seconds; shorter work shows no bar
 _BATCH_ROWS = 512
 _BATCH_BYTES = 1 << 20
-# Batches under way or waiting for their turn, for each worker: memory stays bounded when one takes long.
+# Batches per worker that are in progress or wait for their turn. The limit bounds memory if one batch takes long.
 _BATCHES_AHEAD = 4
-# A closing token this near to the end of a chat, and white space behind it, closes it.
+# An end-of-text token among this many last tokens ends a chat if only white space follows it.
 _CLOSING_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What decides the tokens of a row.
+class PreprocessOptions:
+    """Settings of `preprocess`.
 
-    dtype: of the tokens, numpy's name for it. vocab_size: the model's, where it is known.
+    Args:
+        inputs: files, folders and hub dataset ids.
+        tokenizer: a folder or a hub id.
+        output_prefix: path of the dataset without `.bin` and `.idx`.
+        workers: processes that tokenize; the output does not depend on it.
+        chat_template: a Jinja file that replaces the tokenizer's chat template.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output_prefix: str
+    workers: int
+    text_key: str = "text"
+    messages_key: str = "messages"
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def outputs(self) -> tuple[Path, Path]:
+        """The paths of the tokens and of the index."""
+        return Path(f"{self.output_prefix}.bin"), Path(f"{self.output_prefix}.idx")
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """The result of `preprocess`.
+
+    Args:
+        dtype: numpy's name of the type of the tokens.
+        masked: whether the chat template marks the assistant's tokens; an indexed dataset cannot hold these marks.
+    """
+
+    documents: int
+    tokens: int
+    dtype: str
+    masked: bool
+    seconds: float
+
+
+def check_outputs(options: PreprocessOptions) -> None:
+    """Check that the dataset does not exist.
+
+    Raises:
+        MegapruneError: one of its files exists.
+    """
+    for path in options.outputs:
+        if path.exists():
+            raise MegapruneError(f"--output-prefix {options.output_prefix}: {path} is there already; remove it first")
+
+
+def preprocess(options: PreprocessOptions) -> Preprocessed:
+    """Tokenize the inputs and write the dataset, completely or not at all.
+
+    Raises:
+        MegapruneError: an input or the tokenizer can't be used, or the dataset can't be written.
+        UsageError: an input does not exist.
+    """
+    # Imported here: worker processes load this module and need no Megatron.
+    from megaprune.mcore.datasets import token_dtype
+
+    sources, num_bytes = _sources(options.inputs)
+    template = Path(options.chat_template).read_text() if options.chat_template else None
+    tokenizer = load_tokenizer(options.tokenizer, template, options.trust_remote_code)
+    keys = RowKeys(options.text_key, options.messages_key, argument_columns(tokenizer))
+    dtype = token_dtype(vocabulary_size(tokenizer))
+    # Only files beside the tokenizer tell about the model here; training checks the tokens again.
+    folder = tokenizer.name_or_path  # for a hub id, its download, which all workers read
+    encoding = Encoding(
+        folder, template, options.trust_remote_code, keys, dtype.name, vocab_size=model_vocabulary(folder)
+    )
+    end_of_text(tokenizer, encoding.vocab_size, "--input")
+    rows = read_rows(sources, keys, "--input", hub_cache=None)
+    begin = time.perf_counter()
+    with closing(encode_rows(rows, encoding, tokenizer, options.workers)) as batches:
+        documents, tokens, masked = _write(options, batches, dtype, num_bytes)
+    return Preprocessed(documents, tokens, dtype.name, masked, time.perf_counter() - begin)
+
+
+def _sources(inputs: Sequence[str]) -> tuple[list[Source], int | None]:
+    """Return the sources and the bytes of all files; None if one is a hub dataset, whose size is unknown."""
+    try:
+        sources = find_sources(inputs, "--input")
+        sizes = [source.path.stat().st_size for source in sources if isinstance(source, FileSource)]
+    except OSError as error:
+        raise MegapruneError(f"--input {error.filename} cannot be read ({error.strerror})") from error
+    return sources, sum(sizes) if len(sizes) == len(sources) else None
+
+
+def _write(
+    options: PreprocessOptions, batches: Iterable["Encoded"], dtype: np.dtype, num_bytes: int | None
+) -> tuple[int, int, bool]:
+    """Write both files under temporary names and rename them, the index last: no dataset exists without an index.
+
+    Returns:
+        The numbers of documents and tokens, and whether a chat template marked the assistant's tokens.
+    """
+    bin_path, idx_path = options.outputs
+    prefix = Path(options.output_prefix)
+    try:
+        with (
+            locked(lock_beside(prefix), f"--output-prefix {prefix}"),
+            whole_file(idx_path) as idx_aside,
+            whole_file(bin_path) as bin_aside,
+        ):
+            check_outputs(options)  # again, now that the lock keeps other processes out
+            return _write_batches(options, batches, dtype, num_bytes, bin_aside, idx_aside)
+    except OSError as error:
+        error = disk_error(error) or error
+        error.filename = None  # that of a temporary file, which the user did not name
+        raise MegapruneError(f"--output-prefix {explain(error, prefix)}") from error
+
+
+def _write_batches(
+    options: PreprocessOptions,
+    batches: Iterable["Encoded"],
+    dtype: np.dtype,
+    num_bytes: int | None,
+    bin_path: Path,
+    idx_path: Path,
+) -> tuple[int, int, bool]:
+    from tqdm import tqdm
+
+    from megaprune.mcore.datasets import new_builder
+
+    documents = tokens = 0
+    masked = False
+    noted: set[str] = set()
+    builder = new_builder(bin_path, dtype)
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", delay=_BAR_DELAY) as bar:
+        for batch in batches:
+            start = 0
+            for length in batch.lengths:
+                # A document without tokens has no sequence: the format knows no empty ones.
+                builder.add_document(batch.tokens[start : start + length], [length] if length else [])
+                start += length
+            documents, tokens = documents + len(batch.lengths), tokens + start
+            masked |= batch.masked
+            for about, note in batch.notes.items():
+                if about not in noted:
+                    bar.write(note)
+            noted |= batch.notes.keys()
+            bar.update(batch.bytes_read - bar.n)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
+        if not tokens:
+            raise MegapruneError(f"--input {' '.join(options.inputs)} holds no documents: every row is empty")
+        builder.finalize(str(idx_path))
+    return documents, tokens, masked
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that determines the tokens of a row.
+
+    Args:
+        chat_template: the text of a template that replaces the tokenizer's.
+        dtype: numpy's name of the type of the tokens.
+        vocab_size: the model's, if known.
     """
 
     tokenizer: str
@@ -44,10 +209,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a batch: their tokens end to end, and each one's number. bytes_read: as a row's.
+    """The documents of a batch.
 
-    masked: whether the chat template says which tokens are the assistant's; the tokens don't. notes: what else there is
-    to say, by what it is about.
+    Args:
+        tokens: of all documents, end to end.
+        lengths: the number of tokens of each document.
+        bytes_read: as in `Row`.
+        masked: whether the chat template marks the assistant's tokens; the marks are not kept.
+        notes: messages for the user, by their subject.
     """
 
     tokens: np.ndarray
@@ -58,10 +227,10 @@ class Encoded:
 
 
 def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder or hub id; `chat_template` takes its own one's place.
+    """Load the tokenizer of a folder or hub id, with another chat template if one is given.
 
     Raises:
-        MegapruneError: there is none that can be loaded, or it has no end-of-text token.
+        MegapruneError: the tokenizer can't be loaded or has no end-of-text token.
     """
     tokenizer = tokenizer_in(folder, trust_remote_code, "--tokenizer")
     if tokenizer.eos_token_id is None:
@@ -75,8 +244,10 @@ def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bo
 
 
 class DocumentEncoder:
-    """Rows to tokens. A text is tokenised with the tokenizer's own special tokens and gets its end-of-text token, a
-    chat is what the template makes of it and gets that token unless it ends so. A text without tokens stays without.
+    """Encodes rows as documents.
+
+    A text gets the tokenizer's own special tokens and ends with its end-of-text token. A chat is rendered by the chat
+    template, and the end-of-text token follows unless the rendered chat ends with it. An empty text has no tokens.
     """
 
     def __init__(self, encoding: Encoding, tokenizer: Any) -> None:
@@ -84,7 +255,11 @@ class DocumentEncoder:
         self.encoder = Encoder(tokenizer, np.dtype(encoding.dtype), encoding.vocab_size)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Raises MegapruneError at the first row that is no document."""
+        """Return the documents of the rows.
+
+        Raises:
+            MegapruneError: a row is not a document; names the first such row.
+        """
         documents = [document_of(row, self.encoding.keys) for row in rows]
         encoded: list[np.ndarray] = []
         masked = False
@@ -116,16 +291,16 @@ class DocumentEncoder:
 
 
 def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers: int) -> Iterator[Encoded]:
-    """The rows' documents in the rows' order, the same for every number of workers.
+    """Yield the documents of the rows in order, in batches. The result does not depend on the number of workers.
 
     Raises:
-        MegapruneError: a row is no document (the first such in order), or a worker died.
+        MegapruneError: a row is not a document (names the first such row), or a worker process died.
     """
     batches = _batches(rows)
     if workers == 1:
         yield from map(DocumentEncoder(encoding, tokenizer).encode, batches)
         return
-    # Not forked from this process, whose tokenizer and Arrow have threads that a fork would leave half way.
+    # No fork of this process: the threads of its tokenizer and of Arrow would not survive one.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (encoding,))
@@ -150,7 +325,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         batch.append(row)
-        # Of parsed rows the size is not known; they come in small batches.
+        # The size of a parsed row is unknown; such rows come in small batches.
         size += len(row.content) if isinstance(row.content, bytes) else _BATCH_BYTES // 128
         if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
             yield batch
@@ -164,15 +339,17 @@ _worker: DocumentEncoder
 
 def _begin_worker(encoding: Encoding) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tokenizer = load_tokenizer(encoding.tokenizer, encoding.chat_template, encoding.trust_remote_code)
     _worker = DocumentEncoder(encoding, tokenizer)
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes nothing: its workers would wait for work for ever."""
-    connection.wait([parent_process().sentinel])
+    """Exit when the parent process has ended: a killed parent closes no pipe, and its workers would wait forever."""
+    parent = parent_process()
+    assert parent is not None  # this runs in a worker
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 

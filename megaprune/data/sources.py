@@ -1,4 +1,4 @@
-"""Documents out of files, folders and hub datasets; refusals name the flag, the file and the line."""
+"""Sources of documents: files, folders and hub datasets. Errors name the flag, the file and the line."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from megaprune.weights.hub import check_link
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
-# Endings of other data files: a name that has one is a path mistyped or unsupported, never a dataset id.
-# (Ids may hold dots, "org/corpus-v1.5", so not every dot is a file ending.)
+# Endings of data files. A name with such an ending is a mistyped or unsupported path, never a dataset id.
+# (Ids may contain dots, such as "org/corpus-v1.5", so not every dot is a file ending.)
 _FILE_ENDING = re.compile(
     r"\.(jsonl?|parquet|txt|csv|tsv|md|arrow|bin|idx|npy|npz|pt|pkl|zip|tar|tgz|zst|gz|bz2|xz)$",
     re.IGNORECASE,
 )
-# Sources smaller than this together are told apart by their content, so that a copy elsewhere finds the same
-# cache; above it hashing would delay every start of every rank, and size and modification time must do.
+# Sources below this total size are identified by their content, so that a copy elsewhere uses the same cache.
+# Hashing larger ones would delay every start of every rank; they are identified by size and modification time.
 _HASHED_BYTES = 1 << 30
 _PARQUET_BATCH_ROWS = 128
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """One data file; `name` is its place under the path that the user gave."""
+    """One data file. `name` is its path relative to the folder that the user gave."""
 
     path: Path
     name: str
@@ -43,7 +43,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a dataset on the Hugging Face hub."""
+    """One split of a dataset on the Hugging Face Hub."""
 
     dataset_id: str
     split: str
@@ -54,9 +54,12 @@ Source = FileSource | HubSource
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a chat as a list of messages; `where` names its file and row for error messages.
+    """A text, or a chat as a list of messages.
 
-    arguments: what the chat template gets beside the messages. unread: columns of a chat's row that are neither.
+    Args:
+        where: its file and row, for error messages.
+        arguments: arguments of the chat template in addition to the messages.
+        unread: other columns of a chat's row, which are not used.
     """
 
     where: str
@@ -66,15 +69,19 @@ class Document:
 
     @property
     def is_chat(self) -> bool:
+        """True for a chat, False for a text."""
         return not isinstance(self.content, str)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as read: a JSON line not yet parsed, or what the other formats give; `where` as in `Document`.
+    """A row as it was read.
 
-    bytes_read: of all files so far, as stored; a hub dataset's count none. columns: all that its file has, where
-    not all were read.
+    Args:
+        where: its file and row, for error messages.
+        content: the bytes of a JSON line that is not parsed yet, or the parsed row of other formats.
+        bytes_read: bytes of all files read so far, as stored; hub datasets do not count.
+        columns: all columns of the file, if not all of them were read.
     """
 
     where: str
@@ -85,8 +92,10 @@ class Row:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """The keys under which a row holds its text or its chat, and the arguments of a chat's template. A row that has
-    both counts as text."""
+    """The keys of a row's text, of its chat, and of the arguments of the chat template.
+
+    A row with both a text and a chat counts as a text.
+    """
 
     text: str = "text"
     messages: str = "messages"
@@ -94,10 +103,13 @@ class RowKeys:
 
 
 def find_sources(paths: Sequence[str], flag: str) -> list[Source]:
-    """The files and hub datasets that `paths` stand for, in the order given; a folder's files sorted by path.
+    """Return the files and hub datasets that `paths` name, in the given order; files of a folder sorted by path.
 
-    Nothing is fetched and no file is opened. Raises UsageError for no paths, a missing path, an unsupported
-    file ending, an empty file, or a folder without data files.
+    Fetches nothing and opens no file.
+
+    Raises:
+        UsageError: there is no path, a path does not exist or has an unsupported ending, a file is empty, or a folder
+            contains no data file.
     """
     if not paths:
         raise UsageError(f"{flag} names no data: give a file, a folder or a dataset id")
@@ -130,7 +142,7 @@ def _expand(given: str, flag: str) -> list[Source]:
 
 def _is_data_file(relative: Path, path: Path) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
-    # A link to nothing is data that is missing, not nothing.
+    # A broken link is missing data and must not be skipped.
     return not hidden and relative.name.endswith(SUFFIXES) and (path.is_file() or not path.exists())
 
 
@@ -143,8 +155,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def source_identity(sources: Sequence[Source]) -> list[list[str | int]]:
-    """What tells these sources from others: for a file its name, size and content (or, from 1 GiB in all, its
-    modification time), for a hub dataset its id and split, which needs no network."""
+    """Return plain data that identifies the sources, without network access.
+
+    A file is identified by its name, size and content (from 1 GiB in total on, by its modification time instead of its
+    content), a hub dataset by its id and split.
+    """
     by_content = sum(s.path.stat().st_size for s in sources if isinstance(s, FileSource)) < _HASHED_BYTES
     return [_identity(source, by_content) for source in sources]
 
@@ -160,19 +175,28 @@ def _identity(source: Source, by_content: bool) -> list[str | int]:
 
 
 def read_documents(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Path) -> Iterator[Document]:
-    """All documents in order, empty ones left out. Raises MegapruneError at the first row that is none.
+    """Yield all documents in order, without empty ones.
 
-    What the datasets library itself keeps of a hub dataset goes to `hub_cache`.
+    Args:
+        hub_cache: folder for the files that the datasets library caches.
+
+    Raises:
+        MegapruneError: a row is not a document, or a source can't be read; names the first such row or source.
     """
     documents = (document_of(row, keys) for row in read_rows(sources, keys, flag, hub_cache))
     return (document for document in documents if document.content)
 
 
 def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Path | None) -> Iterator[Row]:
-    """All rows in order, for `document_of`, perhaps in another process: parsing JSON is most of the reading.
+    """Yield all rows in order.
 
-    Raises MegapruneError for a file or a hub dataset that can't be read. With `hub_cache` None what the datasets
-    library keeps goes to its own cache.
+    `document_of` parses them, possibly in another process, because most of the time is spent in parsing JSON.
+
+    Args:
+        hub_cache: folder for the files that the datasets library caches; None for the library's own cache.
+
+    Raises:
+        MegapruneError: a file or a hub dataset can't be read.
     """
     done = 0
     for source in sources:
@@ -194,7 +218,11 @@ def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Pa
 
 
 def document_of(row: Row, keys: RowKeys) -> Document:
-    """The document in a row. Raises MegapruneError, naming its place, where there is none."""
+    """Return the document in a row.
+
+    Raises:
+        MegapruneError: the row is not a document; names its file and line.
+    """
     content = row.content
     if isinstance(content, bytes):
         content = _json(_utf8(content, row.where), row.where)
@@ -203,7 +231,7 @@ def document_of(row: Row, keys: RowKeys) -> Document:
 
 def _json_rows(path: Path, place: str) -> Iterator[tuple[str, Any, int]]:
     codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
-    # Arrow's stream reads on through several frames and, unlike zstandard's reader, notices a missing end.
+    # Arrow's stream reads files of several frames and, unlike zstandard's reader, detects a truncated file.
     with pyarrow.OSFile(str(path)) as file, pyarrow.input_stream(file, compression=codec) as stream:
         lines = io.BufferedReader(stream)
         if ".json" in path.suffixes and lines.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -234,7 +262,7 @@ def _json(text: str, where: str) -> Any:
 def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[Row]:
     number, size = 0, path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
-        # Only the columns that matter are decoded; where there is neither, all, for the message to name them.
+        # Decode only the needed columns. If neither text nor chat exists, decode all, so that the error names them.
         names = file.schema_arrow.names
         wanted = [name for name in (keys.text, keys.messages) if name in names]
         if keys.messages in wanted:
@@ -247,15 +275,15 @@ def _parquet_rows(path: Path, keys: RowKeys, place: str) -> Iterator[Row]:
 
 
 def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | None) -> Iterator[tuple[str, Any]]:
-    # Imported here: both take seconds to load, and local data needs neither.
+    # Imported here: both take seconds to import, and local data needs neither.
     import datasets
     import huggingface_hub
 
     place = f"{flag} {source.dataset_id}"
     try:
-        # Asked first because it fails at once, where load_dataset tries again for half a minute.
+        # This fails at once if there is no such dataset; load_dataset retries for half a minute.
         huggingface_hub.HfApi().dataset_info(source.dataset_id, timeout=20)
-    except Exception as error:  # a wrong id, no network, no access: each client version has its own classes
+    except Exception as error:  # wrong id, no network, no access: the classes differ between client versions
         raise MegapruneError(
             f"{place} does not exist and is not a dataset id that the hub gives ({first_line(error)})"
         ) from error
@@ -300,7 +328,7 @@ def _checked_text(text: Any, where: str, keys: RowKeys) -> str:
         )
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no text
+    except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair, which is not text
         raise MegapruneError(
             f"{where}: {keys.text!r} holds an unpaired surrogate escape (\\ud800 to \\udfff)"
         ) from error

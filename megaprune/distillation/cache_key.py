@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megaprune.data.batches import Windows
-from megaprune.data.token_cache import tokenizer_fingerprint
+from megaprune.data.datasets import Windows
+from megaprune.data.tokenizer import tokenizer_fingerprint
 from megaprune.distillation.cache_format import CacheKey
 from megaprune.mcore import parallel
 from megaprune.utils.errors import MegapruneError

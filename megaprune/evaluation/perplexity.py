@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megaprune.data.batches import Batch, eval_batches, prepare_dataset
+from megaprune.data.batches import Batch, eval_batches
+from megaprune.data.prepare import prepare_dataset
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.report.model_card import read_seq_length
 from megaprune.report.run_report import perplexity

@@ -1,8 +1,7 @@
-"""What a training step holds beside weights, gradients and optimizer state: the tensors that autograd keeps for the
-backward pass, and what the passes need on top.
+"""Memory of activations: the tensors that autograd keeps for the backward pass, and temporary tensors.
 
-The formulas follow the layers that a run uses (Megatron-Core's local layers, attention by torch's fused kernels)
-tensor by tensor. Transformer Engine's fused layers keep less. Routed tokens are taken to be shared out evenly.
+The formulas count the tensors of Megatron-Core's local layers with torch's fused attention kernels. Transformer
+Engine's fused layers keep less. Tokens are assumed to be routed evenly to the experts.
 """
 
 from collections.abc import Collection
@@ -12,21 +11,22 @@ from megaprune.models import Architecture
 
 _FP32 = 4
 _INDEX = 8
-# as the teacher's top k are found, see megaprune.distillation.losses
+# of the search for the teacher's top k, see megaprune.distillation.losses
 _BYTES_TO_RANK_A_LOGIT = 20
 _RANKED_BYTES = 20 * 2**24
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How micro-batches go through the model.
+    """Settings of the forward and backward passes that determine the memory of activations.
 
     Args:
-        tensor: tensor-parallel ranks; expert_tensor: those that cut each expert.
-        recompute: ``--recompute-granularity``.
-        adapter_rank: LoRA's rank; None trains all weights.
-        adapter_targets: names of the linear layers that have adapters.
-        fused_norm: RMSNorm runs as one kernel, as it does on a GPU; torch composes it on the CPU and keeps more.
+        tensor: number of tensor-parallel ranks.
+        expert_tensor: number of ranks that split each expert.
+        recompute: value of ``--recompute-granularity``.
+        adapter_rank: rank of LoRA adapters; None if all weights are trained.
+        adapter_targets: Megatron's names of the linear layers with adapters.
+        fused_norm: RMSNorm is one kernel, as on a GPU. On the CPU, torch composes it and keeps more tensors.
     """
 
     micro_batch_size: int
@@ -42,7 +42,7 @@ class Passes:
 
 
 class Activations:
-    """Bytes of a micro-batch's activations on one rank."""
+    """Memory of a micro-batch's activations on one rank. All results are in bytes."""
 
     def __init__(self, arch: Architecture, passes: Passes) -> None:
         self._arch, self._fields, self._passes = arch, arch.transformer, passes
@@ -52,39 +52,39 @@ class Activations:
         self._hidden = self._fields["hidden_size"]
 
     def layer(self, moe: bool) -> float:
-        """What one layer keeps from its forward to its backward pass."""
+        """Return the bytes that one layer keeps from its forward to its backward pass."""
         if self._passes.recompute == "full":
             return self._shard * self._hidden * self._bytes  # its input
         return self._whole_layer(moe)
 
     def output(self) -> float:
-        """What the last stage keeps behind its layers: the last norm's input and output, and the logits in fp32."""
+        """Return the bytes that the last stage keeps after its layers: input and output of the norm, fp32 logits."""
         norm = self._norm(self._shard * self._hidden, self._shard)
         output_input = self._shard * self._hidden * self._bytes if self._passes.adapter_rank is None else 0
         return norm + output_input + self._logits()
 
     def working(self, moe_layers: Collection[bool], last_stage: bool, largest_trained: int) -> float:
-        """The most that the backward pass needs at once beyond what is kept.
+        """Return the peak of temporary memory in the backward pass.
 
         Args:
-            moe_layers: whether each layer of the stage has experts.
-            largest_trained: parameters of the largest trained tensor, whose gradient stands alone before it is added
-                to its buffer.
+            moe_layers: for each layer of the stage, True if it has experts.
+            largest_trained: parameters of the largest trained tensor. Its gradient exists separately before it is
+                added to the gradient buffer.
         """
         layer = max(max(map(self._gradients, moe_layers), default=0), largest_trained * self._bytes)
         if self._passes.recompute == "full" and moe_layers:
             layer += max(map(self._whole_layer, moe_layers)) - self.layer(False)
-        # The loss needs one more copy of the logits. What the output kept is gone when the layers' turn comes.
+        # The loss needs one more copy of the logits. The output's tensors are freed before the layers' backward pass.
         return max(self._logits(), layer - self.output()) if last_stage else layer
 
     def teacher_pass(self, last_stage: bool) -> float:
-        """What a forward pass of the teacher needs while nothing of the student's is held."""
+        """Return the peak of a forward pass of the teacher, during which the student keeps no activations."""
         layer = 4 * self._shard * self._hidden * self._bytes + self._gradients(False)
         ranked = min(_RANKED_BYTES, self._logits() / _FP32 * _BYTES_TO_RANK_A_LOGIT)
         return max(layer, self._logits() + max(self._logits(), ranked)) if last_stage else layer
 
     def _logits(self) -> float:
-        # padding aside
+        # without padding of the vocabulary
         return self._tokens * self._arch.vocab_size / self._passes.tensor * _FP32
 
     def _whole_layer(self, moe: bool) -> float:
@@ -93,8 +93,10 @@ class Activations:
         return norms + attention + (self._experts() if moe else self._mlp(self._fields["ffn_hidden_size"]))
 
     def _norm(self, values: float, rows: float, input_kept_anyway: bool = False) -> float:
-        """RMSNorm: its input, and a factor for each row; composed, the input in fp32, and normalised for the weight's
-        gradient."""
+        """Return the bytes of RMSNorm: its input and one factor per row.
+
+        The composed norm keeps the input in fp32, and its normalized form for the gradient of the weight.
+        """
         factors = rows * _FP32
         if self._passes.fused_norm:
             return factors + (0 if input_kept_anyway else values * self._bytes)
@@ -102,12 +104,12 @@ class Activations:
         return factors + copied + (values * _FP32 if self._passes.adapter_rank is None else 0)
 
     def _read_by(self, *linears: str, tokens: float, columns: float) -> float:
-        """An input of linear layers, which those with trained weights or adapters keep."""
+        """Return the bytes of an input of linear layers; kept only by layers with trained weights or adapters."""
         kept = any(self._trains(linear) for linear in linears)
         return tokens * columns * self._bytes if kept else 0
 
     def _latents(self, *linears: str, tokens: float) -> float:
-        """What adapters keep between their two matrices."""
+        """Return the bytes that adapters keep between their two matrices."""
         if self._passes.adapter_rank is None:
             return 0
         return sum(self._trains(linear) for linear in linears) * tokens * self._passes.adapter_rank * self._bytes
@@ -118,8 +120,13 @@ class Activations:
     # Attention
 
     def _core_attention(self, queries: float, keys: float, values: float, heads: int) -> float:
-        """Queries, keys and values (elements of each), the log-sum-exp of each row, and the output, of which the next
-        layer's input is a view."""
+        """Return the bytes of attention: queries, keys, values, log-sum-exp per row, and output.
+
+        The input of the output projection is a view of the attention output.
+
+        Args:
+            queries: number of elements, as of keys and values.
+        """
         kept, recomputed = (queries + keys + values) * self._bytes, self._passes.recompute is not None
         if not recomputed:
             kept += self._tokens * heads / self._passes.tensor * _FP32
@@ -132,13 +139,13 @@ class Activations:
         return self._tokens * self._fields["num_attention_heads"] * width / self._passes.tensor
 
     def _queries(self) -> float:
-        """Elements of the queries."""
+        """Return the number of elements of the queries."""
         fields = self._fields
         width = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] if self._arch.mla else self._arch.head_dim
         return self._tokens * fields["num_attention_heads"] * width / self._passes.tensor
 
     def _rope(self, width: int) -> float:
-        """Sines and cosines, for queries and for keys."""
+        """Return the bytes of sines and cosines, for queries and keys."""
         return 4 * self._passes.seq_length * width * self._bytes
 
     def _grouped_attention(self) -> float:
@@ -150,7 +157,7 @@ class Activations:
             rows = self._tokens / self._passes.tensor
             kept += self._norm(a_head * heads, rows * heads)
             kept += self._norm(a_head * groups, rows * groups, input_kept_anyway=True)
-        # The values are a view of the projection's output, which is kept whole for them.
+        # The values are a view of the projection's output, so all of it is kept.
         projected = a_head * (heads + 2 * groups)
         return kept + self._core_attention(a_head * heads, a_head * groups, projected, heads)
 
@@ -166,7 +173,7 @@ class Activations:
             kept += self._latents("linear_q_up_proj", tokens=self._tokens)
         kept += self._norm(self._shard * rank, self._shard, input_kept_anyway=True)
         if self._keeps_inputs():
-            # Under sequence parallelism the norms read slices of gathered latents, which stay whole behind them.
+            # With sequence parallelism the norms read slices of the gathered latents, so all of these are kept.
             kept += self._tokens * ((query_rank or 0) + rank + rope) * self._bytes
         kept += self._read_by("linear_kv_up_proj", tokens=self._shard, columns=rank)
         heads = fields["num_attention_heads"]
@@ -175,13 +182,13 @@ class Activations:
         return kept + self._core_attention(keys, keys, a_head * fields["v_head_dim"], heads)
 
     def _keeps_inputs(self) -> bool:
-        """Whether norms keep their input as it came; composed ones in bf16 keep an fp32 copy instead."""
+        """Return True if norms keep their input itself; composed norms in bf16 keep an fp32 copy instead."""
         return self._passes.fused_norm or self._bytes == _FP32
 
     # MLP and experts
 
     def _mlp(self, columns: int, reads_input: bool = True) -> float:
-        """SwiGLU: the first layer's output (gate and up), silu(gate), a copy of up, and the second layer's input."""
+        """Return the bytes of SwiGLU: gate and up, silu(gate), a copy of up, and the input of the second layer."""
         inner = self._tokens * columns / self._passes.tensor
         kept = 4 * inner * self._bytes + self._read_by("linear_fc2", tokens=1, columns=inner)
         kept += self._latents("linear_fc1", tokens=self._tokens) + self._latents("linear_fc2", tokens=self._shard)
@@ -203,7 +210,7 @@ class Activations:
         return kept
 
     def _router(self) -> float:
-        """Bytes for each token: scores, choices, and the map of tokens to experts with their probabilities."""
+        """Return the bytes per token of the router: scores, choices, and the token-to-expert map with probabilities."""
         fields, experts, chosen = self._fields, self._arch.num_experts, self._fields["moe_router_topk"]
         mapping = experts * (1 + _FP32) + chosen * _INDEX
         kept = mapping + chosen * (_INDEX + _FP32)
@@ -218,13 +225,13 @@ class Activations:
         return kept
 
     def _routed(self) -> float:
-        """Tokens that this rank's experts get."""
+        """Return the number of tokens that the experts of this rank process."""
         return self._shard * self._fields["moe_router_topk"] * self._passes.expert_tensor
 
-    # Passing gradients
+    # Gradients of activations
 
     def _gradients(self, moe: bool) -> float:
-        """The most that the gradients of a layer's activations take at once: as measured, multiples of the widest."""
+        """Return the peak of the gradients of a layer's activations, as measured multiples of the widest tensor."""
         widest = 4 * self._queries()
         mlp = self._fields.get("moe_shared_expert_intermediate_size", 0) if moe else self._fields["ffn_hidden_size"]
         widest = max(widest, 3 * self._tokens * mlp / self._passes.tensor)

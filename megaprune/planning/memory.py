@@ -1,4 +1,4 @@
-"""The memory of one rank in training, part by part."""
+"""The memory of one rank in training, by component."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Memory:
     """Bytes on each rank of a pipeline stage.
 
     Args:
-        weights: of the model in training, its adapters among them.
-        gradients: Megatron's fp32 buffers.
-        optimizer: Adam's two moments, and in bf16 the fp32 copies of the weights.
-        teacher: weights of a frozen copy of the original.
-        activations: what all micro-batches in flight keep for the backward pass.
-        working: the most that a pass needs on top.
+        weights: the trained model, including adapters.
+        gradients: Megatron's fp32 gradient buffers.
+        optimizer: Adam's two moments; in bf16 also the fp32 copies of the weights.
+        teacher: weights of a frozen copy of the original model.
+        activations: tensors of all micro-batches in flight, kept for the backward pass.
+        working: peak of temporary tensors in a pass.
     """
 
     weights: int
@@ -31,16 +31,17 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum of all components."""
         return self.weights + self.gradients + self.optimizer + self.teacher + self.activations + self.working
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How gradients and optimizer state are kept.
+    """Storage of gradients and optimizer state.
 
     Args:
-        shards: ranks that share out the optimizer's state of a parameter; expert_shards: of a routed expert's. 1
-            without the distributed optimizer.
+        shards: ranks over which the optimizer state of a parameter is distributed; 1 without the distributed optimizer.
+        expert_shards: the same for parameters of routed experts.
     """
 
     bf16: bool
@@ -48,17 +49,17 @@ class TrainingState:
     expert_shards: int = 1
 
     def gradient_bytes(self, share: Share) -> int:
-        """Bytes of a rank's gradients."""
+        """Return the bytes of a rank's gradients."""
         return _FP32 * (share.trained + share.trained_experts)
 
     def optimizer_bytes(self, share: Share) -> int:
-        """Bytes of a rank's optimizer state."""
+        """Return the bytes of a rank's optimizer state."""
         per_parameter = _FP32 * (3 if self.bf16 else 2)
         return round(per_parameter * (share.trained / self.shards + share.trained_experts / self.expert_shards))
 
 
 def micro_batches_in_flight(stage: int, num_stages: int, num_micro_batches: int) -> int:
-    """How many micro-batches' activations a stage holds at once under Megatron's 1F1B schedule."""
+    """Return the number of micro-batches whose activations a stage holds at once in Megatron's 1F1B schedule."""
     return min(num_stages - stage, num_micro_batches)
 
 
@@ -73,18 +74,18 @@ def training_memory(
     taught: bool = False,
     target_bytes: int = 0,
 ) -> Memory:
-    """The memory of a rank in a training step.
+    """Return the memory of a rank in a training step.
 
     Args:
-        moe_layers: whether each layer that runs on the stage has experts.
-        teacher_bytes: weights of a teacher beside the student.
-        taught: a teacher's forward pass comes before the student's.
-        target_bytes: what a teacher, or what is stored of one, says of all micro-batches, on the last stage.
+        moe_layers: for each active layer of the stage, True if it has experts.
+        teacher_bytes: weights of a separate teacher.
+        taught: a forward pass of the teacher precedes the student's.
+        target_bytes: the teacher's outputs for all micro-batches, on the last stage.
     """
     kept = in_flight * sum(map(activations.layer, moe_layers))
     working = activations.working(moe_layers, last_stage, share.largest_trained)
     if last_stage:
-        # The output is one micro-batch's: its backward pass follows at once.
+        # The output of only one micro-batch is kept: its backward pass follows immediately.
         kept += activations.output() + target_bytes
     if taught:
         working = max(working, activations.teacher_pass(last_stage) - kept)
@@ -99,5 +100,5 @@ def training_memory(
 
 
 def forward_memory(share: Share, activations: Activations, last_stage: bool) -> Memory:
-    """The memory of a rank that only runs the model."""
+    """Return the memory of a rank that runs only forward passes."""
     return Memory(share.model_bytes, 0, 0, 0, 0, round(activations.teacher_pass(last_stage)))

@@ -1,4 +1,4 @@
-"""Plans a run on paper: what every rank of a cluster would hold and compute, from config.json and the flags alone."""
+"""Planning: the layers, memory and cost of every rank of a cluster, computed from config.json and the flags."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,15 +26,17 @@ from megaprune.selection.one_shot import top_layers
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage. All its ranks hold the same sizes.
+    """One pipeline stage. All its ranks have the same sizes.
 
     Args:
-        layers: layers of the source that stand here; running_layers: those of them that run.
-        dense_layers: how many of those that run have no experts, and moe_layers: how many have.
-        parameters: on each rank.
-        trained_parameters: on each rank; those of adapters with LoRA, 0 where nothing trains.
-        cost: multiply-adds of the weights for a token, over all ranks of the stage.
-        memory: bytes on each rank.
+        layers: layers of the source on this stage.
+        running_layers: those of them that are active.
+        dense_layers: number of active layers without experts.
+        moe_layers: number of active layers with experts.
+        parameters: parameters per rank.
+        trained_parameters: trained parameters per rank; those of the adapters with LoRA, 0 without training.
+        cost: multiply-adds of the weights per token, over all ranks of the stage.
+        memory: memory per rank.
     """
 
     first_rank: int
@@ -51,11 +53,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run in which the ranks hold the same.
+    """A part of a run during which the contents of the ranks do not change.
 
     Args:
-        kept_layers: layers of the source that the model consists of.
-        assumed: what is assumed of them, where they are not known.
+        kept_layers: layers of the source in the model.
+        assumed: the assumption about these layers if they are not known yet.
         size: parameters of the whole model.
     """
 
@@ -67,14 +69,14 @@ class Phase:
 
     @property
     def imbalance(self) -> float:
-        """The cost of the dearest stage by the mean stage's."""
+        """The cost of the most expensive stage, divided by the mean cost of the stages."""
         costs = [stage.cost for stage in self.stages]
         return max(costs) * len(costs) / sum(costs)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """How the processes are shared out, and what an iteration is."""
+    """Division of the processes into groups, and the batch of an iteration."""
 
     world_size: int
     sizes: ParallelSizes
@@ -84,31 +86,34 @@ class Cluster:
 
     @property
     def data_parallel(self) -> int:
+        """Number of data-parallel replicas."""
         return self.world_size // self.sizes.model
 
     @property
     def expert_data_parallel(self) -> int:
+        """Number of data-parallel replicas of each routed expert."""
         return self.world_size // (self.sizes.pipeline * self.sizes.expert * self.sizes.expert_tensor)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one replica in an iteration."""
+        """Number of micro-batches of one replica in an iteration."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
     def tokens_per_iteration(self) -> int:
+        """Tokens of a global batch."""
         return self.global_batch_size * self.seq_length
 
     @property
     def bubble(self) -> float:
-        """Share of an iteration's time in which a stage of a balanced pipeline waits."""
+        """Fraction of an iteration's time in which a stage of a balanced pipeline is idle."""
         waiting = self.sizes.pipeline - 1
         return waiting / (self.micro_batches + waiting)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on paper."""
+    """The plan of a run."""
 
     config: Config
     model_type: str
@@ -174,7 +179,7 @@ class _Planner:
         return [first, self._phase("recovery", kept, assumed)]
 
     def _kept_layers(self, selection: SelectionOptions) -> tuple[list[int], str | None]:
-        """The layers that stay, and what is assumed where a run would have to find out."""
+        """Return the kept layers, and the assumption about them if only a run can determine them."""
         if selection.manual is not None:
             return selection.manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
@@ -238,7 +243,7 @@ class _Planner:
         )
 
     def _target_bytes(self) -> int:
-        """Indices and logits of the teacher's top k, log-sum-exp and entropy, of every token of an iteration."""
+        """Return the bytes of the teacher's top-k indices, logits, log-sum-exps and entropies in an iteration."""
         if self._teacher is None:
             return 0
         tokens = self._cluster.micro_batches * self._cluster.micro_batch_size * self._cluster.seq_length

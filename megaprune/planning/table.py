@@ -1,4 +1,4 @@
-"""A plan for the terminal and as JSON."""
+"""Output of a plan: text for the terminal, and plain data for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -15,13 +15,13 @@ _NOT_COUNTED = (
 
 
 def unfit(plan: Plan, device_bytes: float) -> list[tuple[Phase, list[Stage]]]:
-    """The stages of each phase whose ranks need more memory than a device has."""
+    """Return the phases that do not fit, each with the stages whose ranks need more memory than a device has."""
     found = [(phase, [stage for stage in phase.stages if stage.memory.total > device_bytes]) for phase in plan.phases]
     return [(phase, stages) for phase, stages in found if stages]
 
 
 def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
-    """The plan as a few lines and a table for each phase."""
+    """Return the plan as text: a few lines, and a table for each phase."""
     lines = [*_heading(plan)]
     for phase in plan.phases:
         lines += ["", *_phase_lines(phase, device_memory_gib)]
@@ -34,7 +34,7 @@ def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
 
 
 def plan_record(plan: Plan, device_memory_gib: float | None) -> dict[str, Any]:
-    """The plan as plain data; sizes in bytes, costs in multiply-adds for a token."""
+    """Return the plan as plain data. Memory is in bytes, costs are in multiply-adds per token."""
     cluster = plan.cluster
     iterations = plan.config.recovery.train_iters
     return {
@@ -112,7 +112,17 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
     title = f"{phase.name}: {_layers(phase)}, {_sizes(phase)}"
     lines = [title + (f" (assumed: {phase.assumed})" if phase.assumed else "")]
     unit, name = (_GIB, "GiB") if max(stage.memory.total for stage in phase.stages) >= _GIB else (2**20, "MiB")
-    header = ("stage", "ranks", "layers", "dense+MoE", "parameters", "trained", "weights", "gradients", "optimizer")
+    header: tuple[str, ...] = (
+        "stage",
+        "ranks",
+        "layers",
+        "dense+MoE",
+        "parameters",
+        "trained",
+        "weights",
+        "gradients",
+        "optimizer",
+    )
     header += ("teacher", "activations", "working", f"total {name}", "cost")
     mean = sum(stage.cost for stage in phase.stages) / len(phase.stages)
     rows = [header]

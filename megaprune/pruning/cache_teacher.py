@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megaprune import device
-from megaprune.data.batches import PADDING_ID, Batch, Windows, batches_for
+from megaprune.data.batches import PADDING_ID, Batch, batches_for
+from megaprune.data.datasets import Windows
 from megaprune.data.tokenizer import tokenizer_in
 from megaprune.distillation import cache_writer
 from megaprune.distillation.cache_format import MANIFEST, CachePlan, read_manifest

@@ -5,21 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaprune.data.batches import (
-    Batch,
-    Windows,
-    batches_for,
-    calibration_ids,
-    eval_batches,
-    prepare_dataset,
-    train_batches,
-    train_ids,
-)
+from megaprune.data.batches import Batch, batches_for, eval_batches, train_batches, train_ids
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.data.datasets import Windows, calibration_ids
 from megaprune.data.indexed_files import IndexedFile
+from megaprune.data.prepare import prepare_dataset
 from megaprune.data.sources import find_sources
-from megaprune.data.token_cache import end_of_text
-from megaprune.data.tokenizer import tokenizer_in
+from megaprune.data.tokenizer import end_of_text, tokenizer_in
 from megaprune.distillation.cache_key import cache_key
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.mcore import parallel

@@ -1,4 +1,4 @@
-"""Disks that are full, over quota, read-only or failing: one line instead of a traceback, whoever met the error."""
+"""Errors of disks that are full, over quota, read-only or failing, as one line instead of a traceback."""
 
 import errno
 import os
@@ -13,14 +13,14 @@ from megaprune.utils.errors import MegapruneError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_DISKS = (*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV)
 _OF_PATHS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-# What writers in other languages and other processes leave of an error's number.
+# The forms in which writers in other languages and processes report an error number.
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\bcode: (\d+)|\bos error (\d+)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
 _AGAIN = "give the same command again"
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The error of a disk that an exception is, wraps or tells of; None for any other."""
+    """Return the disk error that an exception is, wraps or reports in its message; None for other exceptions."""
     for met in _chain(error):
         found = met if isinstance(met, OSError) else _told(met)
         if found is not None and found.errno in (*_OF_DISKS, *_OF_PATHS):
@@ -30,21 +30,21 @@ def disk_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def one_line(path: Path, remedy: str = _AGAIN, num_bytes: int | None = None) -> Iterator[None]:
-    """A block whose disk errors become refusals.
+    """Raise the disk errors of a block as a MegapruneError of one line.
 
     Args:
-        path: what is written, named where the error itself names no file.
-        remedy: what helps once the disk is mended.
-        num_bytes: the room that is needed, where it is known.
+        path: the output, named if the error itself names no file.
+        remedy: the action that helps when the disk works again.
+        num_bytes: the space that is needed, if known.
 
     Raises:
-        MegapruneError: a disk error.
+        MegapruneError: a disk error occurred.
     """
     try:
         yield
     except MegapruneError:
         raise
-    except BaseException as error:  # the checkpoint writer's is no Exception
+    except BaseException as error:  # torch's checkpoint writer raises a BaseException
         met = disk_error(error)
         if met is None:
             raise
@@ -52,7 +52,7 @@ def one_line(path: Path, remedy: str = _AGAIN, num_bytes: int | None = None) -> 
 
 
 def explain(error: OSError, path: Path | None = None, remedy: str = _AGAIN, num_bytes: int | None = None) -> str:
-    """The line of a disk error, with the room that is needed and left where room is what lacks."""
+    """Return one line about a disk error; if the disk is full, with the needed and the available space."""
     where = Path(error.filename or path or ".")
     reason = error.strerror or str(error)
     if error.errno not in _NO_ROOM:
@@ -64,7 +64,11 @@ def explain(error: OSError, path: Path | None = None, remedy: str = _AGAIN, num_
 
 
 def check_room(folder: Path, num_bytes: int, remedy: str = "or choose another disk") -> None:
-    """Raises MegapruneError unless the disk of a folder, which may not exist yet, has room."""
+    """Check that the disk of a folder has enough space. The folder need not exist.
+
+    Raises:
+        MegapruneError: it has not.
+    """
     free = room_left(folder)
     if free < num_bytes:
         raise MegapruneError(
@@ -74,13 +78,13 @@ def check_room(folder: Path, num_bytes: int, remedy: str = "or choose another di
 
 
 def room_left(path: Path) -> int:
-    """Bytes that this user may still write to the disk of a path, which may not exist yet."""
+    """Return the bytes that this user may still write to the disk of a path. The path need not exist."""
     found = os.statvfs(_existing(path))
     return (found.f_bavail if os.geteuid() else found.f_bfree) * found.f_frsize
 
 
 def size_text(num_bytes: int) -> str:
-    """As `1.23 GB`."""
+    """Return a size as text, such as `1.23 GB` (decimal units)."""
     if num_bytes < 1000:
         return f"{num_bytes} bytes"
     size, units = num_bytes / 1000, ["KB", "MB", "GB", "TB"]
@@ -95,7 +99,7 @@ def _existing(path: Path) -> Path:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, its causes, and what it carries of other processes' ones."""
+    """Yield an exception, its causes, and the exceptions of other processes that it contains."""
     left, met = [error], set()
     while left:
         one = left.pop(0)
@@ -107,7 +111,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _exceptions_in(values: Iterable[Any]) -> list[BaseException]:
-    """Those among the values; the checkpoint writer pairs each with its trace."""
+    """Return the exceptions among the values. The checkpoint writer pairs each one with its traceback."""
     flat = [value[0] if isinstance(value, tuple) and value else value for value in values]
     return [value for value in flat if isinstance(value, BaseException)]
 

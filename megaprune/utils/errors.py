@@ -1,14 +1,14 @@
-"""The two ways in which megaprune refuses: each ends a tool with one clear line and no traceback."""
+"""The exceptions of megaprune. Each one ends a command with one line and no traceback."""
 
 
 class MegapruneError(Exception):
-    """What was asked can't be done (exit status 1). The message names the culprit and the remedy."""
+    """A request that can't be fulfilled (exit status 1). The message names the cause and the remedy."""
 
     exit_status = 1
 
 
 class UsageError(MegapruneError):
-    """The command line or the recipe is wrong (exit status 2). The message names the flag."""
+    """An error in the command line or the recipe (exit status 2). The message names the flag."""
 
     exit_status = 2
 

@@ -1,7 +1,7 @@
-"""The end of all ranks when one fails: it says so in the launcher's store, where every rank looks each second.
+"""Termination of all ranks when one fails. The failed rank sets a key in the launcher's store, which all ranks poll.
 
-Without it a rank that waits for the failed one in a collective goes on waiting until the process group's timeout, or
-until the launcher loses patience: a rank that takes SIGTERM for a request to stop can't be asked twice.
+Otherwise a rank that waits for the failed one in a collective would wait until the timeout of the process group, or
+until the launcher kills it: SIGTERM alone does not end a rank, because it requests a checkpoint and an orderly stop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 _INTERVAL_SECONDS, _CONNECT_SECONDS = 1.0, 20
-# of the launcher's try, for its store outlives the processes that it restarts
+# Followed by the number of the launcher's restart: the store outlives the processes that it restarts.
 _KEY = "megaprune/failure"
 
 _watch: _Watch | None = None
@@ -35,7 +35,7 @@ def end_together() -> None:
 
 
 def watch() -> None:
-    """Begins to look for other ranks' failures, where a launcher started several processes; once."""
+    """Start to watch for failures of other ranks, once, if a launcher started several processes."""
     global _watch
     if _ends_together and _watch is None and world_size() > 1 and "MASTER_PORT" in os.environ:
         _watch = _Watch()
@@ -43,7 +43,7 @@ def watch() -> None:
 
 
 def stop() -> None:
-    """Looks no more. To be called before this process leaves the others."""
+    """Stop watching. Call this before the process leaves the process group."""
     global _watch
     if _watch is not None:
         _watch.stop()
@@ -51,24 +51,24 @@ def stop() -> None:
 
 
 def claim(status: int, line: str) -> bool | None:
-    """Announces this rank's failure, which ends the others.
+    """Announce the failure of this rank, which terminates the others.
 
     Args:
-        status: that they exit with.
-        line: what is said of it on other nodes, whose logs may be kept apart.
+        status: the exit status of the other ranks.
+        line: the message that other nodes print, because their logs may be separate.
 
     Returns:
-        Whether this rank is the first to fail, and has to say why; None where nobody could be told.
+        True if this rank failed first and must print the reason; None if the other ranks could not be notified.
     """
     return None if _watch is None else _watch.claim(status, line)
 
 
 class _Watch:
     def __init__(self) -> None:
-        from torch.distributed import TCPStore  # here: who runs alone need not wait for torch
+        from torch.distributed import TCPStore  # imported here: a single process does not need torch
 
         self._key = f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        # A connection of its own: the process group's waits in it.
+        # A separate connection: that of the process group blocks during collectives.
         self._store: TCPStore = TCPStore(
             os.environ.get("MASTER_ADDR", "127.0.0.1"),
             int(os.environ["MASTER_PORT"]),
@@ -85,14 +85,14 @@ class _Watch:
             self._thread.join(timeout=2 * _INTERVAL_SECONDS)
 
     def claim(self, status: int, line: str) -> bool | None:
-        # The launcher ends all processes by SIGTERM when one is gone: not this one while it says why.
+        # When a process ends, the launcher sends SIGTERM to all others. Ignore it while this one reports its failure.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.stop()
         try:
             if self._store.add(f"{self._key}/count", 1) > 1:
                 return False
             self._store.set(self._key, json.dumps({"status": status, "line": line, "node": _node()}))
-        except Exception:  # the store is gone with the rank that kept it, which has failed first
+        except Exception:  # the store ended with the rank that hosted it, which failed first
             return None
         return True
 
@@ -102,7 +102,7 @@ class _Watch:
                 if not self._store.check([self._key]):
                     continue
                 failure = json.loads(self._store.get(self._key))
-            except Exception:  # the store is gone: with its rank, or because the run is over
+            except Exception:  # the store ended with its rank, or the run is over
                 return
             if not self._stopped.is_set():
                 _end(failure)
@@ -112,7 +112,7 @@ def _end(failure: dict) -> None:
     if failure["node"] != _node() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(failure["line"], file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(failure["status"])  # the main thread may wait in a collective for ever
+    os._exit(failure["status"])  # the main thread may wait in a collective forever
 
 
 def _node() -> str:

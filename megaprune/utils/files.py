@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON without NaN."""
+"""Files that are written completely or not at all, and JSON without NaN."""
 
 import json
 import math
@@ -16,10 +16,10 @@ def aside_folder(final: Path) -> Path:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which takes `path`'s place when the block ends well.
+    """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.
 
-    A reader sees the old file or the new one, never half of it; a block that raises leaves no trace.
-    The folder is made where it is missing. The suffix stays last, since matplotlib reads the format from it.
+    A reader sees either the old file or the complete new one. If the block raises, no file is left. A missing folder
+    is created. The temporary path keeps the suffix, because matplotlib derives the format from it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """`value` as standard JSON. NaN and infinities, which JSON has no word for, become null."""
+    """Return `value` as standard JSON. NaN and infinities, which JSON cannot represent, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all (see `strict_json`)."""
+    """Write `value` to `path` as indented JSON, completely or not at all (see `strict_json`)."""
     with whole_file(path) as aside:
         aside.write_text(strict_json(value, indent=2) + "\n")
 

@@ -1,8 +1,9 @@
-"""Locks on outputs: what one process writes, a second one leaves alone until the first has ended, however it ended.
+"""Locks on outputs: only one process at a time writes an output. A lock ends with its process, however that ends.
 
-The lock is a file beside or in the output, which its holder locks with flock, describes itself in and touches every few
-seconds. A killed process loses its flock at once. Where hosts don't see each other's flocks, or a host went down with
-one, the touching says whether the holder lives: no clock is compared, the file is watched for a while.
+The lock is a file next to or in the output. Its holder locks it with flock, writes its own identity into it, and
+touches it every few seconds. A killed process loses its flock at once. If hosts do not see each other's flocks, or a
+host crashed while holding one, the modification time shows whether the holder still runs. No clocks are compared: the
+file is watched for a while.
 """
 
 import errno
@@ -21,7 +22,7 @@ from typing import Any
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.ranks import raise_together, rank
 
-LOCK_NAME = ".lock"  # in a folder that exists while it is worked on
+LOCK_NAME = ".lock"  # in an output folder that exists during the work
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 30.0  # several beats: a busy holder may miss one
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -29,20 +30,20 @@ _held: set["_Lock"] = set()
 
 
 def lock_beside(output: Path) -> Path:
-    """The lock of an output that is not there before it is whole."""
+    """Return the path of the lock of an output that appears only when it is complete."""
     return output.with_name(f".{output.name}{LOCK_NAME}")
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """A block that no other run is in. Collective where a launcher started several processes: rank 0 locks for all.
+    """Hold a lock during a block. Collective if a launcher started several processes: rank 0 locks for all.
 
     Args:
-        path: the lock file; folders that are missing are made, and go again if they are left empty.
-        what: the output as the user named it, with its flag.
+        path: the lock file. Missing folders are created, and removed again if they stay empty.
+        what: the output as named by the user, with its flag.
 
     Raises:
-        MegapruneError: another run holds it, or the file can't be written; on every rank.
+        MegapruneError: another run holds the lock, or the file can't be written; on every rank.
     """
     lock, error = _Lock(path, what), None
     try:
@@ -67,7 +68,7 @@ class _Lock:
 
     def acquire(self) -> None:
         try:
-            # one look at a time, until the file that is locked is also the one of that name
+            # Try until the locked file is also the one at this path: another process may have removed it meanwhile.
             while self._file is None:
                 self._make_folders()
                 self._try()
@@ -85,7 +86,8 @@ class _Lock:
         if self._file is None:
             return
         self._released.set()
-        self._beating.join(1.0)
+        if self._beating is not None:
+            self._beating.join(1.0)
         _held.discard(self)
         with suppress(OSError):
             if self._is_named(self._file):
@@ -95,13 +97,13 @@ class _Lock:
         self._remove_folders()
 
     def forget(self) -> None:
-        """Gives up a lock that the parent of this process holds: a child that outlives it is not to hold it."""
+        """Close the inherited file in a forked child, which must not hold the lock after its parent."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _try(self) -> None:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             mine = _flock(file)
             holder = _read(file)
@@ -110,31 +112,31 @@ class _Lock:
             if holder is not None and not self._is_over(holder, mine):
                 raise MegapruneError(self._refusal(holder))
             if mine is False or (mine is None and holder is not None):
-                # It died with a host whose flock is still there, or there are no flocks: begin with a file of our own.
+                # The holder's host crashed and its flock is still there, or there are no flocks: start with a new file.
                 if self._is_named(file):
                     os.unlink(self._path)
                 return
             _write(file)
             if mine is None:
                 time.sleep(0.2)  # for one that began in the same moment: the last to write has it
-            if self._is_named(file) and (mine or _read(file).get("pid") == os.getpid()):
+            if self._is_named(file) and (mine or (_read(file) or {}).get("pid") == os.getpid()):
                 self._file, file = file, None
         finally:
             if file is not None:
                 os.close(file)
 
     def _is_over(self, holder: dict[str, Any], mine: bool | None) -> bool:
-        """Whether the process that a lock file describes has ended."""
+        """Return True if the process that a lock file describes has ended."""
         if holder.get("boot") == _boot_id():
             if mine is not None:
-                return mine  # flocks hold within one kernel, containers included
+                return mine  # flocks work within one kernel, including its containers
             if holder.get("namespace") == _namespace():
                 return holder.get("started") != _start_of(holder.get("pid"))
         print(f"{self._what}: watching for {WATCH_SECONDS:.0f} s whether {_who(holder)} still runs", flush=True)
         return not self._beats()
 
     def _beats(self) -> bool:
-        """Whether the file is touched while it is watched. Opened anew each time, which asks a file server."""
+        """Watch the file and return True if it is touched. It is opened again each time to bypass NFS caches."""
         first, until = self._touched(), time.monotonic() + WATCH_SECONDS
         while time.monotonic() < until:
             time.sleep(min(1.0, WATCH_SECONDS / 10))
@@ -153,7 +155,7 @@ class _Lock:
             os.close(file)
 
     def _await_record(self, file: int) -> dict[str, Any] | None:
-        """What a holder writes that has only just taken the lock."""
+        """Wait for the identity that a new holder is about to write."""
         for _ in range(20):
             time.sleep(0.05)
             if (holder := _read(file)) is not None or not self._is_named(file):
@@ -168,8 +170,9 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            with suppress(OSError, TypeError):  # released meanwhile, or a file server that hangs for a moment
-                os.utime(self._file)
+            with suppress(OSError):  # released meanwhile, or a file server that does not answer for a moment
+                if (file := self._file) is not None:
+                    os.utime(file)
 
     def _is_named(self, file: int) -> bool:
         try:
@@ -184,7 +187,7 @@ class _Lock:
         folder.mkdir(parents=True, exist_ok=True)
 
     def _remove_folders(self) -> None:
-        with suppress(OSError):  # never made, or by now there is something in it
+        with suppress(OSError):  # never created, or no longer empty
             for folder in self._made:
                 folder.rmdir()
 
@@ -199,7 +202,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def _flock(file: int) -> bool | None:
-    """Whether the file is locked for this process now; None where the file system knows no locks."""
+    """Try to lock a file. Return False if another process holds it, None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -212,7 +215,7 @@ def _flock(file: int) -> bool | None:
 
 
 def _read(file: int) -> dict[str, Any] | None:
-    """Whom a lock file describes; None where it is empty or damaged."""
+    """Return the holder that a lock file describes; None if the file is empty or damaged."""
     try:
         return dict(json.loads(os.pread(file, 4096, 0)))
     except (ValueError, TypeError):
@@ -241,7 +244,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _boot_id() -> str:
-    """This kernel, since it was started."""
+    """Return an id of the running kernel that changes with every boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -249,7 +252,7 @@ def _boot_id() -> str:
 
 
 def _namespace() -> str:
-    """In which process ids mean the same."""
+    """Return the id of the namespace in which process ids are unique."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -257,7 +260,7 @@ def _namespace() -> str:
 
 
 def _start_of(pid: Any) -> str | None:
-    """When a process was started, in the kernel's own count: process ids are used again. None where there is none."""
+    """Return the start time of a process in clock ticks, or None if it does not run. Process ids are reused."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state[0] == "Z" else state[19]

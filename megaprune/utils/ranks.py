@@ -1,13 +1,13 @@
 """Rank and world size from the launcher's environment; available before a process group exists.
 
-Containers and batch scripts leave RANK and WORLD_SIZE in the environment of processes that nobody launched together,
-so these count only
+Containers and batch scripts may set RANK and WORLD_SIZE for processes that were not launched together. The variables
+are therefore used only
 
-- under torchrun, known by TORCHELASTIC_RUN_ID, for every tool;
-- for jobs (prune, cache-teacher, compare) also where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are all set, which
-  is what a process group can be made from: srun, mpirun and Kubernetes operators start processes so.
+- under torchrun, which sets TORCHELASTIC_RUN_ID, by every tool;
+- by jobs (prune, cache-teacher, compare) also if RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are all set. A process
+  group needs all four; srun, mpirun and Kubernetes operators start processes this way.
 
-Everywhere else a process is alone, whatever its environment says.
+In all other cases the process is the only one, whatever its environment contains.
 """
 
 import os
@@ -20,27 +20,27 @@ _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", 
 
 
 def rank() -> int:
-    """This process's global rank."""
+    """Return the global rank of this process."""
     return int(os.environ.get("RANK", "0")) if _is_launched() else 0
 
 
 def world_size() -> int:
-    """Processes in this run."""
+    """Return the number of processes in this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if _is_launched() else 1
 
 
 def forget_stale_variables(is_job: bool = True) -> None:
-    """Removes what says that this process is one of several, unless it is: libraries read these variables too.
+    """Remove the launcher's variables unless a launcher started this process: libraries read them too.
 
     Args:
-        is_job: whether the tool is one whose processes may have been started without torchrun.
+        is_job: True for tools whose processes may be started without torchrun.
 
     Raises:
-        UsageError: the variables name no place among processes.
+        UsageError: RANK and WORLD_SIZE are not a valid pair.
     """
     if _TORCHRUN in os.environ:
         return
-    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     if is_job and _is_launched():
         if all(word.isdecimal() for word in given.values()) and int(given["RANK"]) < int(given["WORLD_SIZE"]):
             return
@@ -62,10 +62,14 @@ def _is_launched() -> bool:
 
 
 def raise_together(error: MegapruneError | None) -> None:
-    """Raises on every rank the first error that any rank met, so that none is left waiting in a collective."""
+    """Raise the first error of any rank on every rank, so that no rank waits in a collective. Collective.
+
+    Args:
+        error: this rank's error, if there is one.
+    """
     errors: list[MegapruneError | None] = [error]
     if world_size() > 1:
-        import torch.distributed as dist  # here: who runs alone need not wait for torch
+        import torch.distributed as dist  # imported here: a single process does not need torch
 
         errors = [None] * world_size()
         dist.all_gather_object(errors, error)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message, or its class where it has none."""
+    """Return the first line of an error message, or the name of the class if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".: ") if text else type(error).__name__
 
@@ -21,7 +21,7 @@ def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of equal columns: the first one to the left, the others to the right."""
+    """Return the rows as lines with columns of equal width, the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))

@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaprune.data.batches import (
-    PADDING_ID,
-    PackedDataset,
-    batches_for,
-    calibration_ids,
-    eval_batches,
-    sample_order,
-    train_batches,
-)
+from megaprune.data.batches import PADDING_ID, batches_for, eval_batches, train_batches
+from megaprune.data.datasets import PackedDataset, calibration_ids, sample_order
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import UsageError
 

@@ -11,8 +11,10 @@ import torch
 from megatron.core.datasets import helpers  # noqa: F401  the wheel's compiled helpers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megaprune.data.batches import calibration_ids, eval_batches, prepare_dataset, train_batches
+from megaprune.data.batches import eval_batches, train_batches
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
+from megaprune.data.datasets import calibration_ids
+from megaprune.data.prepare import prepare_dataset
 from megaprune.mcore import datasets
 from megaprune.utils.errors import MegapruneError, UsageError
 

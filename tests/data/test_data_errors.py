@@ -11,7 +11,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megaprune.data.batches import prepare_dataset
+from megaprune.data.prepare import prepare_dataset
 from megaprune.utils.errors import MegapruneError, UsageError
 
 GOOD = b'{"text": "a b c d e f g h"}\n'

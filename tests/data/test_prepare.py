@@ -12,8 +12,8 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megaprune.data import token_cache
-from megaprune.data.batches import prepare_dataset
+from megaprune.data import encoder, token_cache
+from megaprune.data.prepare import prepare_dataset
 from megaprune.utils.errors import MegapruneError
 
 TEXTS = [f"document {i}: the quick brown fox jumps over the lazy dog {i * 7} times — naïve ✓" for i in range(40)]
@@ -116,8 +116,8 @@ def test_text_key_and_empty_documents(tokenizer, tmp_path):
 def test_documents_longer_or_more_than_one_batch(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", jsonl(ROWS))
     whole = prepare(path, tokenizer, tmp_path)
-    monkeypatch.setattr(token_cache, "_BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(encoder, "_BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(encoder, "_BATCH_CHARACTERS", 150)
     pieces = prepare(path, tokenizer, tmp_path, cache_dir=tmp_path / "other")
     assert pieces.fingerprint == whole.fingerprint
 

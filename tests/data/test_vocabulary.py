@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from megaprune.cli import main as cli
-from megaprune.data.batches import prepare_dataset
+from megaprune.data.prepare import prepare_dataset
 from megaprune.mcore import parallel
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny

@@ -114,7 +114,8 @@ def mean_loss(folder, tiny_data, cache):
     """Mean cross-entropy over the validation windows, by transformers."""
     from transformers import AutoTokenizer
 
-    from megaprune.data.batches import eval_batches, prepare_dataset
+    from megaprune.data.batches import eval_batches
+    from megaprune.data.prepare import prepare_dataset
 
     dataset = prepare_dataset(
         [str(tiny_data / "valid.jsonl")],
