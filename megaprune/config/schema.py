@@ -90,8 +90,8 @@ class SearchConfig:
 
     _argument_group_name = "search"
     search_iters: int | None = flag(
-        "search iterations, part of --train-iters (default: a tenth of it); with --method clp, which trains no weights, in "
-        "addition to --train-iters"
+        "search iterations, part of --train-iters (default: a tenth of it); with --method clp, which trains no "
+        "weights, in addition to --train-iters"
     )
     mask_lr: float = flag("learning rate of the layer scores (Adam); it decreases to 0 over the search", 0.02, above=0)
     mask_init_scale: float = flag("standard deviation of the initial layer scores", 16.0, above=0)
