@@ -18,6 +18,7 @@ import torch
 from megaprune.benchmarks.options import ConvertOptions
 from megaprune.benchmarks.timing import Result, environment
 from megaprune.models import HFConfig, family_of
+from megaprune.models.names import hf_layer
 from megaprune.models.shapes import hf_shapes
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
@@ -115,8 +116,8 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
         tie_word_embeddings=False,
         torch_dtype="bfloat16",
     )
-    one_layer = sum(_bytes(shape) for name, shape in _shapes(config).items() if ".layers." in name)
-    outside = sum(_bytes(shape) for name, shape in _shapes(config).items() if ".layers." not in name)
+    one_layer = sum(_bytes(shape) for name, shape in _shapes(config).items() if hf_layer(name) is not None)
+    outside = sum(_bytes(shape) for name, shape in _shapes(config).items() if hf_layer(name) is None)
     config["num_hidden_layers"] = max(1, round((num_bytes - outside) / one_layer))
     shapes = _shapes(config)
     files = cut(((name, _bytes(shape)) for name, shape in shapes.items()), _SHARD_BYTES)
