@@ -18,14 +18,15 @@ import torch
 from megaprune.benchmarks.options import ConvertOptions
 from megaprune.benchmarks.timing import Result, environment
 from megaprune.models import HFConfig, family_of
+from megaprune.models.names import hf_layer
 from megaprune.models.shapes import hf_shapes
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.text import aligned
-from megaprune.weights.fp8 import BLOCK, dequantise, scale_shape
-from megaprune.weights.safetensors_io import write_safetensors
-from megaprune.weights.source import INDEX
+from megaprune.weights.fp8 import BLOCK, dequantize, scale_shape
+from megaprune.weights.reader import INDEX
 from megaprune.weights.torch_dist.engine import cut
+from megaprune.weights.writer import write_safetensors
 
 _SHARD_BYTES = 5 * 10**9
 _TOOL = "from megaprune.cli.main import main; main('convert')"
@@ -115,8 +116,8 @@ def write_synthetic(folder: Path, num_bytes: int, hidden_size: int) -> int:
         tie_word_embeddings=False,
         torch_dtype="bfloat16",
     )
-    one_layer = sum(_bytes(shape) for name, shape in _shapes(config).items() if ".layers." in name)
-    outside = sum(_bytes(shape) for name, shape in _shapes(config).items() if ".layers." not in name)
+    one_layer = sum(_bytes(shape) for name, shape in _shapes(config).items() if hf_layer(name) is not None)
+    outside = sum(_bytes(shape) for name, shape in _shapes(config).items() if hf_layer(name) is None)
     config["num_hidden_layers"] = max(1, round((num_bytes - outside) / one_layer))
     shapes = _shapes(config)
     files = cut(((name, _bytes(shape)) for name, shape in shapes.items()), _SHARD_BYTES)
@@ -188,7 +189,7 @@ def measure_fp8(repeats: int) -> list[dict[str, Any]]:
     weight = torch.randn(FP8_SHAPE, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape(FP8_SHAPE), generator=generator)
     versions: dict[str, Callable[[], torch.Tensor]] = {
-        "megaprune": lambda: dequantise(weight, scale),
+        "megaprune": lambda: dequantize(weight, scale),
         "loop over blocks": lambda: _by_loop(weight, scale),
         "view as blocks": lambda: _by_view(weight, scale),
     }

@@ -31,6 +31,7 @@ from megaprune.utils.errors import UsageError
 from megaprune.utils.text import aligned
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 FORWARD, TARGETS, CACHING, READING = "forward pass", "and top k", "and written", "read"
 _LONGEST_DEFAULT_WINDOW = 256
@@ -92,7 +93,7 @@ def table(result: Result) -> str:
 
 
 def measure_caching(
-    source: HFSource, dataset: Windows, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
+    source: TensorSource, dataset: Windows, engine: EngineOptions, windows: int, micro_batch_size: int, repeats: int
 ) -> dict[str, Any]:
     """Measure the tokens per second of each case, medians over rounds, and the losses' errors by encoding.
 

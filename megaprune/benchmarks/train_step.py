@@ -13,6 +13,7 @@ from megaprune.benchmarks.timing import Result, environment, interleaved, median
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.models import Architecture
+from megaprune.models.gqa import GQA
 from megaprune.utils.text import aligned
 
 
@@ -132,6 +133,7 @@ def _architecture(options: TrainStepOptions) -> Architecture:
             layernorm_epsilon=1e-6,
             qk_layernorm=True,
         ),
+        attention=GQA,
         vocab_size=options.vocab_size,
         max_position_embeddings=options.seq_length,
         rotary_base=1e4,

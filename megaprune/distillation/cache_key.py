@@ -8,10 +8,10 @@ from megaprune.distillation.cache_format import CacheKey
 from megaprune.mcore import parallel
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.fingerprint import fingerprinted_tensors, model_fingerprint, tensor_digests
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 
-def fingerprint_of(source: HFSource) -> str:
+def fingerprint_of(source: TensorSource) -> str:
     """Return the model's fingerprint; each rank reads its share of the tensors. Collective."""
     names = fingerprinted_tensors(source)
     error: MegapruneError | None = None
@@ -26,7 +26,7 @@ def fingerprint_of(source: HFSource) -> str:
     return model_fingerprint(source, {name: digest for part in parts for name, digest in part.items()})
 
 
-def cache_key(source: HFSource, tokenizer: Any, data: Windows) -> CacheKey:
+def cache_key(source: TensorSource, tokenizer: Any, data: Windows) -> CacheKey:
     """Return the key of a teacher's targets on these data. Collective."""
     return CacheKey(
         model=fingerprint_of(source),

@@ -13,8 +13,8 @@ from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import adapters_off
 from megaprune.mcore.schedule import MicroBatch, forward
 from megaprune.models import Architecture
+from megaprune.models.shards import padded_vocab_size
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import padded_vocab_size
 
 
 def vocab_shard(arch: Architecture) -> VocabShard:

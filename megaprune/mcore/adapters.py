@@ -1,7 +1,6 @@
 """LoRA adapters of a built model: initialization, which does not depend on the parallel layout, and export to PEFT."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,19 @@ from megaprune.mcore.hf_weights import (
     global_name,
     is_first_holder,
     rules_by_parameter,
-    source_name,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
 from megaprune.mcore.parallel import all_gather_objects, on_rank0, raise_together
-from megaprune.models import Architecture, Shard, WeightRule
+from megaprune.models import Architecture, WeightRule
+from megaprune.models.names import name_in_layer, source_name, without_expert
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import merge_shards
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, WrittenShard, join_shards
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT reads one file. It is joined from parts of this size, so that a rank buffers one part at a time.
 _PART_BYTES = 10**9
-_LOCAL_EXPERT = re.compile(r"\.local_experts\.\d+")
-_LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 # HF module name -> its A [r, in] and B [out, r]
 _Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -57,7 +53,7 @@ def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layer
 @torch.no_grad()
 def export_adapter(
     model: GPTModel,
-    source: HFSource,
+    source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
     options: LoRAOptions,
@@ -90,7 +86,7 @@ def export_adapter(
                 new_name = source.renamed(name, kept_layers)
                 if new_name is None or not writes:
                     continue
-                targets.add(_LAYER.sub("", name))
+                targets.add(name_in_layer(name))
                 for which, matrix in zip("AB", matrices, strict=True):
                     writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
         shards = writer.close()
@@ -110,14 +106,14 @@ def export_adapter(
 
 
 def _hf_adapters(
-    model: GPTModel, source: HFSource, model_layers: Sequence[int] | None
+    model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None
 ) -> Iterator[tuple[_Adapters, bool]]:
     """Yield adapters under their HF names in the source, and whether this rank writes them. Collective."""
     arch, rules = source.family.architecture(source.config), rules_by_parameter(source)
     groups: dict[str, list[tuple[WeightRule, Tensor, Tensor]]] = {}
     for name, layer in adapted_layers(model).items():
         rule = rules[source_name(global_name(f"{name}.weight", model), model_layers)]
-        group = groups.setdefault(_LOCAL_EXPERT.sub("", name), [])
+        group = groups.setdefault(without_expert(name), [])
         group.append((rule, layer.lora_a.detach(), layer.lora_b.detach()))
     for group in groups.values():
         writes = is_first_holder(group[0][0])
@@ -131,10 +127,10 @@ def _hf_adapters(
 
 def _merged(rule: WeightRule, lora_a: Tensor, lora_b: Tensor, arch: Architecture) -> _Adapters:
     """Return the gathered adapter of a Megatron layer, split into the HF modules that the layer fuses; they share A."""
-    if rule.shard is Shard.ROW:
+    if rule.shard.dim == 1:
         adapters = {rule.hf[0]: (torch.cat(gather_shards(lora_a, rule), dim=1), lora_b)}
     else:
-        parts = merge_shards(rule, gather_shards(lora_b, rule), arch)
+        parts = rule.merge(gather_shards(lora_b, rule), arch)
         # Copies of A, because a safetensors file cannot hold tensors that share memory.
         adapters = {name: (lora_a.clone(), part) for name, part in parts.items()}
     return {name.removesuffix(".weight"): matrices for name, matrices in adapters.items()}
@@ -161,7 +157,7 @@ def _stacked(local: Sequence[_Adapters]) -> _Adapters:
     return {f"{experts}.{parameter}": (lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1))}
 
 
-def _stacks_experts(source: HFSource) -> bool:
+def _stacks_experts(source: TensorSource) -> bool:
     """Return whether the HF model holds the weights of all experts of a layer in one stacked parameter."""
     return source.family.stacks_experts and source.family.architecture(source.config).num_experts > 0
 

@@ -23,8 +23,8 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.mcore.rotary import scale_rope, softmax_scale
 from megaprune.models import Architecture
+from megaprune.models.shards import padded_vocab_size
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.weights.shards import padded_vocab_size
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from torch.distributed.checkpoint import CheckpointException
 from megaprune.mcore import optimizer_state, parallel
 from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.optimizer import Trainer
+from megaprune.models.names import source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
 
 # The writers of 0.16.1 report through a manager process, which supports saving in the background. The process takes
 # seconds to start and 400 MB per rank, and it survives when its rank is killed. Saves here are synchronous, so a queue
@@ -59,7 +61,6 @@ serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-_LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _GO_ON = "give the same command to go on from the last checkpoint"
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
@@ -104,7 +105,7 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
         MegapruneError: the checkpoint cannot be written. Raised on every rank.
     """
     final = folder / f"iter_{iteration:07d}"
-    aside = folder / f"{final.name}.tmp"
+    aside = aside_folder(final)
     sharded = _sharded_state(trainer) if trainer else {}
     num_bytes = sum(parallel.all_gather_objects(_bytes_of(sharded)))
     try:
@@ -203,7 +204,7 @@ def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequenc
     if kept_layers is not None:
         for entry in nested_values(model):
             if isinstance(entry, ShardedBase):
-                entry.key = _LAYER_KEY.sub(lambda m: f"{m[1]}{kept_layers[int(m[2])]}{m[3]}", entry.key)
+                entry.key = source_name(entry.key, kept_layers)
     steps = optimizer_state.align_steps(trainer.optimizer)
     # The optimizer derives the keys of its states from the model's keys, so the renaming applies to them, too.
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())

@@ -1,6 +1,5 @@
 """Conversion of a built model's weights: from HF tensors into each rank's shards, and back."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -20,15 +19,13 @@ from megaprune.mcore.parallel import (
     raise_together,
     tensor_parallel,
 )
-from megaprune.models import Shard, WeightRule
+from megaprune.models import WeightRule
+from megaprune.models.names import source_name, with_expert, with_layer
+from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import TensorParallel, merge_shards, read_shard
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, WrittenShard, finish_shards
-
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
-_LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)|(\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 
 def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -41,21 +38,16 @@ def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def global_name(name: str, model: GPTModel) -> str:
     """Return the name in the whole model of a parameter or module of this rank's part."""
-    match = _LAYER.match(name)
-    if match:
-        layer = model.decoder.layers[int(match.group(2))].layer_number - 1
-        name = f"{match.group(1)}{layer}{match.group(3)}"
 
-    def with_global_expert(match: re.Match[str]) -> str:
+    def first_expert() -> int:
         local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        first = local * parallel_state.get_expert_model_parallel_rank()
-        before, index, after = (match[1], match[2], match[3]) if match[1] else (match[4], match[5], "")
-        return f"{before}{first + int(index)}{after}"
+        return local * parallel_state.get_expert_model_parallel_rank()
 
-    return _LOCAL_EXPERT.sub(with_global_expert, name)
+    name = with_layer(name, lambda layer: model.decoder.layers[layer].layer_number - 1)
+    return with_expert(name, lambda expert: first_expert() + expert)
 
 
-def rules_by_parameter(source: HFSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
+def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
     """Return the weight rules of the source model by the name of the Megatron parameter.
 
     Args:
@@ -76,7 +68,7 @@ def _tensor_parallel(rule: WeightRule) -> TensorParallel:
 
 
 @torch.no_grad()
-def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int] | None = None) -> None:
+def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[int] | None = None) -> None:
     """Load this rank's parameters from the HF checkpoint; only its slices are read. Collective.
 
     Args:
@@ -93,7 +85,7 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
     try:
         for name, parameter in global_weights(model):
             rule = rules[source_name(name, kept_layers)]
-            shard, hf_name = read_shard(rule, source, arch, _tensor_parallel(rule)), rule.hf[0]
+            shard, hf_name = rule.read(source, arch, _tensor_parallel(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
@@ -111,7 +103,7 @@ def import_weights(model: GPTModel, source: HFSource, kept_layers: Sequence[int]
 @torch.no_grad()
 def export_weights(
     model: GPTModel,
-    source: HFSource,
+    source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
     max_shard_bytes: int,
@@ -158,7 +150,7 @@ def export_weights(
 
 
 def _hf_tensors(
-    model: GPTModel, source: HFSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
+    model: GPTModel, source: TensorSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that this rank writes, with their names in the source. Collective.
 
@@ -173,7 +165,7 @@ def _hf_tensors(
         parts = gather_shards(parameter.detach(), rule)
         if not (rule.export and is_first_holder(rule)):
             continue
-        for hf_name, tensor in merge_shards(rule, parts, arch).items():
+        for hf_name, tensor in rule.merge(parts, arch).items():
             tensor = _as_stored(tensor, source, hf_name)
             yield hf_name, tensor
             for copy in source.copies(hf_name, keep_mtp):
@@ -183,7 +175,7 @@ def _hf_tensors(
             yield hf_name, source.read(hf_name)
 
 
-def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Tensor:
+def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:
     """Return the weight in the source's dtype, or the source's tensor if the two differ only by the run's rounding."""
     dtype = source.dtype(hf_name)
     if torch.finfo(tensor.dtype).eps > torch.finfo(dtype).eps:
@@ -194,7 +186,7 @@ def _as_stored(tensor: torch.Tensor, source: HFSource, hf_name: str) -> torch.Te
 
 
 @torch.no_grad()
-def round_to_source_dtype(model: GPTModel, source: HFSource, model_layers: Sequence[int] | None) -> None:
+def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None) -> None:
     """Round the weights to the dtypes of the export, so that the exported model is the one that is measured.
 
     Args:
@@ -215,7 +207,7 @@ def gather_over_tensor_parallel(shard: torch.Tensor) -> list[torch.Tensor]:
 
 def gather_shards(shard: torch.Tensor, rule: WeightRule) -> list[torch.Tensor]:
     """Return the shards of all ranks that share the rule's parameter, in order of rank. Collective."""
-    if rule.shard is Shard.COPY:
+    if rule.shard.dim is None:
         return [shard]
     if rule.expert:
         return gather_over(shard, parallel_state.get_expert_tensor_parallel_group())
@@ -236,11 +228,3 @@ def is_first_holder(rule: WeightRule) -> bool:
     if rule.expert:
         return expert_tensor_parallel().rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     return tensor_parallel().rank == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
-def source_name(name: str, kept_layers: Sequence[int] | None) -> str:
-    """Return the name that a parameter of a pruned model has in the source model."""
-    match = _LAYER.match(name)
-    if not match or kept_layers is None:
-        return name
-    return f"{match.group(1)}{kept_layers[int(match.group(2))]}{match.group(3)}"

@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megaprune import device
+from megaprune.models.shards import TensorParallel
 from megaprune.utils import failure
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
-from megaprune.weights.shards import TensorParallel
 
 T = TypeVar("T")
 # Groups that stood before Megatron's were set up: someone else's, and left alone.

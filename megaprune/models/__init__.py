@@ -3,7 +3,7 @@
 from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import HFConfig
-from megaprune.models.tables import Architecture, Family, Shard, WeightRule
+from megaprune.models.tables import Architecture, Family, WeightRule
 from megaprune.utils.errors import MegapruneError
 
 _ALL = (
@@ -17,7 +17,7 @@ _ALL = (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
-__all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "Shard", "WeightRule", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "WeightRule", "family_of"]
 
 
 def family_of(config: HFConfig) -> Family:

@@ -6,6 +6,7 @@ from typing import Any
 
 from megaprune.models.mla import (
     EXPERT_BIAS_RULE,
+    MLA,
     SHARED_EXPERT_RULES,
     mla_fields,
     mla_rules,
@@ -52,12 +53,12 @@ def _architecture(config: HFConfig) -> Architecture:
     theta, scaling = read_rope(config, positions, also_read=("rope_interleave",))
     return Architecture(
         transformer=fields | rope_fields(theta, scaling) | dict(moe_router_enable_expert_bias=True),
+        attention=MLA,
         vocab_size=whole(config, "vocab_size"),
         max_position_embeddings=positions,
         rotary_base=theta,
         rope_scaling=scaling,
         tied=flag(config, "tie_word_embeddings", False),
-        mla=True,
         latent_norm_epsilon=_LATENT_NORM_EPSILON,
     )
 

@@ -1,12 +1,11 @@
 """LLaMA 2, 3, 3.1 and later dense text models (``model_type: llama``)."""
 
+from megaprune.models.gqa import DENSE_LAYER_RULES, gqa_architecture
 from megaprune.models.tables import (
-    DENSE_LAYER_RULES,
     MODEL_RULES,
     Architecture,
     Family,
     HFConfig,
-    gqa_architecture,
     prune_dense_config,
     refuse_attention_bias,
 )

@@ -1,41 +1,69 @@
-"""Multi-head latent attention and sigmoid-routed experts: what DeepSeek-V3 and its relatives share."""
+"""Multi-head latent attention and sigmoid-routed experts: settings, weight rules and HF shapes of DeepSeek-V3 and its
+relatives."""
 
 from typing import Any
 
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import flag, layer_types, number, text, whole, whole_or_none
+from megaprune.models.shards import COLUMN, COPY, ROW
 from megaprune.models.tables import (
     ATTENTION,
     HF,
     MEGATRON,
     MLP_RULES,
     Architecture,
+    AttentionKind,
     HFConfig,
-    Shard,
     WeightRule,
     refuse_attention_bias,
 )
 from megaprune.utils.errors import MegapruneError
 
 
+def _dimensions(arch: Architecture) -> dict[str, int]:
+    fields, heads = arch.transformer, arch.transformer["num_attention_heads"]
+    content, rope, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
+    return dict(
+        query=heads * (content + rope),
+        key_value=heads * (content + value),
+        attended=heads * value,
+        query_latent=fields["q_lora_rank"],
+        latent=fields["kv_lora_rank"],
+        latent_and_rope=fields["kv_lora_rank"] + rope,
+    )
+
+
+MLA = AttentionKind(
+    shapes={
+        "self_attn.q_proj.weight": ("query", "hidden"),
+        "self_attn.q_a_proj.weight": ("query_latent", "hidden"),
+        "self_attn.q_a_layernorm.weight": ("query_latent",),
+        "self_attn.q_b_proj.weight": ("query", "query_latent"),
+        "self_attn.kv_a_proj_with_mqa.weight": ("latent_and_rope", "hidden"),
+        "self_attn.kv_a_layernorm.weight": ("latent",),
+        "self_attn.kv_b_proj.weight": ("key_value", "latent"),
+        "self_attn.o_proj.weight": ("hidden", "attended"),
+    },
+    dimensions=_dimensions,
+)
+
+
 def _down_projection(name: str, hf_name: str) -> WeightRule:
     # The local layer spec cuts the down-projections; Transformer Engine's holds a copy on every rank.
-    return WeightRule(
-        ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), Shard.COLUMN, te_shard=Shard.COPY
-    )
+    return WeightRule(ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), COLUMN, te_shard=COPY)
 
 
 def _latent_norm(name: str, behind: str, hf_name: str) -> WeightRule:
     return WeightRule(
         ATTENTION + name + ".weight",
         (HF + f"self_attn.{hf_name}.weight",),
-        Shard.COPY,
+        COPY,
         te=ATTENTION + behind + ".layer_norm_weight",
     )
 
 
 def _up_projection(name: str, hf_name: str) -> WeightRule:
-    return WeightRule(ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), Shard.COLUMN)
+    return WeightRule(ATTENTION + name + ".weight", (HF + f"self_attn.{hf_name}.weight",), COLUMN)
 
 
 _QUERY_LORA_RULES = (
@@ -45,16 +73,14 @@ _QUERY_LORA_RULES = (
 )
 _QUERY_RULES = (_up_projection("linear_q_proj", "q_proj"),)
 _LATENT_RULES = (
-    WeightRule(MEGATRON + "input_layernorm.weight", (HF + "input_layernorm.weight",), Shard.COPY),
+    WeightRule(MEGATRON + "input_layernorm.weight", (HF + "input_layernorm.weight",), COPY),
     _down_projection("linear_kv_down_proj", "kv_a_proj_with_mqa"),
     _latent_norm("kv_layernorm", "linear_kv_up_proj", "kv_a_layernorm"),
     _up_projection("linear_kv_up_proj", "kv_b_proj"),
-    WeightRule(ATTENTION + "linear_proj.weight", (HF + "self_attn.o_proj.weight",), Shard.ROW),
+    WeightRule(ATTENTION + "linear_proj.weight", (HF + "self_attn.o_proj.weight",), ROW),
 )
 
-EXPERT_BIAS_RULE = WeightRule(
-    MEGATRON + "mlp.router.expert_bias", (HF + "mlp.gate.e_score_correction_bias",), Shard.COPY
-)
+EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + "mlp.gate.e_score_correction_bias",), COPY)
 SHARED_EXPERT_RULES = tuple(
     WeightRule(
         rule.megatron.replace("mlp.", "mlp.shared_experts."),

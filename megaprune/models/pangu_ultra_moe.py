@@ -5,9 +5,10 @@ Its config.json comes in two spellings, the remote code's and vLLM's. Both are r
 
 from collections.abc import Sequence
 
-from megaprune.models.mla import SHARED_EXPERT_RULES, mla_fields, mla_rules, rope_fields, sigmoid_router_fields
+from megaprune.models.mla import MLA, SHARED_EXPERT_RULES, mla_fields, mla_rules, rope_fields, sigmoid_router_fields
 from megaprune.models.rope import read_rope
 from megaprune.models.settings import flag, whole, whole_or_none
+from megaprune.models.shards import COPY
 from megaprune.models.tables import (
     EXPERT_RULES,
     HF,
@@ -17,7 +18,6 @@ from megaprune.models.tables import (
     Architecture,
     Family,
     HFConfig,
-    Shard,
     WeightRule,
     mlp_norm_rule,
     prune_dense_prefix,
@@ -39,12 +39,12 @@ _SPELLINGS = {
 
 # `post_attention_layernorm` stands behind attention here, not before the MLP as in LLaMA.
 _SANDWICH_RULES = tuple(
-    WeightRule(MEGATRON + f"{name}.weight", (HF + f"{name}.weight",), Shard.COPY)
+    WeightRule(MEGATRON + f"{name}.weight", (HF + f"{name}.weight",), COPY)
     for name in ("post_attention_layernorm", "post_mlp_layernorm")
 )
 
 # beside the gate, not within it as in DeepSeek's checkpoints
-_EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + "mlp.e_score_correction_bias",), Shard.COPY)
+_EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + "mlp.e_score_correction_bias",), COPY)
 
 
 def _both_spellings(config: HFConfig) -> HFConfig:
@@ -85,11 +85,11 @@ def _architecture(config: HFConfig) -> Architecture:
         fields["moe_router_enable_expert_bias"] = True
     return Architecture(
         transformer=fields | rope_fields(theta, None),
+        attention=MLA,
         vocab_size=whole(config, "vocab_size"),
         max_position_embeddings=positions,
         rotary_base=theta,
         tied=flag(config, "tie_word_embeddings", False),
-        mla=True,
         sandwich_norm=flag(config, "sandwich_norm", False),
     )
 

@@ -1,11 +1,9 @@
 """Qwen2 and Qwen2.5 dense models (``model_type: qwen2``): bias on query, key and value; small ones tie embeddings."""
 
+from megaprune.models.gqa import DENSE_LAYER_RULES, QKV_BIAS_RULES, gqa_architecture
 from megaprune.models.tables import (
-    DENSE_LAYER_RULES,
     MODEL_RULES,
-    QKV_BIAS_RULES,
     Family,
-    gqa_architecture,
     prune_dense_config,
 )
 

@@ -1,13 +1,11 @@
 """Qwen3 dense models (``model_type: qwen3``): RMSNorm on the query and key heads."""
 
+from megaprune.models.gqa import DENSE_LAYER_RULES, QK_NORM_RULES, gqa_architecture
 from megaprune.models.tables import (
-    DENSE_LAYER_RULES,
     MODEL_RULES,
-    QK_NORM_RULES,
     Architecture,
     Family,
     HFConfig,
-    gqa_architecture,
     prune_dense_config,
     refuse_attention_bias,
 )

@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megaprune.models.gqa import GQA_RULES, QK_NORM_RULES, gqa_architecture
 from megaprune.models.settings import flag, text, whole, whole_list
 from megaprune.models.tables import (
     EXPERT_RULES,
-    GQA_RULES,
     MLP_RULES,
     MODEL_RULES,
-    QK_NORM_RULES,
     Architecture,
     Family,
     HFConfig,
     WeightRule,
-    gqa_architecture,
     mlp_norm_rule,
     prune_dense_config,
     refuse_attention_bias,

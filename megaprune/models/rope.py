@@ -32,7 +32,7 @@ _ABOUT_ROPE = re.compile(r"(rope|rotary|partial_rotary|yarn|mrope)_")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's inverse frequencies are stretched; a type leaves the fields that it does not read at None.
+    """The stretching of RoPE's inverse frequencies; a type leaves the fields that it does not read at None.
 
     Args:
         rope_type: ``linear``, ``llama3`` or ``yarn``.
@@ -107,7 +107,7 @@ def _theta(config: HFConfig, rope: dict[str, Any], default: float | None) -> flo
     if "rope_theta" not in where and default is None:
         raise MegapruneError(f"{config.get('model_type')}: config.json lacks the key 'rope_theta'")
     theta = where.get("rope_theta", default)
-    if not is_number(theta) or theta <= 1:
+    if theta is None or not is_number(theta) or theta <= 1:
         raise wrong(config, "rope_theta", theta, "a number above 1")
     return float(theta)
 

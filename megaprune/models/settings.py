@@ -100,7 +100,7 @@ def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; true and false are none."""
+    """Return whether a value is a finite number; true and false are none."""
     # NaN and infinity are not below it, and an integer may be too large for a float
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
 

@@ -1,4 +1,4 @@
-"""How large a model is, and what its layers cost: counted from config.json and the family's tables, without weights."""
+"""Parameter counts and costs of a model's layers, from config.json and the family's tables, without weights."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ def model_size(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Si
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a model is made of."""
+    """The parts of a model: its size and its layers by kind."""
 
     size: Size
     dense_layers: int
@@ -46,7 +46,7 @@ class Inventory:
 
 
 def inventory(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Inventory:
-    """What the model, or the model of these layers, is made of."""
+    """The parts of the model, or of the model of these layers."""
     arch = family_of(config).architecture(config)
     kept = range(arch.num_layers) if kept_layers is None else kept_layers
     moe = sum(arch.is_moe(layer) for layer in kept)

@@ -28,12 +28,12 @@ from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown, say
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 _FLAG = "--output"
 
 
-def cache_teacher(options: CachingOptions, source: HFSource) -> CachePlan:
+def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
     """Write the targets of all windows of the training data, or go on with it. Collective.
 
     Returns:
@@ -46,7 +46,7 @@ def cache_teacher(options: CachingOptions, source: HFSource) -> CachePlan:
         return _cache(options, source)
 
 
-def _cache(options: CachingOptions, source: HFSource) -> CachePlan:
+def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
     # What is refused before the first window is computed leaves the disk as it was.
     with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(options, source)
@@ -83,7 +83,7 @@ def _left_alone(options: CachingOptions, plan: CachePlan) -> CachePlan:
     return plan
 
 
-def _plan(options: CachingOptions, source: HFSource) -> tuple[CachePlan, Windows]:
+def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Windows]:
     """The cache that is to be made, and the data. Collective."""
     cache_dir = options.data.cache_dir or options.work.data_cache
     tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)

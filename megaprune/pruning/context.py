@@ -20,7 +20,7 @@ from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
 from megaprune.utils.progress import say
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 ShouldStop = Callable[[], bool]
 
@@ -34,7 +34,7 @@ class RunContext:
     """
 
     def __init__(
-        self, options: RunOptions, source: HFSource, data: Data, should_stop: ShouldStop | None = None
+        self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
     ) -> None:
         self.options, self.source, self.data = options, source, data
         self._should_stop = should_stop

@@ -18,7 +18,7 @@ from megaprune.mcore import parallel
 from megaprune.pruning.options import DataOptions, DistillationOptions, RunOptions, TrainingOptions
 from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.utils.errors import UsageError
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Data:
         )
 
 
-def prepare_data(options: RunOptions, source: HFSource, tokenizer: Any, cache_dir: Path) -> Data:
+def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cache_dir: Path) -> Data:
     """Tokenize the data on rank 0, or map what is cached. Collective.
 
     Raises:
@@ -173,7 +173,7 @@ def _blended(
     return train, calibration
 
 
-def run_tokenizer(options: RunOptions, source: HFSource) -> Any:
+def run_tokenizer(options: RunOptions, source: TensorSource) -> Any:
     """Return the model's own tokenizer; None where the run reads no text.
 
     Raises:
@@ -196,7 +196,7 @@ def check_cacheable(train_data: Sequence[str]) -> None:
         )
 
 
-def open_cache(distillation: DistillationOptions, source: HFSource, tokenizer: Any, train: Windows) -> TeacherCache:
+def open_cache(distillation: DistillationOptions, source: TensorSource, tokenizer: Any, train: Windows) -> TeacherCache:
     """Return the cached teacher of the training windows. Collective.
 
     Raises:

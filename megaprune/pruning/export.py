@@ -15,9 +15,9 @@ from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
 from megaprune.utils.progress import say
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
-from megaprune.weights.writer import aside_folder
 
 GO_ON = "give the same command to go on from the last checkpoint"
 

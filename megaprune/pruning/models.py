@@ -17,13 +17,13 @@ from megaprune.mcore.layers.lora import merge_adapters
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.options import RunOptions
 from megaprune.selection.segments import endpoints
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 
 class Models:
     """Makes a run's models. The original and a student that keeps its pruned layers share one gate."""
 
-    def __init__(self, options: RunOptions, source: HFSource, teacher_cache: TeacherCache | None = None) -> None:
+    def __init__(self, options: RunOptions, source: TensorSource, teacher_cache: TeacherCache | None = None) -> None:
         self._options, self._source, self._teacher_cache = options, source, teacher_cache
         self.gate = LayerGate()
         self.shard: VocabShard = vocab_shard(options.model.arch)

@@ -15,7 +15,7 @@ from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.registry import Method
-from megaprune.weights.writer import aside_folder
+from megaprune.utils.files import aside_folder
 
 
 @dataclass(frozen=True)

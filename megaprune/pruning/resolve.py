@@ -44,6 +44,7 @@ from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
 from megaprune.weights.hub import resolve_hf_model
 from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
 from megaprune.weights.writer import parse_size
 
@@ -57,7 +58,7 @@ _MAY_CHANGE = {
 } - {"use_distributed_optimizer"}
 
 
-def open_run(config: Config, world_size: int) -> tuple[RunOptions, HFSource]:
+def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
     """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
 
     Raises:
@@ -72,7 +73,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, HFSource]:
     return resolve(windowed, source.config, world_size), source
 
 
-def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, HFSource]:
+def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
     """Check the caching of a teacher against its folder, its model and its processes. Raises as `open_run`."""
     check_output(output)
     check_cacheable(config.data.train_data)
@@ -81,7 +82,7 @@ def open_caching(config: Config, output: Path, world_size: int) -> tuple[Caching
     return resolve_caching(config, source.config, world_size, output), source
 
 
-def open_source(config: Config) -> HFSource:
+def open_source(config: Config) -> TensorSource:
     """Return the model that the flags name.
 
     Raises:

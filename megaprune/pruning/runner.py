@@ -17,10 +17,12 @@ from megaprune.report.run_report import Report, read_report
 from megaprune.utils.disk import one_line
 from megaprune.utils.locks import locked
 from megaprune.utils.progress import say
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 
-def run(options: RunOptions, source: HFSource, command: str, should_stop: ShouldStop | None = None) -> Report | None:
+def run(
+    options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None = None
+) -> Report | None:
     """Make a run, or go on with it. Collective; the process group stays usable.
 
     Args:

@@ -12,10 +12,10 @@ from megaprune.pruning.options import RunOptions
 from megaprune.pruning.select import Calibration
 from megaprune.report.run_report import LayerScores
 from megaprune.utils.errors import UsageError
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 
-def score(options: RunOptions, source: HFSource, chooses: bool) -> LayerScores:
+def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScores:
     """Return the scores that a calibrated method gives the layers. Collective; the process group stays usable.
 
     Args:

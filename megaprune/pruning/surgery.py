@@ -11,17 +11,23 @@ from megaprune.report.run_report import Report, build_report
 from megaprune.selection.one_shot import manual_layers
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.source import HFSource
+from megaprune.utils.files import aside_folder
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.engine import on_rank0
-from megaprune.weights.writer import aside_folder
 
 # Nothing is drawn and nothing read; the report says what a run says by default.
 _SEED, _SEQ_LENGTH = 1234, 4096
 
 
 def remove_layers_of(
-    source: HFSource, name: str, layers: Sequence[int], final: Path, keep_mtp: bool, max_shard_bytes: int, command: str
+    source: TensorSource,
+    name: str,
+    layers: Sequence[int],
+    final: Path,
+    keep_mtp: bool,
+    max_shard_bytes: int,
+    command: str,
 ) -> Report:
     """Write the model without these layers, whole or not at all. Rank 0 alone writes, where there are several.
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def aside_folder(final: Path) -> Path:
+    """The folder in which the parts of the folder `final` are gathered until it is whole; it then takes its name."""
+    return final.with_name(final.name + ".tmp")
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` if the block succeeds.

@@ -10,7 +10,7 @@ def first_line(error: BaseException) -> str:
 
 
 def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
-    """Return [0, 1, 2, 5] as "0-2, 5"; "none" for no numbers."""
+    """Return [0, 1, 2, 5], in any order, as "0-2, 5"; "none" for no numbers."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What a folder must hold before anything is made of it, and what is said of one that does not."""
+"""Checks of a source before anything is made of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from megaprune.weights.quantization import declared_quantization, quantized_tensor
 
 if TYPE_CHECKING:
-    from megaprune.weights.source import HFSource
+    from megaprune.weights.tensor_source import TensorSource
 
 
-def check_source(source: HFSource) -> None:
-    """Checks that a source holds each tensor of its family, in the shape that the config gives it and in a dtype that
+def check_source(source: TensorSource) -> None:
+    """Check that a source holds each tensor of its family, in the shape that the config gives it and in a dtype that
     is read, and nothing that is not understood.
 
     Raises:
@@ -35,8 +35,8 @@ def check_source(source: HFSource) -> None:
     _check_scales(source)
 
 
-def _check_names(source: HFSource, expected: set[str]) -> None:
-    """Every name is there that the family's tables ask for, and no other."""
+def _check_names(source: TensorSource, expected: set[str]) -> None:
+    """Check that the source holds every name of the family's tables, and no other."""
     held = set(source.all_names)
     missing = sorted({source.layout.name_of_missing(name) for name in expected - held})
     unknown = sorted({source.shown(name) for name in _unknown(source, expected)})
@@ -55,15 +55,15 @@ def _check_names(source: HFSource, expected: set[str]) -> None:
         )
 
 
-def _unknown(source: HFSource, expected: set[str]) -> Iterable[str]:
+def _unknown(source: TensorSource, expected: set[str]) -> Iterable[str]:
     tied = {OUTPUT} if source.config.get("tie_word_embeddings") else set()
     for name in set(source.names) - expected - tied:
         if not source.belongs_to_mtp(name) and not any(re.search(pattern, name) for pattern in source.family.ignored):
             yield name
 
 
-def _lack(source: HFSource, missing: Sequence[str], unknown: Sequence[str]) -> str:
-    """What a folder lacks, in view of what it holds."""
+def _lack(source: TensorSource, missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """The message on a folder that lacks tensors, in view of the tensors that it holds."""
     if any(".lora_A." in name for name in unknown):
         return "is a LoRA adapter: merge it into its base model first"
     if missing == [source.shown(OUTPUT)]:
@@ -79,7 +79,7 @@ def _lack(source: HFSource, missing: Sequence[str], unknown: Sequence[str]) -> s
     return f"lacks {missing[0]}{_and_more(missing)}{held}: the checkpoint is incomplete"
 
 
-def _check_dtypes(source: HFSource) -> None:
+def _check_dtypes(source: TensorSource) -> None:
     for name in source.all_names:
         dtype, is_scale = source.stored_dtype_name(name), name.endswith(SCALE_SUFFIX)
         if dtype in (SCALE_DTYPES if is_scale else WEIGHT_DTYPES):
@@ -97,8 +97,8 @@ def _check_dtypes(source: HFSource) -> None:
             )
 
 
-def _check_stacks(source: HFSource) -> None:
-    """Stacks of experts have the shape that the config gives them; what is in them can be cut out then."""
+def _check_stacks(source: TensorSource) -> None:
+    """Check that stacks of experts have the shape that the config gives them, so that experts can be cut out."""
     arch = source.family.architecture(source.config)
     for stack in sorted(source.layout.stacks):
         members = [f"{stack.rpartition('.')[0]}.0.{half}_proj.weight" for half in _halves(stack)]
@@ -122,20 +122,20 @@ def _halves(stack: str) -> tuple[str, ...]:
     return ("gate", "up") if stack.endswith("gate_up_proj") else ("down",)
 
 
-def _check_shapes(source: HFSource, names: Iterable[str]) -> None:
+def _check_shapes(source: TensorSource, names: Iterable[str]) -> None:
     for name, expected in sorted(hf_shapes(names, source.family.architecture(source.config)).items()):
         if source.shape(name) != expected:
             raise _other_shape(source, source.shown(name), source.shape(name), expected)
 
 
-def _other_shape(source: HFSource, name: str, found: Sequence[int], expected: Sequence[int]) -> MegapruneError:
+def _other_shape(source: TensorSource, name: str, found: Sequence[int], expected: Sequence[int]) -> MegapruneError:
     return MegapruneError(
         f"{source.folder}: {name} is stored as {list(found)}, where config.json makes it {list(expected)}: the weights "
         "and the config are of different models"
     )
 
 
-def _check_scales(source: HFSource) -> None:
+def _check_scales(source: TensorSource) -> None:
     for scale in (name for name in source.all_names if name.endswith(SCALE_SUFFIX)):
         weight = scale.removesuffix(SCALE_SUFFIX)
         if weight not in source or not source.is_fp8(weight):

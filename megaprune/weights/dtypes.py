@@ -17,12 +17,14 @@ _KNOWN = {
 TORCH_NAMES: dict[str, str] = {name: torch_name for name, (torch_name, _) in _KNOWN.items()}
 OF_TORCH: dict[str, str] = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 ITEM_BYTES: dict[str, int] = {name: num_bytes for name, (_, num_bytes) in _KNOWN.items()}
-# What a model may be stored in; matrices also in FP8, under scales of its blocks.
+# In the order of safetensors' own writer, which puts tensors of later ones first.
+STORED_ORDER = ("BOOL", "U8", "F8_E4M3", "F8_E8M0", "F16", "BF16", "I32", "F32", "F64", "I64")
+# Dtypes that a model may be stored in; matrices also in FP8, under scales of its blocks.
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 SCALE_DTYPES = (*WEIGHT_DTYPES, "F8_E8M0")
 
 
 def is_float(name: str) -> bool:
-    """Whether its numbers are floating-point numbers."""
+    """Return whether its numbers are floating-point numbers."""
     return TORCH_NAMES[name].startswith(("float", "bfloat"))

@@ -14,24 +14,24 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megaprune.weights.source import HFSource
+from megaprune.weights.tensor_source import TensorSource
 
 _ROWS = 4
 # What a config says of a model's files and of the libraries that wrote them, not of its logits.
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "auto_map")
 
 
-def fingerprinted_tensors(source: HFSource) -> list[str]:
+def fingerprinted_tensors(source: TensorSource) -> list[str]:
     """The HF tensors that a fingerprint covers, in order."""
     return sorted({name for rule in source.family.rules(source.config) for name in rule.hf})
 
 
-def tensor_digests(source: HFSource, names: Sequence[str]) -> dict[str, str]:
+def tensor_digests(source: TensorSource, names: Sequence[str]) -> dict[str, str]:
     """The digest of each named tensor, by shape, dtype and samples."""
     return {name: _tensor_digest(source, name) for name in names}
 
 
-def model_fingerprint(source: HFSource, digests: Mapping[str, str]) -> str:
+def model_fingerprint(source: TensorSource, digests: Mapping[str, str]) -> str:
     """Hex digest of a model.
 
     Args:
@@ -42,7 +42,7 @@ def model_fingerprint(source: HFSource, digests: Mapping[str, str]) -> str:
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
-def _tensor_digest(source: HFSource, name: str) -> str:
+def _tensor_digest(source: TensorSource, name: str) -> str:
     shape = source.shape(name)
     digest = hashlib.blake2b(f"{name} {list(shape)} {source.dtype(name)}".encode(), digest_size=16)
     if len(shape) < 2:

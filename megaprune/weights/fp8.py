@@ -23,7 +23,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-length // BLOCK) for length in shape)
 
 
-def dequantise(
+def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, row: int = 0, column: int = 0, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A matrix, or a part of one, in bf16: each number times the scale of its block.

@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name. Folders go first: ask for those before."""
+    """Return whether a name has the form owner/name. Folders go first: ask for those before."""
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".git")
 
 
@@ -45,12 +45,12 @@ def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> 
     from huggingface_hub import snapshot_download
 
     if config_only:
-        wanted = {"allow_patterns": ["config.json"]}
+        wanted, unwanted = ["config.json"], None
     else:
-        wanted = {"ignore_patterns": [*_UNREAD, *(_WEIGHTS if tokenizer_only else ())]}
+        wanted, unwanted = None, [*_UNREAD, *(_WEIGHTS if tokenizer_only else ())]
     try:
         # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
-        return Path(snapshot_download(name, **wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # no network, no such model, no access: the hub's own word says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         here = "is no folder here" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
@@ -64,7 +64,7 @@ def _state(path: Path) -> str:
 
 
 def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = False) -> None:
-    """Refuses a folder in which a file that would be read is a link to nothing, as in a hub cache without its blobs.
+    """Refuse a folder in which a file that would be read is a link to nothing, as in a hub cache without its blobs.
 
     Raises:
         MegapruneError: there is one; names it.
@@ -76,7 +76,7 @@ def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = 
 
 
 def check_link(path: Path, name: str | None = None) -> None:
-    """Raises MegapruneError where the path is a link to nothing; `name` is what the message calls it."""
+    """Raise MegapruneError where the path is a link to nothing; `name` is what the message calls it."""
     if path.is_symlink() and not path.exists():
         raise MegapruneError(
             f"{name or path} is a link to {os.readlink(path)}, which does not exist (a hub cache that was cleaned, or "

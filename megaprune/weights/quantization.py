@@ -1,4 +1,4 @@
-"""Quantized checkpoints, told by what declares them or by what they hold. Only block FP8 is read."""
+"""Detection of quantized checkpoints, by their configs or their tensors' names. Only block FP8 is read."""
 
 import json
 from collections.abc import Iterable
@@ -63,7 +63,7 @@ def _is_block_fp8(settings: Any) -> bool:
 
 
 def _declares_nothing(settings: Any) -> bool:
-    """TensorRT Model Optimizer may quantise the KV cache alone."""
+    """TensorRT Model Optimizer may quantize the KV cache alone."""
     inner = settings.get("quantization") if isinstance(settings, dict) else None
     return isinstance(inner, dict) and "quant_algo" in inner and inner["quant_algo"] is None
 

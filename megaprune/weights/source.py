@@ -1,82 +1,69 @@
-"""An HF model folder, read tensor by tensor and slice by slice from mapped safetensors files."""
+"""An HF model folder, read tensor by tensor and slice by slice from its safetensors files."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
-from megaprune.models import Family, HFConfig, family_of
+from megaprune.models import HFConfig, family_of
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.dtypes import FP8, TORCH_NAMES
-from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
+from megaprune.weights.byte_ranges import Buffer, Range, first_difference
 from megaprune.weights.hub import check_links
+from megaprune.weights.reader import INDEX, TensorFiles
 from megaprune.weights.stored_layout import PLAIN, Place, StoredLayout
-from megaprune.weights.tied import same_tensor
+from megaprune.weights.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-_LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
-
-class HFSource:
+class HFSource(TensorSource):
     """The weights and the config of an HF folder. Opening it reads headers only, and does not load torch.
 
-    Tensors go by their names in the families' tables, however the folder stores them. Embeddings that config.json ties,
-    but that are stored with another output layer, are not tied: transformers computes with both. ``config`` says so;
-    ``stored_config`` is the file's.
+    Embeddings that config.json ties, but that are stored with another output layer, are not tied: transformers computes
+    with both. ``config`` says so.
 
     Raises:
         MegapruneError: no config, no safetensors, a shard that is missing or truncated, or an index that lies.
     """
 
-    layout: StoredLayout = PLAIN
     # of those tensors that are not stored under their own names
     _places: Mapping[str, Place] = {}
 
     def __init__(self, folder: str | Path) -> None:
-        self._begin(Path(folder))
-        self._files = _tensor_files(self.folder)
-        self._headers: dict[Path, Any] = {}
-        self._handles: dict[Path, Any] = {}
-        self._stored: dict[Path, set[str]] = {}
-        for path in sorted(set(self._files.values())):
-            self._open(path)
+        folder = Path(folder)
+        check_links(folder)
+        config = read_hf_config(folder)
+        self._begin(folder, config, family_of(config))
+        self._files = _tensor_files(folder)
+        self._reader = TensorFiles()
+        held = {path: self._names_in(path) for path in sorted(set(self._files.values()))}
         for name, path in self._files.items():
-            if name not in self._stored[path]:
-                raise MegapruneError(f"{self.folder / INDEX} places {name} in {path.name}, which does not hold it")
+            if name not in held[path]:
+                raise MegapruneError(f"{folder / INDEX} places {name} in {path.name}, which does not hold it")
         self.stored_files = dict(self._files)
         self._arrange()
         outputs = [name for name in (EMBEDDING, OUTPUT) if name in self._files]
-        places = [(self.file(name), self.place(name).stored) for name in outputs]
-        if self.config.get("tie_word_embeddings") and len(places) == 2 and not same_tensor(*places):
+        if config.get("tie_word_embeddings") and len(outputs) == 2 and not self._same(*outputs):
             self._untie()
 
-    def _begin(self, folder: Path) -> None:
-        self.folder = folder
-        check_links(folder)
-        self.config = self.stored_config = read_hf_config(folder)
-        self.family: Family = family_of(self.config)
-
-    def _untie(self) -> None:
-        self.config = self.config | {"tie_word_embeddings": False}
+    def _names_in(self, path: Path) -> set[str]:
+        if not path.is_file():
+            raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
+        self._reader.check(path)
+        return set(self._reader.names(path))
 
     def _arrange(self) -> None:
-        """Names the stored tensors as the families' tables do."""
+        """Name the stored tensors as the families' tables do."""
         self.layout = StoredLayout.of(self.stored_files, bool(self.config.get("tie_word_embeddings")))
         if self.layout == PLAIN:
             return
         self._files, self._places = {}, {}
         for stored, path in self.stored_files.items():
-            shape = self._headers[path].get_slice(stored).get_shape()
+            _, shape = self._reader.describe(path, stored)
             places = self.layout.places(stored, shape[0] if shape else 0)
             twice = next((name for name in places if name in self._files), None)
             if twice:
@@ -84,136 +71,33 @@ class HFSource:
             self._files |= dict.fromkeys(places, path)
             self._places |= places
 
-    @property
-    def names(self) -> list[str]:
-        """Every stored tensor's name, without the scales of quantised ones."""
-        return [name for name in self._files if not name.endswith(SCALE_SUFFIX)]
+    def _same(self, first: str, second: str) -> bool:
+        """Return whether two tensors are equal bit for bit."""
+        if self._described(first) != self._described(second):
+            return False
+        return first_difference(self._where(first), self._where(second)) is None
 
     @property
-    def all_names(self) -> list[str]:
-        """The same, with the scales."""
-        return list(self._files)
+    def all_names(self) -> Collection[str]:
+        """Every tensor's name, scales included."""
+        return self._files.keys()
 
     def place(self, name: str) -> Place:
-        """Where a tensor lies in what is stored."""
+        """A tensor's place among the stored tensors."""
         return self._places.get(name) or Place(name)
 
-    def shown(self, name: str) -> str:
-        """A tensor as the folder names it, for messages."""
-        return self.layout.stored_name(name)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, in a stack its own."""
+        """The shape; of a part of a stack, its own."""
         shape, place = self.stored_shape(name), self.place(name)
         return shape if place.parts is None else (place.at(shape)[2], *shape[2:])
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of what a tensor is stored in."""
-        return tuple(self._described(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype; bf16 for block-FP8 weights, which are dequantised as they are read."""
-        import torch
-
-        return getattr(torch, TORCH_NAMES[self.dtype_name(name)])
-
-    def dtype_name(self, name: str) -> str:
-        """The same as safetensors names it."""
-        if self.is_fp8(name):
-            return "BF16"
-        stored = self.stored_dtype_name(name)
-        if stored not in TORCH_NAMES:
-            raise MegapruneError(
-                f"{self.file(name)}: {self.shown(name)} is stored as {stored}, which megaprune does not read"
-            )
-        return stored
+        """The shape of the stored tensor that a tensor is, or is a part of."""
+        return self._described(name)[1]
 
     def stored_dtype_name(self, name: str) -> str:
         """The stored dtype as safetensors names it, of FP8 weights too."""
-        return self._described(name).get_dtype()
-
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
-        tensor = self._read_stored(name, dim, start, stop)
-        if not self.is_fp8(name):
-            return tensor
-        scale = self._read_stored(name + SCALE_SUFFIX)
-        return dequantise(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
-
-    def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        place = self.place(name)
-        if place.parts is None and stop is None and start == 0:
-            return self._handle(name).get_tensor(place.stored)
-        stored = self._handle(name).get_slice(place.stored)
-        if place.parts is None:
-            return stored[start:stop] if dim == 0 else stored[:, start:stop]
-        expert, first, rows = place.at(stored.get_shape())
-        if dim == 0:
-            stop = rows if stop is None else stop
-            return stored[expert : expert + 1, first + start : first + stop].squeeze(0)
-        return stored[expert : expert + 1, first : first + rows, start:stop].squeeze(0)
-
-    @cached_property
-    def mtp_layers(self) -> list[int]:
-        """The multi-token-prediction layers that are stored behind the model's own, by their index in the names."""
-        matches = (_LAYER.match(name) for name in self._files)
-        return sorted({int(match[2]) for match in matches if match and int(match[2]) >= self.num_layers})
-
-    def mtp_copies(self, name: str) -> list[str]:
-        """The MTP layers' own copies of the embedding or the output layer."""
-        suffix = {EMBEDDING: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"}.get(name)
-        copies = [f"model.layers.{layer}.{suffix}" for layer in self.mtp_layers]
-        return [copy for copy in copies if copy in self._files]
-
-    def copies(self, name: str, keep_mtp: bool = True) -> list[str]:
-        """Other tensors that are stored copies of the embedding or the output layer: the MTP layers', and of a tied
-        embedding the output layer."""
-        ties = name == EMBEDDING and self.config.get("tie_word_embeddings")
-        found = [OUTPUT] if ties and OUTPUT in self._files else []
-        for original in ((name, OUTPUT) if ties else (name,)) if keep_mtp else ():
-            found += self.mtp_copies(original)
-        return found
-
-    def mtp_own(self) -> list[str]:
-        """The MTP layers' tensors that are no copies."""
-        copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
-        return [name for name in self.names if self.belongs_to_mtp(name) and name not in copies]
-
-    @cached_property
-    def num_layers(self) -> int:
-        return self.family.architecture(self.config).num_layers
-
-    def renamed(self, name: str, kept_layers: Sequence[int], keep_mtp: bool = True) -> str | None:
-        """The name of a tensor after pruning; None where it is gone. MTP layers move up behind the kept ones."""
-        behind = [layer for layer in self.mtp_layers if keep_mtp]
-        return renamed(name, [*kept_layers, *behind])
-
-    def pruned_layout(self, kept_layers: Sequence[int], keep_mtp: bool = True) -> StoredLayout:
-        """How a pruned model is stored: as the source is."""
-        return self.layout.renamed(lambda name: self.renamed(name, kept_layers, keep_mtp))
-
-    def check_tensors(self) -> None:
-        """Checks that the folder holds each tensor of its family, in the shape that the config gives it and in a dtype
-        that is read, and nothing that is not understood.
-
-        Raises:
-            MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantised.
-        """
-        from megaprune.weights.checks import check_source
-
-        check_source(self)
-
-    def is_fp8(self, name: str) -> bool:
-        """Whether a tensor is stored in FP8."""
-        return self.stored_dtype_name(name) == FP8
-
-    def belongs_to_mtp(self, name: str) -> bool:
-        """Whether a tensor is a multi-token-prediction layer's."""
-        match = _LAYER.match(name)
-        return bool(match and self.family.mtp_keys and int(match[2]) >= self.num_layers)
+        return self._described(name)[0]
 
     def file(self, name: str) -> Path:
         """The file that a tensor is stored in."""
@@ -221,35 +105,25 @@ class HFSource:
             raise MegapruneError(f"{self.folder} lacks the tensor {self.shown(name)}: the checkpoint is incomplete")
         return self._files[name]
 
-    def _described(self, name: str) -> Any:
-        return self._headers[self.file(name)].get_slice(self.place(name).stored)
+    def ranges(self, name: str) -> list[Range] | None:
+        """The range of a tensor's bytes."""
+        return [self._where(name)]
 
-    def _handle(self, name: str) -> Any:
-        path = self.file(name)
-        if path not in self._handles:
-            self._handles[path] = _open_safetensors(path, "pt")
-        return self._handles[path]
+    def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        path, place, shape = self.file(name), self.place(name), self.shape(name)
+        if start == 0 and stop is None:
+            return self._reader.read(path, place, shape, Buffer())
+        return self._reader.read_slice(path, place, shape, dim, start, stop)
 
-    def _open(self, path: Path) -> None:
-        if not path.is_file():
-            raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
-        self._headers[path] = _open_safetensors(path)
-        self._stored[path] = set(self._headers[path].keys())
+    def _where(self, name: str) -> Range:
+        return self._reader.where(self.file(name), self.place(name))
 
-
-def renamed(name: str, kept_layers: Sequence[int]) -> str | None:
-    """The name of an HF tensor after pruning; None where its layer is gone."""
-    match = _LAYER.match(name)
-    if not match:
-        return name
-    layer = int(match.group(2))
-    if layer not in kept_layers:
-        return None
-    return f"{match.group(1)}{list(kept_layers).index(layer)}{match.group(3)}"
+    def _described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        return self._reader.describe(self.file(name), self.place(name).stored)
 
 
 def read_hf_config(folder: Path) -> HFConfig:
-    """Reads config.json as it is stored.
+    """Read config.json as it is stored.
 
     Raises:
         MegapruneError: the folder or the file is missing or is not JSON.
@@ -271,7 +145,7 @@ def read_hf_config(folder: Path) -> HFConfig:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds the files of its weights, and not config.json alone."""
+    """Return whether a folder holds the files of its weights, and not config.json alone."""
     try:
         return all(path.is_file() for path in _tensor_files(folder).values())
     except MegapruneError:
@@ -283,7 +157,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     the one file."""
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
-        return dict.fromkeys(_open_safetensors(single).keys(), single)
+        files = TensorFiles()
+        files.check(single)
+        return dict.fromkeys(files.names(single), single)
     if not index.is_file():
         raise MegapruneError(f"{folder} holds neither model.safetensors nor {INDEX}{_other_weights(folder)}")
     try:
@@ -294,7 +170,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _other_weights(folder: Path) -> str:
-    """What a folder without weights that are read holds instead, as the end of a sentence."""
+    """The end of a sentence on a folder without readable weights: the other weights that it holds."""
     if (folder / "adapter_model.safetensors").is_file():
         return ", only a LoRA adapter: merge it into its base model first"
     others = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -303,10 +179,3 @@ def _other_weights(folder: Path) -> str:
     if any(path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")):
         return ", only pickled weights: convert them to safetensors first"
     return ", only GGUF: give the model before its conversion" if any(folder.glob("*.gguf")) else ""
-
-
-def _open_safetensors(path: Path, framework: str = "np") -> Any:
-    try:
-        return safe_open(path, framework=framework)
-    except (SafetensorError, OSError) as error:
-        raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None

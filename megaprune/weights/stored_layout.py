@@ -1,4 +1,4 @@
-"""How an HF folder names and stacks its tensors, where that is not as the families' tables have it.
+"""The names and stacks in which an HF folder stores its tensors, where they differ from the families' tables.
 
 The tables name each expert's matrices, all under ``model.``. transformers also saves the experts of a layer as two
 stacked tensors (``gate_up_proj``, for each expert its gate, then its up; and ``down_proj``), a base model without the
@@ -6,23 +6,22 @@ prefix ``model.``, and of tied embeddings either name. Each tensor of the tables
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaprune.models.names import BASE_PREFIX, is_of_base_model
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.weights.fp8 import SCALE_SUFFIX
 
-_BASE = "model."
-_OF_BASE = re.compile(r"^(layers\.\d+\.|embed_tokens\.|norm\.)")
-_STACK = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)({SCALE_SUFFIX})?$")
-_EXPERT = re.compile(rf"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$")
+_STACK = re.compile(rf"^(model\..+\.mlp\.experts)\.(gate_up_proj|down_proj)({SCALE_SUFFIX})?$")
+_EXPERT = re.compile(rf"^(model\..+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight({SCALE_SUFFIX})?$")
 _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the tables lies: in a stored tensor, whole, or as one of its equal parts in order."""
+    """The place of a tensor of the tables: a stored tensor, whole, or one of its equal parts in order."""
 
     stored: str
     part: int = 0
@@ -37,7 +36,7 @@ class Place:
 
     def at(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Its expert, its first row within the expert, and its rows, in a stack of this shape."""
-        of_expert = self.parts // shape[0]
+        of_expert = (self.parts or 1) // shape[0]
         expert, half = divmod(self.part, of_expert)
         rows = shape[1] // of_expert
         return expert, half * rows, rows
@@ -45,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredLayout:
-    """What differs from the tables.
+    """The differences from the tables.
 
     Args:
         bare: names lack ``model.``.
@@ -61,21 +60,21 @@ class StoredLayout:
     def of(cls, names: Iterable[str], tied: bool) -> "StoredLayout":
         """The layout in which these tensors are stored."""
         names = set(names)
-        bare = any(map(_OF_BASE.match, names)) and not any(name.startswith(_BASE) for name in names)
+        bare = any(map(is_of_base_model, names)) and not any(name.startswith(BASE_PREFIX) for name in names)
         full = {_full_name(name) for name in names} if bare else names
         stacks = frozenset(name for name in full if _STACK.match(name) and not name.endswith(SCALE_SUFFIX))
         return cls(bare, stacks, tied and OUTPUT in full and EMBEDDING not in full)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "StoredLayout":
-        """What `record` gave."""
+        """The layout that `record` gave."""
         return cls(record["bare"], frozenset(record["stacks"]), record["embedding_as_output"])
 
     def record(self) -> dict[str, Any]:
         """The layout for JSON."""
         return {"bare": self.bare, "stacks": sorted(self.stacks), "embedding_as_output": self.embedding_as_output}
 
-    def renamed(self, rename: Any) -> "StoredLayout":
+    def renamed(self, rename: Callable[[str], str | None]) -> "StoredLayout":
         """The layout of a pruned model.
 
         Args:
@@ -106,7 +105,7 @@ class StoredLayout:
     def _outer(self, name: str) -> str:
         if self.embedding_as_output and name == EMBEDDING:
             return OUTPUT
-        return name.removeprefix(_BASE) if self.bare else name
+        return name.removeprefix(BASE_PREFIX) if self.bare else name
 
     def written_name(self, name: str) -> str:
         """The name under which a tensor is written at first: its own where it is to be stacked."""
@@ -145,9 +144,10 @@ PLAIN = StoredLayout()
 
 
 def _full_name(name: str) -> str:
-    return _BASE + name if _OF_BASE.match(name) else name
+    return BASE_PREFIX + name if is_of_base_model(name) else name
 
 
 def _order(name: str) -> tuple[int, str]:
     match = _EXPERT.match(name)
+    assert match, name
     return int(match[2]), match[3]  # gate before up

@@ -1,28 +1,123 @@
-"""HF folders, written tensor by tensor, and visible only once they are whole."""
+"""The one writer of safetensors files, tensor by tensor, and of HF folders of them.
+
+Numbers come as tensors or as byte ranges of other files, which are copied without passing through torch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaprune.utils.disk import disk_error
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.weights.source import INDEX
-from megaprune.weights.stacking import stack_experts
-from megaprune.weights.stored_layout import PLAIN, StoredLayout
+from megaprune.weights.byte_ranges import Advance, Range, as_bytes, copy_range, write_all
+from megaprune.weights.dtypes import ITEM_BYTES, OF_TORCH, STORED_ORDER
+from megaprune.weights.reader import INDEX, TensorFiles
+from megaprune.weights.stored_layout import PLAIN, Place, StoredLayout
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+# A tensor's shape, and its dtype as safetensors names it.
+Described = tuple[Sequence[int], str]
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, Described],
+    contents: Iterable[Tensor | Sequence[Range]],
+    advance: Advance = lambda count: None,
+    threads: int = 1,
+    stored: Mapping[str, Described] | None = None,
+    spaced: bool = False,
+) -> None:
+    """Write a file tensor by tensor.
+
+    Args:
+        shapes: shape and dtype of each tensor, in order.
+        contents: the tensors in this order, or the ranges of their bytes, made as they are asked for.
+        advance: told how many bytes are written.
+        threads: that copy ranges while tensors are made.
+        stored: the same of the tensors that the file holds, where these are made of several of the others, one behind
+            the other.
+        spaced: put spaces into the header. Files that are joined of others have always had them.
+
+    Raises:
+        MegapruneError: a tensor is not what was announced.
+    """
+    spans = _spans(shapes)
+    with FileIO(path, "w") as file, ThreadPoolExecutor(threads) as pool:
+        write_all(file, memoryview(_header(shapes if stored is None else stored, spaced)))
+        first = file.tell()
+        copies: dict[Future[bool], str] = {}
+        for content, (name, described) in zip(contents, shapes.items(), strict=True):
+            begin, end = spans[name]
+            if isinstance(content, Sequence):
+                num_bytes = sum(found.num_bytes for found in content)
+                if num_bytes != end - begin:
+                    raise MegapruneError(f"{name} is {num_bytes:,} bytes long, not {end - begin:,}")
+                copy = pool.submit(_copy_ranges, content, file, first + begin, advance)
+                copies[copy] = f"{content[0].file.name} is truncated: it ends within {name}"
+                continue
+            _check_announced(name, content, described)
+            file.seek(first + begin)
+            write_all(file, as_bytes(content.contiguous()))
+            advance(end - begin)
+        for copy, truncated in copies.items():
+            if not copy.result():
+                raise MegapruneError(truncated)
+
+
+def _header(held: Mapping[str, Described], spaced: bool) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, span in _spans(held).items():
+        shape, dtype = held[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+    encoded = json.dumps(header, separators=(", ", ": ") if spaced else (",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _check_announced(name: str, tensor: Tensor, described: Described) -> None:
+    shape, dtype = described
+    came_as = OF_TORCH[str(tensor.dtype).removeprefix("torch.")]
+    if tuple(tensor.shape) != tuple(shape) or came_as != dtype:
+        raise MegapruneError(f"{name} came as {came_as} {list(tensor.shape)}, not {dtype} {list(shape)}")
+
+
+def _copy_ranges(ranges: Sequence[Range], out: FileIO, at: int, advance: Advance) -> bool:
+    for found in ranges:
+        if not copy_range(found, out, at, advance):
+            return False
+        at += found.num_bytes
+    return True
+
+
+def _spans(shapes: Mapping[str, Described]) -> dict[str, list[int]]:
+    """The first byte of each tensor and the one behind its last, one behind the other."""
+    spans, at = {}, 0
+    for name, described in shapes.items():
+        end = at + num_bytes(described)
+        spans[name], at = [at, end], end
+    return spans
+
+
+def num_bytes(described: Described) -> int:
+    """The bytes of a tensor."""
+    shape, dtype = described
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:
-    """``5GB`` to bytes, with the decimal units of transformers.
+    """Return ``5GB`` in bytes, with the decimal units of transformers.
 
     Raises:
         UsageError: the text is no positive size.
@@ -35,11 +130,6 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     if size <= 0:
         raise UsageError(f"{flag} {text!r} is not a size such as 500MB or 5GB")
     return size
-
-
-def aside_folder(final: Path) -> Path:
-    """Where the parts of ``final`` are gathered until it is whole."""
-    return final.with_name(final.name + ".tmp")
 
 
 @dataclass
@@ -63,45 +153,47 @@ class ShardWriter:
     max_shard_bytes: int
     writer: int = 0
     written: list[WrittenShard] = field(default_factory=list)
-    _pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    _pending: dict[str, tuple[Described, Tensor | Sequence[Range]]] = field(default_factory=dict)
     _pending_bytes: int = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes one tensor; it may be written later."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
-            self.close()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += num_bytes
+        """Take one tensor; it may be written later."""
+        described = tuple(tensor.shape), OF_TORCH[str(tensor.dtype).removeprefix("torch.")]
+        self._make_room(num_bytes(described))
+        self._pending[name] = described, tensor.detach().cpu().contiguous()
+
+    def add_ranges(self, name: str, shape: Sequence[int], dtype: str, ranges: Sequence[Range]) -> None:
+        """Take a tensor whose bytes are in other files, which stay open; they may be copied later."""
+        described = tuple(shape), dtype
+        self._make_room(num_bytes(described))
+        self._pending[name] = described, ranges
 
     def close(self) -> list[WrittenShard]:
-        """Writes what is pending, and returns every file so far."""
+        """Write what is pending, and return every file so far."""
         if self._pending:
-            from safetensors import SafetensorError
-            from safetensors.torch import save_file
-
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
+            # in the order in which safetensors' own writer puts them
+            names = sorted(self._pending, key=lambda name: (-STORED_ORDER.index(self._pending[name][0][1]), name))
+            shapes = {name: self._pending[name][0] for name in names}
             try:
-                save_file(self._pending, self.folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise disk_error(error) or error from error
-            _apply_umask(self.folder / file)
-            self.written.append(WrittenShard(file, sorted(self._pending), self._pending_bytes))
+                write_safetensors(self.folder / file, shapes, (self._pending[name][1] for name in names))
+            except OSError as error:
+                error.filename = None  # a part's, which the user has not named
+                raise
+            self.written.append(WrittenShard(file, sorted(names), self._pending_bytes))
             self._pending, self._pending_bytes = {}, 0
         return self.written
 
-
-def _apply_umask(path: Path) -> None:
-    """safetensors makes files that only their owner may read, whatever the umask says."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    def _make_room(self, num_bytes: int) -> None:
+        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
+            self.close()
+        self._pending_bytes += num_bytes
 
 
 def finish_shards(
     folder: Path, shards: list[WrittenShard], layout: StoredLayout = PLAIN, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Names the files as transformers does, and writes the index where there are several.
+    """Name the files as transformers does, and write the index where there are several.
 
     Args:
         layout: its stacks are put together.
@@ -111,7 +203,7 @@ def finish_shards(
         MegapruneError: two files hold the same tensor.
     """
     if layout.stacks:
-        shards = stack_experts(folder, shards, layout, max_shard_bytes)
+        shards = _stack_experts(folder, shards, layout, max_shard_bytes)
     if len(shards) == 1:
         os.replace(folder / shards[0].file, folder / "model.safetensors")
         return
@@ -123,37 +215,120 @@ def finish_shards(
             if name in weight_map:
                 raise MegapruneError(f"{name} was exported twice, to {weight_map[name]} and {file}")
             weight_map[name] = file
-    index = {
-        "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    write_index(folder, weight_map, sum(shard.num_bytes for shard in shards))
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a folder's safetensors files.
+
+    Args:
+        weight_map: the file of each tensor.
+    """
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def join_shards(folder: Path, shards: list[WrittenShard], file: str) -> None:
-    """Joins the files into one, for readers that know no index, and removes them. Their bytes are copied as they are.
+    """Join the files into one, for readers that know no index, and remove them. Their bytes are copied as they are.
 
     Raises:
         MegapruneError: two files hold the same tensor.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, length = [], 0
+    parts: dict[str, Path] = {}
     for shard in shards:
-        with (folder / shard.file).open("rb") as part:
-            entries = json.loads(part.read(int.from_bytes(part.read(8), "little")))
-            starts.append(part.tell())
         for name in shard.names:
-            if name in header:
+            if name in parts:
                 raise MegapruneError(f"{name} was exported twice")
-            begin, end = entries[name]["data_offsets"]
-            header[name] = entries[name] | {"data_offsets": [length + begin, length + end]}
-        length += shard.num_bytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data begin aligned
-    with (folder / file).open("wb") as whole:
-        whole.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shard, start in zip(shards, starts, strict=True):
-            with (folder / shard.file).open("rb") as part:
-                part.seek(start)
-                shutil.copyfileobj(part, whole)
-            (folder / shard.file).unlink()
+            parts[name] = folder / shard.file
+    _write_joined(folder / file, {name: [name] for name in parts}, parts, stacked=())
+    for shard in shards:
+        (folder / shard.file).unlink()
+
+
+def _stack_experts(
+    folder: Path, shards: Sequence[WrittenShard], layout: StoredLayout, max_shard_bytes: int
+) -> list[WrittenShard]:
+    """Rewrite the files with each stack of experts in one piece, and remove them. Memory stays that of a block of
+    bytes; the disk holds the model twice meanwhile.
+
+    Raises:
+        MegapruneError: two files hold the same tensor, or a stack is not whole.
+    """
+    parts: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    files = TensorFiles()
+    for shard in shards:
+        for name in files.stored_order(folder / shard.file):
+            if name in parts:
+                raise MegapruneError(f"{name} was exported twice, to {parts[name].name} and {shard.file}")
+            parts[name] = folder / shard.file
+            sizes[name] = files.where(parts[name], Place(name)).num_bytes
+    files.close()
+    made: list[WrittenShard] = []
+    for run in _runs(layout.groups(parts), sizes, max_shard_bytes):
+        file = f"stacked-{len(made):05d}.safetensors"
+        stacked = [stored for stored, names in run.items() if layout.stack_of(names[0])]
+        _write_joined(folder / file, run, parts, stacked)
+        made.append(WrittenShard(file, sorted(run), sum(sizes[name] for names in run.values() for name in names)))
+    for shard in shards:
+        (folder / shard.file).unlink()
+    return made
+
+
+def _runs(groups: Mapping[str, list[str]], sizes: Mapping[str, int], max_bytes: int) -> Iterator[dict[str, list[str]]]:
+    run: dict[str, list[str]] = {}
+    total = 0
+    for stored, names in groups.items():
+        num_bytes = sum(sizes[name] for name in names)
+        if run and total + num_bytes > max_bytes:
+            yield run
+            run, total = {}, 0
+        run[stored] = names
+        total += num_bytes
+    if run:
+        yield run
+
+
+def _write_joined(
+    path: Path, groups: Mapping[str, list[str]], parts: Mapping[str, Path], stacked: Sequence[str]
+) -> None:
+    """Write a file of tensors that other files hold.
+
+    Args:
+        groups: the tensors of the file, each with those that it is made of, one behind the other.
+        parts: the file that holds each of these.
+        stacked: of the file's tensors, those that are stacks of experts.
+    """
+    files = TensorFiles()
+    names = [name for members in groups.values() for name in members]
+    shapes: dict[str, Described] = {}
+    for name in names:
+        dtype, shape = files.describe(parts[name], name)
+        shapes[name] = shape, dtype
+    held = {
+        stored: stacked_shape(stored, [shapes[name] for name in members]) if stored in stacked else shapes[members[0]]
+        for stored, members in groups.items()
+    }
+    contents = ([files.where(parts[name], Place(name))] for name in names)
+    write_safetensors(path, shapes, contents, stored=held, spaced=True)
+    files.close()
+
+
+def stacked_shape(name: str, parts: Sequence[Described]) -> Described:
+    """Shape [experts, rows, columns] and dtype of a stack of experts' matrices.
+
+    Args:
+        name: the stack's.
+        parts: its matrices in order, gate before up of each expert.
+
+    Raises:
+        MegapruneError: the matrices make no stack.
+    """
+    if len({(dtype, tuple(shape[1:])) for shape, dtype in parts}) > 1:
+        raise MegapruneError(f"the experts of {name} have several dtypes or shapes: one tensor can't hold them")
+    of_expert = 2 if name.endswith("gate_up_proj") else 1
+    (first, dtype), rows = parts[0], sum(shape[0] for shape, _ in parts[:of_expert])
+    shape = [len(parts) // of_expert, rows, *first[1:]]
+    if math.prod(shape) != sum(math.prod(part) for part, _ in parts):
+        raise MegapruneError(f"the experts of {name} are not all there, or have several shapes")
+    return shape, dtype

@@ -1,7 +1,6 @@
 """A real checkpoint without its bytes: answers what an import asks, and notes what was read."""
 
 from collections import defaultdict
-from types import SimpleNamespace
 
 import torch
 
@@ -21,7 +20,7 @@ class PaperSource(HFSource):
         self.reads = defaultdict(list)
 
     def _described(self, name):
-        return SimpleNamespace(get_shape=lambda: self.shapes[name], get_dtype=lambda: "BF16")
+        return "BF16", tuple(self.shapes[name])
 
     def read(self, name, dim=0, start=0, stop=None):
         shape = list(self.shapes[name])

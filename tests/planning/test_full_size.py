@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes
-from megaprune.mcore.hf_weights import global_weights, rules_by_parameter, source_name
+from megaprune.mcore.hf_weights import global_weights, rules_by_parameter
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.simulation import simulated_rank
-from megaprune.models import Shard
+from megaprune.models.names import source_name
+from megaprune.models.shards import COPY, VOCAB, TensorParallel, padded_vocab_size
 from megaprune.models.sizes import model_size
-from megaprune.weights.shards import TensorParallel, padded_vocab_size, read_shard
 from tests.helpers.hf_tensors import expected_tensors
 from tests.helpers.paper_source import PaperSource
 from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
@@ -136,13 +136,13 @@ def read_on_every_rank(case):
 def read_on_holders(rule, weight, source, arch, sizes):
     """Reads the parts of a parameter as all ranks do that share it, and returns how many elements they hold."""
     size = sizes.expert_tensor if rule.expert else sizes.tensor
-    holders = 1 if rule.shard is Shard.COPY else size
+    holders = 1 if rule.shard is COPY else size
     for rank in range(holders):
-        with torch.device("meta") if rule.shard is Shard.VOCAB else nullcontext():
-            part = read_shard(rule, source, arch, TensorParallel(rank, size))
+        with torch.device("meta") if rule.shard is VOCAB else nullcontext():
+            part = rule.read(source, arch, TensorParallel(rank, size))
         assert part.shape == weight.shape, rule.megatron
     padding = 0
-    if rule.shard is Shard.VOCAB:
+    if rule.shard is VOCAB:
         padding = (padded_vocab_size(arch.vocab_size, size) - arch.vocab_size) * weight.shape[1]
     return holders * weight.numel() - padding
 

@@ -1,10 +1,10 @@
-"""Block-FP8 weights: dequantised bit for bit as a loop over blocks does it, whole or in slices."""
+"""Block-FP8 weights: dequantized bit for bit as a loop over blocks does it, whole or in slices."""
 
 import pytest
 import torch
 
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantize, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers.checkpoints import LLAMA, random_tensors, write_folder
@@ -30,9 +30,9 @@ def by_loop(weight, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantised_equals_a_loop_over_blocks(shape):
+def test_dequantized_equals_a_loop_over_blocks(shape):
     weight, scale = quantised(*shape)
-    assert torch.equal(dequantise(weight, scale), by_loop(weight, scale))
+    assert torch.equal(dequantize(weight, scale), by_loop(weight, scale))
 
 
 @pytest.mark.parametrize("start, stop", [(0, 1), (5, 200), (127, 129), (128, 256), (250, 300)])
@@ -43,14 +43,14 @@ def test_a_slice_is_the_slice_of_the_whole(start, stop, dim):
     whole = by_loop(weight, scale)
     expected = whole[start:stop] if dim == 0 else whole[:, start:stop]
     offset = {"row": start} if dim == 0 else {"column": start}
-    assert torch.equal(dequantise(part, scale, **offset), expected)
+    assert torch.equal(dequantize(part, scale, **offset), expected)
 
 
 def test_every_number_of_the_format():
     weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(130, 1)
     for scale in (1.0, 3.3e-5, 1e30, 2.0**-130):
         scales = torch.full(scale_shape(weight.shape), scale)
-        found, expected = dequantise(weight, scales), by_loop(weight, scales)
+        found, expected = dequantize(weight, scales), by_loop(weight, scales)
         assert found.isnan().sum() == 2 * 130
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from megaprune.models import Shard, family_of
+from megaprune.models import family_of
+from megaprune.models.shards import COLUMN, COPY, GATED, QKV, ROW, VOCAB, TensorParallel, padded_vocab_size
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.shards import TensorParallel, merge_shards, padded_vocab_size, read_shard
 from megaprune.weights.source import HFSource
 from tests.helpers.checkpoints import LLAMA, QWEN2, random_tensors, write_folder
 
@@ -27,7 +27,7 @@ def rules_of(source):
 
 def read_all(rule, source, size):
     arch = source.family.architecture(source.config)
-    return [read_shard(rule, source, arch, TensorParallel(rank, size)) for rank in range(size)]
+    return [rule.read(source, arch, TensorParallel(rank, size)) for rank in range(size)]
 
 
 def rule_for(source, hf_name):
@@ -41,29 +41,29 @@ def test_merging_is_the_inverse_of_cutting(source, size):
     for rule in rules_of(source):
         shards = read_all(rule, source, size)
         assert len({shard.shape for shard in shards}) == 1, "ranks hold equal parts"
-        merged |= merge_shards(rule, shards, arch)
+        merged |= rule.merge(shards, arch)
     assert set(merged) == set(source.names)
     for name, tensor in merged.items():
         assert tensor.dtype == source.dtype(name)
         assert torch.equal(tensor, source.read(name)), name
-    assert {rule.shard for rule in rules_of(source)} == set(Shard) - {Shard.COLUMN}  # that one is below
+    assert {rule.shard for rule in rules_of(source)} == {COPY, ROW, VOCAB, QKV, GATED}  # COLUMN is below
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_column(source, size):
     rule = rule_for(source, ATTENTION + "o_proj.weight")
-    column = type(rule)(rule.megatron, rule.hf, Shard.COLUMN)
+    column = type(rule)(rule.megatron, rule.hf, COLUMN)
     whole = source.read(rule.hf[0])
     shards = read_all(column, source, size)
     assert torch.equal(torch.stack(shards), torch.stack(whole.chunk(size)))
-    assert torch.equal(merge_shards(column, shards, family_of(LLAMA).architecture(LLAMA))[rule.hf[0]], whole)
+    assert torch.equal(column.merge(shards, family_of(LLAMA).architecture(LLAMA))[rule.hf[0]], whole)
 
 
 def test_bf16_bits_survive(tmp_path):
     write_folder(tmp_path, LLAMA, random_tensors(LLAMA, torch.bfloat16))
     source = HFSource(tmp_path)
     rule = rule_for(source, ATTENTION + "q_proj.weight")
-    merged = merge_shards(rule, read_all(rule, source, 2), source.family.architecture(LLAMA))
+    merged = rule.merge(read_all(rule, source, 2), source.family.architecture(LLAMA))
     for name, tensor in merged.items():
         assert torch.equal(tensor.view(torch.int16), source.read(name).view(torch.int16))
 
@@ -113,7 +113,7 @@ def test_every_byte_is_read_once(source, monkeypatch):
     read, whole = [], HFSource.read
     monkeypatch.setattr(HFSource, "read", lambda *args: read.append(whole(*args).numel()) or whole(*args))
     for rule in rules_of(source):
-        if rule.shard is not Shard.COPY:
+        if rule.shard is not COPY:
             read.clear()
             read_all(rule, source, 4)
             assert sum(read) == sum(math.prod(source.shape(name)) for name in rule.hf)
@@ -130,7 +130,7 @@ def refusal(rule, source, size):
 def test_uneven_parts(source, name, length, size):
     rule = rule_for(source, f"model.layers.0.mlp.{name}")
     message = refusal(rule, source, size)
-    assert f"{length} {'rows' if rule.shard is Shard.GATED else 'columns'}, which {size} tensor-parallel" in message
+    assert f"{length} {'rows' if rule.shard is GATED else 'columns'}, which {size} tensor-parallel" in message
     assert rule.hf[0] in message and "--tensor-model-parallel-size" in message
 
 
@@ -146,3 +146,14 @@ def test_missing_tensor(tmp_path):
     source = HFSource(tmp_path)
     message = refusal(rule_for(source, ATTENTION + "q_proj.weight"), source, 2)
     assert f"lacks the tensor {ATTENTION}v_proj.weight" in message
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "input_layernorm"])
+def test_runs_are_where_the_bytes_of_each_tensor_lie(source, name):
+    arch, rule = source.family.architecture(source.config), rule_for(source, f"model.layers.0.{name}.weight")
+    whole = rule.read(source, arch, TensorParallel())
+    stored = whole.numpy().tobytes()
+    for number, hf_name in enumerate(rule.hf):
+        runs = rule.shard.runs(number, whole.shape, arch, whole.element_size())
+        found = b"".join(stored[first : first + length] for first, length in runs)
+        assert found == source.read(hf_name).numpy().tobytes()

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from megaprune.models.names import renumbered
 from megaprune.models.sizes import layer_costs, model_size, output_cost
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.source import HFSource, renamed
+from megaprune.weights.source import HFSource
 from tests.helpers.checkpoints import LLAMA, QWEN2, random_tensors, read_index, write_folder, write_index
 
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -85,12 +86,12 @@ def test_the_one_file_goes_before_an_index(tmp_path):
 
 
 def test_names_after_pruning():
-    assert renamed("model.layers.7.mlp.up_proj.weight", [0, 3, 7]) == "model.layers.2.mlp.up_proj.weight"
-    assert renamed("model.layers.5.mlp.up_proj.weight", [0, 3, 7]) is None
-    assert renamed("model.layers.13.mlp.experts.13.up_proj.weight", [13]) == (
+    assert renumbered("model.layers.7.mlp.up_proj.weight", [0, 3, 7]) == "model.layers.2.mlp.up_proj.weight"
+    assert renumbered("model.layers.5.mlp.up_proj.weight", [0, 3, 7]) is None
+    assert renumbered("model.layers.13.mlp.experts.13.up_proj.weight", [13]) == (
         "model.layers.0.mlp.experts.13.up_proj.weight"
     )
-    assert renamed("model.norm.weight", []) == "model.norm.weight"
+    assert renumbered("model.norm.weight", []) == "model.norm.weight"
 
 
 # Damage

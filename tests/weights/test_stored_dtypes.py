@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaprune.cli.main import attempt
-from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantize, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers.checkpoints import LLAMA, random_tensors, write_folder
@@ -65,8 +65,8 @@ def stacked(tensors, layers, experts):
 def test_powers_of_two_are_scales():
     weight = torch.randn(300, 130).to(torch.float8_e4m3fn)
     scale, exponents = powers_of_two(scale_shape(weight.shape), 1)
-    assert torch.equal(dequantise(weight, scale), by_element(weight, exponents))
-    assert torch.equal(dequantise(weight[100:200], scale, row=100), by_element(weight, exponents)[100:200])
+    assert torch.equal(dequantize(weight, scale), by_element(weight, exponents))
+    assert torch.equal(dequantize(weight[100:200], scale, row=100), by_element(weight, exponents)[100:200])
 
 
 @pytest.mark.parametrize("how", ["dense", "experts", "stacks"])

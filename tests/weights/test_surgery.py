@@ -65,3 +65,10 @@ def test_index_is_that_of_the_result(tmp_path):
     weight_map = read_index(tmp_path / "pruned")
     assert weight_map.keys() == after.keys()
     assert set(weight_map.values()) == {path.name for path in (tmp_path / "pruned").glob("*.safetensors")}
+
+
+def test_bytes_are_copied_from_file_to_file(tmp_path, monkeypatch):
+    """No tensor is in memory, however large a shard may be."""
+    write_folder(tmp_path / "source", LLAMA, num_files=2)
+    monkeypatch.setattr(HFSource, "read", lambda *args: pytest.fail("a tensor was read"))
+    assert len(prune(tmp_path / "source", tmp_path / "pruned")) == 30

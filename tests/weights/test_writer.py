@@ -6,9 +6,13 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.weights.byte_ranges import Buffer
+from megaprune.weights.dtypes import TORCH_NAMES
+from megaprune.weights.reader import TensorFiles
+from megaprune.weights.stored_layout import Place
 from megaprune.weights.writer import ShardWriter, finish_shards, parse_size
 from tests.helpers.checkpoints import read_index
 
@@ -59,6 +63,41 @@ def test_views(tmp_path):
     write(tmp_path, 10**6, {"transposed": whole.t(), "column": whole[:, 1]})
     stored = load_file(tmp_path / "model.safetensors")
     assert torch.equal(stored["transposed"], whole.t()) and torch.equal(stored["column"], whole[:, 1])
+
+
+def of_every_dtype():
+    dtypes = [getattr(torch, name) for name in TORCH_NAMES.values()]
+    return {f"{x}.{number}": torch.ones(3, 5).to(dtype) for x in "ba" for number, dtype in enumerate(dtypes)}
+
+
+def test_the_same_bytes_as_safetensors_own_writer(tmp_path):
+    tensors = of_every_dtype() | {"scalar": torch.tensor(2.0), "none": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", 10**6, tensors)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_ranges_of_other_files(tmp_path):
+    tensors, whole, files = of_every_dtype(), tmp_path / "whole.safetensors", TensorFiles()
+    save_file(tensors, whole, metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    writer = ShardWriter(tmp_path / "out", 10**6)
+    for name in tensors:
+        dtype, shape = files.describe(whole, name)
+        writer.add_ranges(name, shape, dtype, [files.where(whole, Place(name))])
+    finish_shards(tmp_path / "out", writer.close())
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("dim, start, stop", [(0, 2, 5), (0, 5, None), (0, 3, 3), (1, 1, 4), (1, 3, None), (1, 2, 2)])
+def test_slices_are_read_as_torch_cuts_them(tmp_path, dim, start, stop):
+    tensor, path, files = torch.randn(7, 5), tmp_path / "one.safetensors", TensorFiles()
+    save_file({"t": tensor}, path)
+    cut = slice(start, stop)
+    found = files.read_slice(path, Place("t"), (7, 5), dim, start, stop)
+    assert torch.equal(found, tensor[cut] if dim == 0 else tensor[:, cut])
+    assert torch.equal(files.read(path, Place("t"), (7, 5), Buffer()), tensor)
 
 
 def test_several_writers_share_a_folder(tmp_path):

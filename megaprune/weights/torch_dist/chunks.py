@@ -7,14 +7,15 @@ which tensor lies where. Writing and reading here go tensor by tensor, so that m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 from megaprune.utils.errors import MegapruneError
+from megaprune.weights.byte_ranges import Advance, Range, as_bytes, copy_range, read_into, write_all
 from megaprune.weights.dtypes import ITEM_BYTES, OF_TORCH
-from megaprune.weights.safetensors_io import Range, as_bytes, copy_range, read_into, write_all
 from megaprune.weights.torch_dist.saved_tensor import around, data_offset
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk lies: a file of the checkpoint, and the bytes of it that `torch.save` wrote."""
+    """A chunk's place: a file of the checkpoint, and the bytes of it that `torch.save` wrote."""
 
     file: str
     offset: int
@@ -48,8 +49,8 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
-    """Writes a tensor at the end of an unbuffered file."""
+def append_tensor(file: FileIO, tensor: torch.Tensor, name: str) -> Place:
+    """Write a tensor at the end of an unbuffered file."""
     offset = file.tell()
     before, behind = around(tensor.shape, OF_TORCH[str(tensor.dtype).removeprefix("torch.")])
     for content in (memoryview(before), as_bytes(tensor.contiguous()), memoryview(behind)):
@@ -58,14 +59,14 @@ def append_tensor(file: BinaryIO, tensor: torch.Tensor, name: str) -> Place:
 
 
 def append_ranges(
-    file: BinaryIO,
+    file: FileIO,
     shape: Sequence[int],
     dtype: str,
     name: str,
     content: Iterable[tuple[Range, int]],
-    advance: Callable[[int], Any],
+    advance: Advance,
 ) -> Place:
-    """The same for a tensor whose bytes are in other files, which they are copied from without passing through here.
+    """Write a tensor whose bytes are in other files, and copied from there, at the end of an unbuffered file.
 
     Args:
         content: the ranges, each with its place among the tensor's bytes.
@@ -78,7 +79,7 @@ def append_ranges(
     write_all(file, memoryview(before))
     first = file.tell()
     for found, at in content:
-        if not copy_range(found.file, found.start, file, first + at, found.num_bytes, advance):
+        if not copy_range(found, file, first + at, advance):
             raise MegapruneError(f"{found.file.name} is truncated: fetch it again")
     file.seek(first + math.prod(shape) * ITEM_BYTES[dtype])
     write_all(file, memoryview(behind))
@@ -86,24 +87,24 @@ def append_ranges(
 
 
 class ChunkReader:
-    """Reads chunks of one checkpoint folder, each straight from its place in the file."""
+    """Reader of the chunks of one checkpoint folder, each straight from its place in the file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
 
     def read(self, chunk: Chunk, dtype: str, into: torch.Tensor, skip: int = 0) -> None:
-        """Fills `into`, a contiguous tensor, with the chunk's numbers in their order, from behind the first `skip` on.
+        """Fill `into`, a contiguous tensor, with the chunk's numbers in their order, from behind the first `skip` on.
 
         Raises:
             MegapruneError: the file is missing, truncated, or holds something else there.
         """
         found = self.where(chunk, dtype, into.numel(), skip)
-        if not read_into(found.file, found.start, into):
+        if not read_into(found, as_bytes(into)):
             raise self._damaged(chunk.place.file, "it is truncated")
 
     def where(self, chunk: Chunk, dtype: str, count: int, skip: int = 0) -> Range:
-        """Where so many of the chunk's numbers are, behind the first `skip`.
+        """The range of so many of the chunk's numbers, behind the first `skip`.
 
         Raises:
             MegapruneError: the file is missing or holds something else there.
@@ -121,10 +122,10 @@ class ChunkReader:
             file.close()
         self._files = {}
 
-    def _file(self, name: str) -> BinaryIO:
+    def _file(self, name: str) -> FileIO:
         if name not in self._files:
             try:
-                self._files[name] = (self._folder / name).open("rb", buffering=0)
+                self._files[name] = FileIO(self._folder / name)
             except OSError as error:
                 raise MegapruneError(
                     f"{self._folder / name} can't be read ({error}): the checkpoint is incomplete"

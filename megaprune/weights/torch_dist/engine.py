@@ -19,13 +19,13 @@ from tqdm import tqdm
 from megaprune.utils import failure
 from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.files import aside_folder, whole_file
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.ranks import raise_together, rank, world_size
-from megaprune.weights.writer import aside_folder
+from megaprune.weights.byte_ranges import Advance
 
 T = TypeVar("T")
-Advance = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Part(Generic[T]):
     num_bytes: int
 
 
+Write = Callable[[Part[T], Path, Advance], Any]
+
+
 @dataclass(frozen=True)
 class Labour:
-    """How the work is shared out and taken up: threads of each process, and whether to go on with earlier work."""
+    """The sharing of the work: threads of each process, and whether to go on with earlier work."""
 
     workers: int | None = None
     resume: bool = False
@@ -64,7 +67,7 @@ class Conversion:
 
 
 def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
-    """Cuts items, each with its bytes, into runs of at most so many bytes; a larger item is a run of its own."""
+    """Cut items, each with its bytes, into runs of at most so many bytes; a larger item is a run of its own."""
     runs: list[list[T]] = []
     totals: list[int] = []
     for item, num_bytes in items:
@@ -80,12 +83,12 @@ def convert(
     final: Path,
     flag: str,
     parts: Sequence[Part[T]],
-    write: Callable[[Part[T], Path, Advance], Any],
+    write: Write[T],
     finish: Callable[[Path, dict[str, Any]], None],
     plan: dict[str, Any],
     labour: Labour,
 ) -> None:
-    """Makes the folder `final`, whole or not at all. Collective where a launcher started several processes.
+    """Make the folder `final`, whole or not at all. Collective where a launcher started several processes.
 
     Args:
         flag: what the user calls the folder.
@@ -124,7 +127,7 @@ class _Work:
         return self.folder / f"{part.file}.json"
 
     def clear(self) -> None:
-        """Removes the folder, the plan last: by it a removal that was cut short is known."""
+        """Remove the folder, the plan last: by it a removal that was cut short is known."""
         for path in self.folder.iterdir():
             if path != self.plan:
                 path.unlink()
@@ -137,7 +140,7 @@ class _Work:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Loads torch, and has it compute on one thread: the parts are what runs in parallel."""
+    """Load torch, and have it compute on one thread: the parts are what runs in parallel."""
     import torch
 
     before = torch.get_num_threads()
@@ -161,17 +164,16 @@ def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: 
         if not same:
             raise UsageError(f"{work.folder} holds unfinished work on other input or with other flags: remove it")
     else:
-        ours = {work.result.name, "plan.json.unfinished"}
         found = {path.name for path in work.folder.iterdir()} if work.folder.is_dir() else set()
-        if found - ours or (work.result.is_dir() and any(work.result.iterdir())):
+        begun_only = all(name == work.result.name or name.startswith(f".{work.plan.stem}.") for name in found)
+        if not begun_only or (work.result.is_dir() and any(work.result.iterdir())):
             raise UsageError(f"{work.folder}, where the work would go on, holds other files: move or remove it")
         work.result.mkdir(parents=True, exist_ok=True)
-        unnamed = work.folder / "plan.json.unfinished"
-        unnamed.write_text(json.dumps(plan))
-        unnamed.rename(work.plan)
+        with whole_file(work.plan) as unnamed:
+            unnamed.write_text(json.dumps(plan))
 
 
-def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_threads: int) -> None:
+def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Write[T], num_threads: int) -> None:
     mine = parts[rank() :: world_size()]
     left = [part for part in mine if not (work.result / part.file).exists()]
     total = sum(part.num_bytes for part in mine)
@@ -187,7 +189,7 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Callable, num_thr
         future.result()
 
 
-def _write_part(work: _Work, part: Part[T], write: Callable, advance: Advance) -> None:
+def _write_part(work: _Work, part: Part[T], write: Write[T], advance: Advance) -> None:
     try:
         record = write(part, work.unfinished(part), advance)
         work.record(part).write_text(json.dumps(record))
@@ -200,7 +202,7 @@ def _write_part(work: _Work, part: Part[T], write: Callable, advance: Advance) -
     work.unfinished(part).rename(work.result / part.file)  # last: a part that is there has its record
 
 
-def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable) -> None:
+def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable[[Path, dict[str, Any]], None]) -> None:
     finish(work.result, {part.file: json.loads(work.record(part).read_text()) for part in parts})
     os.replace(work.result, final)
     work.clear()
@@ -208,7 +210,7 @@ def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable
 
 @contextmanager
 def _processes() -> Any:
-    """Joins the processes of a launcher, if there is one."""
+    """Join the processes of a launcher, if there is one."""
     if world_size() == 1:
         yield
         return
@@ -237,7 +239,7 @@ def on_rank0(work: Callable[[], None]) -> None:
 
 
 def _together(work: Callable[[], None]) -> None:
-    """Does this process's share, then raises on all what any met."""
+    """Do this process's share, then raise on all what any met."""
     error = None
     try:
         work()
@@ -249,5 +251,5 @@ def _together(work: Callable[[], None]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks."""
+    """Return whether this is the process that speaks."""
     return rank() == 0

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaprune.utils.disk import check_room
-from megaprune.utils.errors import MegapruneError
-from megaprune.weights.dtypes import ITEM_BYTES
-from megaprune.weights.safetensors_io import Buffer, Range, write_safetensors
-from megaprune.weights.source import INDEX, HFSource
+from megaprune.weights.byte_ranges import Advance, Buffer, Range
+from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import ChunkReader
-from megaprune.weights.torch_dist.engine import Advance, Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.source import CheckpointSource
+from megaprune.weights.writer import Described, num_bytes, stacked_shape, write_index, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, labour: Labour) -> None:
-    """Writes the HF folder. Collective where a launcher started several processes.
+    """Write the HF folder. Collective where a launcher started several processes.
 
     Raises:
         MegapruneError: the checkpoint is damaged or of another model than its config, or the disk is full.
@@ -42,30 +39,27 @@ def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: i
 class _Export:
     def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
         self._source, self._threads = source, labour.threads
-        self._arch = source.family.architecture(source.config)
-        self._shapes = {name: (source.shape(name), source.dtype_name(name)) for name in source.names}
+        self._shapes: dict[str, Described] = {
+            name: (source.shape(name), source.dtype_name(name)) for name in source.names
+        }
         self._groups = source.layout.groups(source.names)
         self._stored = {stored: self._stored_as(stored) for stored in self._groups}
-        sizes = {stored: math.prod(shape) * ITEM_BYTES[dtype] for stored, (shape, dtype) in self._stored.items()}
+        sizes = {stored: num_bytes(described) for stored, described in self._stored.items()}
         runs = cut(sizes.items(), max_shard_bytes)
         files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
         if len(runs) == 1:
             files = ["model.safetensors"]
         self.parts = [Part(file, *run) for file, run in zip(files, runs, strict=True)]
 
-    def _stored_as(self, stored: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a tensor of the output: of a stack [experts, rows, columns]."""
-        parts = self._groups[stored]
-        shape, dtype = self._shapes[parts[0]]
-        if self._source.layout.stack_of(parts[0]) is None:
-            return shape, dtype
-        if len({self._shapes[part] for part in parts}) > 1:
-            raise MegapruneError(f"the experts of {stored} have several dtypes or shapes: one tensor can't hold them")
-        experts = self._arch.num_experts
-        return (experts, shape[0] * (len(parts) // experts), *shape[1:]), dtype
+    def _stored_as(self, stored: str) -> Described:
+        """Shape and dtype of a tensor of the output."""
+        parts = [self._shapes[name] for name in self._groups[stored]]
+        if self._source.layout.stack_of(self._groups[stored][0]) is None:
+            return parts[0]
+        return stacked_shape(stored, parts)
 
     def plan(self) -> dict[str, Any]:
-        """What the parts follow from."""
+        """The input that the parts follow from."""
         metadata = (self._source.folder.parent / ".metadata").stat()
         return {
             "checkpoint": [str(self._source.folder.parent.resolve()), metadata.st_size, metadata.st_mtime_ns],
@@ -73,7 +67,7 @@ class _Export:
         }
 
     def write(self, part: Part[str], path: Path, advance: Advance) -> None:
-        """Writes one file."""
+        """Write one file."""
         reader, buffer = ChunkReader(self._source.folder.parent), Buffer()
         names = [name for stored in part.items for name in self._groups[stored]]
 
@@ -88,12 +82,11 @@ class _Export:
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
-        """The index, and the HF model's own files; then all is looked at as a reader would."""
+        """Write the index and the HF model's own files; then check the folder as a reader would."""
         if len(self.parts) > 1:
             weight_map = {name: part.file for part in self.parts for name in part.items}
             total = sum(part.num_bytes for part in self.parts)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(folder, weight_map, total)
         write_config(self._source.stored_config, folder)
         copy_beside(self._source.folder, folder)
         HFSource(folder).check_tensors()

@@ -7,20 +7,22 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from megaprune.models import Architecture
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
+from megaprune.weights.byte_ranges import Advance, Buffer, Range
 from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float
-from megaprune.weights.fp8 import SCALE_SUFFIX, dequantise
-from megaprune.weights.safetensors_io import Buffer, Range, TensorFiles
+from megaprune.weights.fp8 import SCALE_SUFFIX, dequantize
+from megaprune.weights.reader import TensorFiles
 from megaprune.weights.source import HFSource
 from megaprune.weights.stored_layout import PLAIN
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import Chunk, Place, append_ranges, append_tensor, stored_tensors
-from megaprune.weights.torch_dist.engine import Advance, Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.layout import Piece, pieces
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 
@@ -35,7 +37,7 @@ _PART_BYTES = 2 * 10**9
 
 
 def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour: Labour) -> None:
-    """Writes the checkpoint `folder`. Collective where a launcher started several processes.
+    """Write the checkpoint `folder`. Collective where a launcher started several processes.
 
     Args:
         dtype: of the weights, as safetensors names it; None keeps each as it is stored (block FP8 becomes bf16).
@@ -69,7 +71,7 @@ class _Import:
         self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
 
     def _check_tensors(self) -> None:
-        """Checks that each Megatron tensor is whole, and of one dtype.
+        """Check that each Megatron tensor is whole, and of one dtype.
 
         Raises:
             MegapruneError: HF tensors that belong together don't fit each other, or one of them is missing.
@@ -92,7 +94,7 @@ class _Import:
                 )
 
     def computes(self) -> bool:
-        """Whether there is a number to compute, not only bytes to move."""
+        """Return whether there is a number to compute, not only bytes to move."""
         return not all(self._is_moved(piece) for piece in self._pieces)
 
     def _is_moved(self, piece: Piece) -> bool:
@@ -100,7 +102,7 @@ class _Import:
         return all(self._source.stored_dtype_name(name) == final for name in piece.hf)
 
     def plan(self) -> dict[str, Any]:
-        """What the parts follow from."""
+        """The input that the parts follow from."""
         config = json.dumps(self._source.config, sort_keys=True).encode()
         files = sorted({self._source.file(name) for name in self._source.names})
         stats = [path.stat() for path in files]
@@ -112,9 +114,9 @@ class _Import:
         }
 
     def write(self, part: Part[Piece], path: Path, advance: Advance) -> list[Any]:
-        """Writes one file. Gives offset and length of each of its pieces."""
+        """Write one file. Gives offset and length of each of its pieces."""
         files, buffer, record = TensorFiles(), Buffer(), []
-        with path.open("w+b", buffering=0) as out:
+        with FileIO(path, "w+") as out:
             for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
                 for name in following.hf if following else ():
                     files.prefetch(self._source.file(name), self._source.place(name))
@@ -124,7 +126,7 @@ class _Import:
         return record
 
     def _write_piece(
-        self, piece: Piece, out: BinaryIO, file: str, files: TensorFiles, buffer: Buffer, advance: Advance
+        self, piece: Piece, out: FileIO, file: str, files: TensorFiles, buffer: Buffer, advance: Advance
     ) -> Place:
         dtype = self._final_dtype(piece)
         if self._is_moved(piece):
@@ -138,7 +140,7 @@ class _Import:
         return place
 
     def _ranges(self, piece: Piece, files: TensorFiles, dtype: str) -> Iterator[tuple[Range, int]]:
-        """Where the bytes of a piece are, each run with its place in the piece."""
+        """The bytes of a piece, each run with its place in the piece."""
         for number, name in enumerate(piece.hf):
             whole, done = files.where(self._source.file(name), self._source.place(name)), 0
             for at, num_bytes in piece.runs(number, self._arch, ITEM_BYTES[dtype]):
@@ -170,7 +172,7 @@ class _Import:
         if not self._source.is_fp8(name):
             return tensor
         scales = self._read_stored(name + SCALE_SUFFIX, files, buffer)
-        return dequantise(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
+        return dequantize(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
 
     def _read_stored(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
         source = self._source
@@ -181,8 +183,9 @@ class _Import:
 
     def _final_dtype_of(self, name: str, key: str) -> str:
         stored = self._source.dtype_name(name)
-        keeps = self._dtype is None or not is_float(stored) or key.endswith("router.expert_bias")
-        return stored if keeps else self._dtype
+        if self._dtype is None or not is_float(stored) or key.endswith("router.expert_bias"):
+            return stored
+        return self._dtype
 
     def _num_bytes(self, piece: Piece) -> int:
         return math.prod(piece.shape) * ITEM_BYTES[self._final_dtype(piece)]
@@ -200,7 +203,7 @@ def _check_covered(found: Sequence[Piece], names: Sequence[str]) -> None:
 
 
 def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
-    """Reads back what a loader would see: every chunk, within its file.
+    """Read back every chunk, within its file, as a loader would see it.
 
     Raises:
         MegapruneError: something is not there.

@@ -1,20 +1,18 @@
-"""Where each HF tensor lies in a Megatron-Core checkpoint: keys, sizes and offsets, from the families' tables."""
+"""The layout of a Megatron-Core checkpoint: keys, sizes and offsets of its HF tensors, from the families' tables."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megaprune.models import Architecture, Family, HFConfig, Shard, WeightRule
+from megaprune.models import Architecture, Family, HFConfig, WeightRule
+from megaprune.models.names import expert_key, hf_name, in_mtp_layer, mtp_prefix
+from megaprune.models.shards import COPY, ShardKind
 
 if TYPE_CHECKING:
     import torch
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"^(.+\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
 # Tensors of an MTP layer that are not its transformer layer's.
 _MTP = {
     "enorm.weight": "enorm.weight",
@@ -30,7 +28,10 @@ UNREAD = "hf."
 class Piece:
     """One chunk of a Megatron tensor, and the HF tensors whose numbers it holds.
 
-    One HF tensor is one chunk, as it is stored; but query, key and value make one together.
+    One HF tensor is one chunk, as it is stored; but tensors that a shard kind interleaves make one together.
+
+    Args:
+        kind: how the HF tensors lie in the chunk.
     """
 
     key: str
@@ -38,30 +39,19 @@ class Piece:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     hf: tuple[str, ...]
+    kind: ShardKind = COPY
 
     def runs(self, number: int, arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
-        """Where in the chunk the bytes of one of its HF tensors lie, in their order: where each run begins, and its
-        length."""
-        if len(self.hf) == 1:
-            return [(0, math.prod(self.shape) * item_bytes)]
-        row = math.prod(self.shape[1:]) * item_bytes
-        group = self.shape[0] // arch.query_groups
-        widths = (group - 2 * arch.head_dim, arch.head_dim, arch.head_dim)
-        first = sum(widths[:number])
-        return [((of * group + first) * row, widths[number] * row) for of in range(arch.query_groups)]
+        """The runs of bytes, in its order, that one of its HF tensors takes in the chunk: first byte and length."""
+        return self.kind.runs(number, self.shape, arch, item_bytes)
 
     def join(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
         """The chunk, from its HF tensors."""
-        from megaprune.weights.shards import interleave_qkv
-
-        whole = tensors[0] if len(tensors) == 1 else interleave_qkv(tensors, arch.query_groups)
-        return whole.reshape(self.shape)
+        return self.kind.fuse(tensors, arch).reshape(self.shape)
 
     def split(self, chunk: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
         """The HF tensors, of their own shapes but for a leading expert dimension, from the chunk."""
-        from megaprune.weights.shards import split_qkv
-
-        return [chunk] if len(self.hf) == 1 else split_qkv(chunk, arch)
+        return self.kind.merge([chunk], arch)
 
 
 def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
@@ -89,31 +79,31 @@ def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...
 
 def checkpoint_key(rule: WeightRule) -> str:
     """The key of a rule's parameter; a layer's routed experts share one."""
-    expert = _EXPERT.match(rule.megatron)
-    return f"{expert[1]}.experts.{expert[3]}" if expert else rule.te or rule.megatron
+    expert = expert_key(rule.megatron)
+    return expert[0] if expert else rule.te or rule.megatron
 
 
 def mtp_rules(family: Family, arch: Architecture, num_mtp: int) -> Iterator[tuple[str, WeightRule]]:
     """The rules of so many MTP layers behind the model's own, each with its key."""
     for number in range(num_mtp if family.mtp_keys else 0):
-        layer, prefix = arch.num_layers + number, f"mtp.layers.{number}."
+        layer, prefix = arch.num_layers + number, mtp_prefix(number)
         for theirs, ours in _MTP.items():
-            yield prefix + ours, WeightRule(prefix + ours, (f"model.layers.{layer}.{theirs}",), Shard.COPY)
+            yield prefix + ours, WeightRule(prefix + ours, (hf_name(layer, theirs),), COPY)
         for rule in family.layer_rules(arch, arch.num_layers - 1):  # its transformer layer is like the model's last
             for expert in range(arch.num_experts if rule.expert else 1):
                 here = rule.at(layer, expert)
-                yield _LAYER.sub(f"{prefix}transformer_layer.", checkpoint_key(here)), here
+                yield in_mtp_layer(checkpoint_key(here), number), here
 
 
 def _of_rule(rule: WeightRule, key: str, shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> Iterator[Piece]:
-    expert = _EXPERT.match(rule.megatron)
+    expert = expert_key(rule.megatron)
     # experts are stacked along a dimension in front
-    front, at = ((arch.num_experts,), (int(expert[2]),)) if expert else ((), ())
+    front, at = ((arch.num_experts,), (expert[1],)) if expert else ((), ())
     own = [shapes[name] for name in rule.hf]
     rows, rest = sum(shape[0] for shape in own), own[0][1:]
     ones, zeros, size = (1,) * len(front), (0,) * len(rest), (*front, rows, *rest)
-    if rule.shard is Shard.QKV:
-        yield Piece(key, size, (0, *zeros), size, rule.hf)
+    if rule.shard.interleaves:
+        yield Piece(key, size, (0, *zeros), size, rule.hf, rule.shard)
         return
     row = 0
     for name, shape in zip(rule.hf, own, strict=True):

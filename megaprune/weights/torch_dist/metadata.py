@@ -1,7 +1,8 @@
 """The `.metadata` of a `torch_dist` checkpoint, a pickle of torch's own data classes, and the small files beside it.
 
-Written and read without those classes, which take torch and its distributed checkpointing, three seconds in all, to
-load. What is on the disk must stay readable to every later torch, so it can be relied upon as a file format.
+Written and read without those classes. Loading them takes torch and its distributed checkpointing: 3.0 seconds of
+processor time and 270 MB of memory, where a conversion that only moves bytes otherwise starts in 0.2 seconds and 25 MB.
+Every later torch must be able to read the files that are on disks, so their format can be relied upon.
 """
 
 import json
@@ -33,7 +34,7 @@ _HARMLESS = {("collections", "OrderedDict"), ("builtins", "set")}
 
 
 def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Writes the files that make a folder of `.distcp` files a checkpoint for Megatron-Core."""
+    """Write the files that make a folder of `.distcp` files a checkpoint for Megatron-Core."""
     with (folder / ".metadata").open("wb") as file:
         _Pickled(file).write(tensors)
     (folder / "common.pt").write_bytes(saved_plain({"checkpoint_version": 3.0, "iteration": 0}))
@@ -43,7 +44,7 @@ def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 class _Pickled:
-    """Writes a pickle of objects whose classes are not loaded, opcode by opcode."""
+    """Writer of a pickle of objects whose classes are not loaded, opcode by opcode."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -61,7 +62,11 @@ class _Pickled:
             for number, chunk in enumerate(tensor.chunks):
                 put(_object("MetadataIndex", fqn=_plain(key), index=_plain(number), offset=_size(chunk.offset)))
                 place = chunk.place
-                fields = {"relative_path": place.file, "offset": place.offset, "length": place.length}
+                fields: dict[str, str | int] = {
+                    "relative_path": place.file,
+                    "offset": place.offset,
+                    "length": place.length,
+                }
                 put(_object("_StorageInfo", **{name: _plain(value) for name, value in fields.items()}))
         put(b"u")
         for name in ("planner_data", "storage_meta", "version"):

@@ -11,7 +11,8 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from io import FileIO
+from typing import Any
 
 from megaprune.weights.dtypes import ITEM_BYTES
 
@@ -31,7 +32,7 @@ _LARGE = 0xFFFFFFFF  # from here on a size has its place in the extra field of z
 
 
 def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and behind the numbers of a contiguous tensor.
+    """The bytes that `torch.save` writes before and behind the numbers of a contiguous tensor.
 
     Args:
         dtype: as safetensors names it.
@@ -45,7 +46,7 @@ def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
 
 
 def saved_plain(value: Any) -> bytes:
-    """What `torch.save` makes of numbers, strings and dicts of them."""
+    """The bytes that `torch.save` makes of numbers, strings and dicts of them."""
     content, directory, count = _begun(pickle.dumps(value, 2))
     return content + directory + _end(len(content), len(directory), count)
 
@@ -70,8 +71,8 @@ def _end(start: int, length: int, count: int) -> bytes:
     return end
 
 
-def data_offset(file: BinaryIO, start: int, length: int, shape: tuple[int, ...], num_bytes: int) -> int:
-    """Where the numbers of a tensor begin, counted from the first byte of what `torch.save` wrote.
+def data_offset(file: FileIO, start: int, length: int, shape: tuple[int, ...], num_bytes: int) -> int:
+    """The beginning of a tensor's numbers, counted from the first byte of what `torch.save` wrote.
 
     Args:
         start: of what `torch.save` wrote in the file; it has `length` bytes.
@@ -131,14 +132,14 @@ def _listed(name: str, checksum: int, size: int, offset: int) -> bytes:
 
 
 def _entry_offset(window: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin, behind its header, its name and what pads them."""
+    """The beginning of an entry's bytes, behind its header, its name and what pads them."""
     window.seek(entry.header_offset)
     header = window.read(30)
     return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Gives offset, shape and strides of the one tensor that `torch.save` wrote, without its numbers."""
+    """Unpickles offset, shape and strides of the one tensor that `torch.save` wrote, without its numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -156,7 +157,7 @@ class _TensorUnpickler(pickle.Unpickler):
 class _Window(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, file: FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def seekable(self) -> bool:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaprune.models import family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.utils.errors import MegapruneError
+from megaprune.weights.byte_ranges import Buffer, Range
 from megaprune.weights.dtypes import ITEM_BYTES
-from megaprune.weights.safetensors_io import Buffer, Range
-from megaprune.weights.source import HFSource
+from megaprune.weights.hub import check_links
+from megaprune.weights.source import read_hf_config
 from megaprune.weights.stored_layout import StoredLayout
+from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.chunks import Chunk, ChunkReader
 from megaprune.weights.torch_dist.import_hf import HF_FOLDER, LAYOUT_FILE
 from megaprune.weights.torch_dist.layout import UNREAD, Piece, mtp_rules, pieces
@@ -28,7 +32,7 @@ _PADDED_KEYS = ("embedding.word_embeddings.weight", OUTPUT_KEY)
 _MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
 
 
-class CheckpointSource(HFSource):
+class CheckpointSource(TensorSource):
     """A checkpoint in the place of an HF folder: every name, shape, dtype and number that the export of it would have.
 
     The checkpoint may have been saved at any layout: chunks are put together as they are read.
@@ -48,7 +52,9 @@ class CheckpointSource(HFSource):
                 f"{checkpoint} holds no {HF_FOLDER}/config.json: only checkpoints that carry the HF model's config and "
                 "tokenizer there can be read, as convert.py import writes them"
             )
-        self._begin(checkpoint / HF_FOLDER)
+        check_links(checkpoint / HF_FOLDER)
+        config = read_hf_config(checkpoint / HF_FOLDER)
+        self._begin(checkpoint / HF_FOLDER, config, family_of(config))
         if OUTPUT_KEY in self._stored:
             self._untie()
         if (self.folder / LAYOUT_FILE).is_file():
@@ -71,16 +77,15 @@ class CheckpointSource(HFSource):
                 f"{checkpoint} holds {unused[0]}, for which its config has no place: it would be lost on export"
             )
         self._pieces = {name: (piece, number) for piece in found for number, name in enumerate(piece.hf)}
-        self._files = dict.fromkeys(self._pieces, checkpoint)
-        self._headers = self._handles = {checkpoint: self}
+        self._folder = checkpoint
         self._fused: tuple[str, list[Tensor]] = "", []
 
     def lies_in_one_chunk(self, name: str) -> bool:
-        """Whether its bytes need only be moved."""
+        """Return whether its bytes need only be moved."""
         return self._found_in(self._pieces[name][0]) is not None
 
     def ranges_of(self, reader: ChunkReader, name: str) -> list[Range] | None:
-        """Where a tensor's bytes lie in a file, one run behind the other, if they lie in one chunk."""
+        """The tensor's byte ranges as `ranges` gives them, in files that the caller's own reader has open."""
         piece, number = self._pieces[name]
         found, dtype = self._found_in(piece), self._stored[piece.key].dtype
         if found is None:
@@ -94,10 +99,39 @@ class CheckpointSource(HFSource):
         chunk = self._read_piece(piece, reader, buffer)
         return piece.split(chunk, self._arch)[number].reshape(self._shapes[name])
 
-    # What safetensors' own handles do:
+    @property
+    def all_names(self) -> Collection[str]:
+        """Every tensor's name, in the checkpoint's order."""
+        return self._pieces.keys()
 
-    def get_tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the tensor has in an HF folder."""
+        self.file(name)
+        return self._shapes[name]
+
+    def stored_dtype_name(self, name: str) -> str:
+        """The stored dtype as safetensors names it."""
+        self.file(name)
+        return self._stored[self._pieces[name][0].key].dtype
+
+    def file(self, name: str) -> Path:
+        """The checkpoint, which holds every tensor."""
+        if name not in self._pieces:
+            raise MegapruneError(f"{self.folder} lacks the tensor {self.shown(name)}: the checkpoint is incomplete")
+        return self._folder
+
+    def ranges(self, name: str) -> list[Range] | None:
+        """The byte ranges of a tensor, one behind the other; None where they lie in several chunks."""
+        return self.ranges_of(self._reader, name)
+
+    def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        rows = self.shape(name)[0] if self.shape(name) else 0
+        if dim == 0 and (start, stop) != (0, None):
+            return self._rows(name, *slice(start, stop).indices(rows)[:2])
+        whole = self._whole(name)
+        return whole if (start, stop) == (0, None) else whole[:, start:stop]
+
+    def _whole(self, name: str) -> Tensor:
         piece, number = self._pieces[name]
         if len(piece.hf) > 1:  # query, key and value are asked for one after the other
             if self._fused[0] != piece.key:
@@ -105,24 +139,16 @@ class CheckpointSource(HFSource):
             return self._fused[1][number]
         return self._read_piece(piece, self._reader, Buffer()).reshape(self._shapes[name])
 
-    def get_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; where it has a chunk of its own, no others are read."""
         piece, _ = self._pieces[name]
         if len(piece.hf) > 1:
-            return self.get_tensor(name)[start:stop]
+            return self._whole(name)[start:stop]
         row = len(piece.shape) - len(self._shapes[name])  # behind the dimension of the experts
         offset, shape = list(piece.offset), list(piece.shape)
         offset[row], shape[row] = offset[row] + start, stop - start
         rows = replace(piece, offset=tuple(offset), shape=tuple(shape))
         return self._read_piece(rows, self._reader, Buffer()).reshape(stop - start, *self._shapes[name][1:])
-
-    def get_slice(self, name: str) -> _Slice:
-        """A tensor to be described or cut."""
-        return _Slice(self, name)
-
-    def stored_as(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape, and its dtype as safetensors names it."""
-        return self._shapes[name], self._stored[self._pieces[name][0].key].dtype
 
     def _hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all HF tensors that the checkpoint holds."""
@@ -137,7 +163,7 @@ class CheckpointSource(HFSource):
         return shapes | raw
 
     def _holds(self, piece: Piece) -> bool:
-        """Whether the checkpoint has the piece's tensor; of the vocabulary it may have more rows, which pad it."""
+        """Return whether the checkpoint has the piece's tensor. Its vocabulary may be padded."""
         stored = self._stored.get(piece.key)
         if stored is None or stored.size == piece.size:
             return stored is not None
@@ -145,7 +171,7 @@ class CheckpointSource(HFSource):
         return padded and 0 < stored.size[0] - piece.size[0] < _MOST_PADDING
 
     def _found_in(self, piece: Piece) -> tuple[Chunk, int] | None:
-        """The chunk that the piece's numbers lie in, one behind the other, and where in its order they begin."""
+        """The chunk that holds the piece's numbers one behind the other, and their beginning in its order."""
         # as a rule the piece is a chunk itself; a look at each of hundreds of experts' would cost their square
         same = self._chunks.get((piece.key, piece.offset))
         for chunk in (same,) if same else self._stored[piece.key].chunks:
@@ -175,12 +201,12 @@ class CheckpointSource(HFSource):
             into.copy_(part[tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offset, strict=True))])
             missing -= into.numel()
         if missing:
-            raise MegapruneError(f"{self.folder.parent}: chunks of {piece.key} are missing or overlap")
+            raise MegapruneError(f"{self._folder}: chunks of {piece.key} are missing or overlap")
         return whole
 
 
 def _start_in(chunk: Chunk, piece: Piece) -> int | None:
-    """Where in the chunk's order the piece's numbers begin, if they all lie there, one behind the other."""
+    """The beginning of the piece's numbers in the chunk's order; None unless all lie there, one behind the other."""
     start, stride, cut = 0, 1, False
     for axis in reversed(range(len(piece.shape))):
         length, skipped = piece.shape[axis], piece.offset[axis] - chunk.offset[axis]
@@ -190,19 +216,3 @@ def _start_in(chunk: Chunk, piece: Piece) -> int | None:
         cut = cut or length < chunk.shape[axis]
         stride *= chunk.shape[axis]
     return start
-
-
-class _Slice:
-    def __init__(self, source: CheckpointSource, name: str) -> None:
-        self._source, self._name = source, name
-
-    def get_shape(self) -> list[int]:
-        return list(self._source.stored_as(self._name)[0])
-
-    def get_dtype(self) -> str:
-        return self._source.stored_as(self._name)[1]
-
-    def __getitem__(self, cut: slice | tuple[slice, slice]) -> Tensor:
-        if isinstance(cut, slice):
-            return self._source.get_rows(self._name, *cut.indices(self.get_shape()[0])[:2])
-        return self._source.get_tensor(self._name)[cut]

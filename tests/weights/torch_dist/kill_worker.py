@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megaprune.cli import main as cli
-from megaprune.weights import safetensors_io
+from megaprune.weights import writer
 from megaprune.weights.torch_dist import chunks, engine, export_hf, import_hf
 
 FLAGS = {"import": ("--hf-model", "--megatron-path"), "export": ("--megatron-path", "--hf-path")}
@@ -35,7 +35,7 @@ def count_steps(die_at: int | None = None) -> list[int]:
 
         return wrapped
 
-    safetensors_io.copy_range = chunks.copy_range = counted(safetensors_io.copy_range)
+    writer.copy_range = chunks.copy_range = counted(writer.copy_range)
     import_hf.append_tensor = counted(import_hf.append_tensor)
     export_hf.CheckpointSource.read_from = counted(export_hf.CheckpointSource.read_from)
     Path.rename = counted(Path.rename)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaprune.weights import safetensors_io
+from megaprune.weights import byte_ranges
 from megaprune.weights.dtypes import TORCH_NAMES
-from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantize, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.torch_dist import chunks, import_hf
 from megaprune.weights.torch_dist.chunks import Chunk, StoredTensor, append_tensor
@@ -90,7 +90,7 @@ def fp8(models, tmp_path_factory):
         if "_proj" in name:
             tensors[name] = torch.randn(tensor.shape, generator=generator).to(torch.float8_e4m3fn)
             scales[name + SCALE_SUFFIX] = torch.rand(scale_shape(tensor.shape), generator=generator)
-            expected[name] = dequantise(tensors[name], scales[name + SCALE_SUFFIX])
+            expected[name] = dequantize(tensors[name], scales[name + SCALE_SUFFIX])
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
     out.mkdir()
@@ -221,18 +221,18 @@ def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
 @pytest.mark.parametrize("start, at", [(4096 + 8, 8), (9, 5000), (0, 0)], ids=["alike in pages", "not alike", "begin"])
 def test_copied_ranges(start, at, kernel_can, tmp_path, monkeypatch):
     if not kernel_can:
-        monkeypatch.setattr(safetensors_io.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
+        monkeypatch.setattr(byte_ranges.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
     data, length, told = os.urandom(3 * 2**20), 2**21 + 77, []
     (tmp_path / "in").write_bytes(data)
     with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("w+b") as out:
-        assert safetensors_io.copy_range(source, start, out, at, length, told.append)
-        assert not safetensors_io.copy_range(source, start, out, at, len(data) + 1, told.append)
+        assert byte_ranges.copy_range(byte_ranges.Range(source, start, length), out, at, told.append)
+        assert not byte_ranges.copy_range(byte_ranges.Range(source, start, len(data) + 1), out, at, told.append)
     whole = (tmp_path / "out").read_bytes()
     assert whole == bytes(at) + data[start:] and sum(told) == length + len(data) - start
 
 
 def test_without_help_from_the_kernel(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_io.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
+    monkeypatch.setattr(byte_ranges.os, "copy_file_range", raising(OSError(errno.EXDEV, "other file system")))
     done("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "m")
     done("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
     assert_same_model(tmp_path / "hf", models("qwen3"))
