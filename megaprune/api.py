@@ -179,11 +179,11 @@ def import_hf(
         raise UsageError(f"--dtype {dtype}: give one of bf16, fp16, fp32")
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
     from megaprune.weights.torch_dist.import_hf import import_checkpoint
 
     source, folder = HFSource(resolve_hf_model(str(hf_model))), Path(megatron_path).absolute()
-    import_checkpoint(source, folder, names[dtype], Labour(_workers(workers), resume))
+    import_checkpoint(source, folder, names[dtype], WorkOptions(_workers(workers), resume))
     return Conversion(len(source.names), source.folder, folder)
 
 
@@ -206,14 +206,14 @@ def export_hf(
         MegapruneError: the checkpoint can't be read, or the folder can't be written.
         UsageError: an argument is wrong.
     """
-    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
     from megaprune.weights.torch_dist.export_hf import export_checkpoint
     from megaprune.weights.torch_dist.source import CheckpointSource
     from megaprune.weights.writer import parse_size
 
     size = parse_size(max_shard_size)
     source, folder = CheckpointSource(megatron_path), Path(hf_path).absolute()
-    export_checkpoint(source, folder, size, Labour(_workers(workers), resume))
+    export_checkpoint(source, folder, size, WorkOptions(_workers(workers), resume))
     return Conversion(len(source.names), Path(megatron_path), folder)
 
 

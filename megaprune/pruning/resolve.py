@@ -104,7 +104,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
     fused = device.use_transformer_engine(_transformer_impl(config))
     job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
-    if config.distils:
+    if config.distills:
         _check_top_k(config, arch)
     batch = global_batch_size(config, job.sizes, world_size)
     selection = _selection(config, hf_config, batch * job.data.seq_length)
@@ -191,7 +191,7 @@ def _job(
             tail=distillation.distill_tail,
             top_k=distillation.distill_top_k,
             teacher=distillation.teacher,
-            teaches=config.distils,
+            teaches=config.distills,
             logits=Path(logits) if logits else None,
         ),
     )

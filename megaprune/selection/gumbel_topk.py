@@ -140,7 +140,7 @@ class GumbelTopK:
         """What this step's mask may cost: less than all layers from step 0 on, the budget's limit from the last ramp
         step on.
 
-        The share that is gone rounds up. A step with every layer would distil the model from itself: its gradient
+        The share that is gone rounds up. A step with every layer would distill the model from itself: its gradient
         is rounding noise, which Adam scales up to a full step.
         """
         total = sum(self.budget.costs)

@@ -34,7 +34,7 @@ def expected_open(log_alpha: Tensor) -> Tensor:
 def never_all_open(gates: Tensor) -> Tensor:
     """The gates, the lowest one lowered until they are closed by one layer in all (ours).
 
-    A search begins with open gates. A step with all of them open would distil the model from itself: its gradient is
+    A search begins with open gates. A step with all of them open would distill the model from itself: its gradient is
     rounding noise, which Adam scales up to full steps.
     """
     if not len(gates):

@@ -15,7 +15,7 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: S
     """Scores, higher = keep, from `kl[l]` = KL(original || model without layer l) in nats per token.
 
     Both are [num_layers]; the result is fp32 on the CPU. The paper takes the KLs as they are; ours are
-    logarithms, standardised over the unprotected layers to mean 0 and standard deviation `scale`, because
+    logarithms, standardized over the unprotected layers to mean 0 and standard deviation `scale`, because
     the KLs' outliers drown the Gumbel noise (standard deviation 1.28) that the search explores with.
     With `costs`, [num_layers], what is scored is KL per cost: the harm that a removed parameter does, where
     dense and MoE layers are priced apart. Protected layers, whose KL need not have been measured, get the
@@ -37,7 +37,7 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: S
         logs = logs - torch.tensor(costs, dtype=torch.float64)[free].log()
     deviation = logs.std(correction=0)
     # Logarithms of equal KLs may differ by rounding alone, which must not be blown up to `scale`.
-    standardised = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)
-    scores[free] = (scale * standardised).float()
+    standardized = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)
+    scores[free] = (scale * standardized).float()
     scores[sorted(protected)] = scores[free].max()
     return scores

@@ -6,7 +6,7 @@ from megaprune.selection.budget import Budget
 from megaprune.selection.greedy import Evaluate
 
 
-def neighbours(kept: Sequence[int], budget: Budget, protected: Set[int]) -> Iterator[list[int]]:
+def neighbors(kept: Sequence[int], budget: Budget, protected: Set[int]) -> Iterator[list[int]]:
     """The sets that differ from this one by one layer that leaves and one that comes, and by what still fits then."""
     met = {tuple(kept)}
     dropped = [layer for layer in range(budget.num_layers) if layer not in kept]
@@ -36,7 +36,7 @@ def improve(
     """
     best = sorted(kept)
     while True:
-        found = list(neighbours(best, budget, protected))
+        found = list(neighbors(best, budget, protected))
         found = found[: affordable(found)]
         if not found:
             return best, loss

@@ -143,7 +143,7 @@ def _attention(x: Tensor, own: dict[str, Tensor], config: dict) -> Tensor:
 
 
 def _rotate(x: Tensor, config: dict) -> Tensor:
-    """Rotates neighbouring pairs of x, [b, s, heads, d], by their positions' angles, as complex numbers."""
+    """Rotates neighboring pairs of x, [b, s, heads, d], by their positions' angles, as complex numbers."""
     size = x.shape[-1]
     theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
     frequencies = theta ** (-torch.arange(0, size, 2) / size)

@@ -14,7 +14,7 @@ from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.selection.auto import num_windows
 from megaprune.selection.budget import Budget
-from megaprune.selection.local_search import neighbours
+from megaprune.selection.local_search import neighbors
 from megaprune.selection.masks import shared_cost
 from megaprune.selection.registry import find
 from megaprune.selection.segments import segments
@@ -237,7 +237,7 @@ def test_auto_takes_the_best_of_its_candidates(gated):
     assert held_out.losses([choice.kept_layers])[0] == chosen[0]["kl"]
     # with all the swaps it can pay, no single swap is better on the text that it looked at
     for swapped in (candidate["kept_layers"] for candidate in choice.candidates[5:]):
-        around = evaluator.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
+        around = evaluator.losses([swapped, *neighbors(swapped, THREE, PROTECTED)])
         assert around[0] == min(around)
 
 

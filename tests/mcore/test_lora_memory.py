@@ -81,13 +81,13 @@ def measure(lora: bool, teacher: str | None, bf16: bool) -> Memory:
     engine = EngineOptions(ParallelSizes(), bf16=bf16, seq_length=SEQ_LENGTH)
     arch, gate = family_of(CONFIG).architecture(CONFIG), LayerGate()
     shard = vocab_shard(arch)
-    model = initialised(build_model(arch, [arch.num_layers], engine, gate))
+    model = initialized(build_model(arch, [arch.num_layers], engine, gate))
     if lora:
         attach_adapters(model, LoRAOptions(RANK, 2.0 * RANK), seed=1)
     trainer = Trainer(model, engine, OptimizerOptions(1e-4, 1e-4, "constant", 0, 10, 0.0, 1.0))
     beside, teaches = None, None
     if teacher == "online":
-        beside = in_half_precision(initialised(build_model(arch, [arch.num_layers], engine)), engine)
+        beside = in_half_precision(initialized(build_model(arch, [arch.num_layers], engine)), engine)
         teaches = OnlineTeacher(beside, shard, top_k=10)
     elif teacher == "self":
         teaches = SelfTeacher(trainer.ddp, gate, shard, top_k=10)
@@ -121,7 +121,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def initialised(model: torch.nn.Module) -> torch.nn.Module:
+def initialized(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)

@@ -145,7 +145,7 @@ def measured(case):
         model = build_model(arch, stages, engine)
         if case.lora is not None:
             add_adapters(model, case.lora)
-        initialise(model)
+        initialize(model)
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         trainer = Trainer(model, engine, OptimizerOptions(1e-5, 1e-5, "constant", 0, 10, 0.0, 1.0, case.distributed))
         step = Step(trainer, arch, case.micro_batches)
@@ -181,7 +181,7 @@ class Step:
 
 
 @torch.no_grad()
-def initialise(model):
+def initialize(model):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -8,7 +8,7 @@ import pytest
 from megaprune.selection.budget import Budget
 from megaprune.selection.evolution import SIFTINGS, evolve
 from megaprune.selection.greedy import greedy_layers, num_layers_run
-from megaprune.selection.local_search import best_of, improve, neighbours
+from megaprune.selection.local_search import best_of, improve, neighbors
 from megaprune.selection.masks import masks_of, shared_cost
 from megaprune.selection.segments import best_segment, segments
 
@@ -119,12 +119,12 @@ def test_evolution_is_elitist_and_repeatable():
     assert is_exact(evolve(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED, Planted(), 20), PRICED)
 
 
-def test_neighbours_are_the_single_swaps():
+def test_neighbors_are_the_single_swaps():
     kept = [0, 1, 2, 3, 4, 11]
-    found = list(neighbours(kept, SIX, PROTECTED))
+    found = list(neighbors(kept, SIX, PROTECTED))
     assert len(found) == len({tuple(other) for other in found}) == 4 * 6
     assert all(len(set(kept) - set(other)) == 1 and is_exact(other, SIX) for other in found)
-    assert all(is_exact(other, PRICED) for other in neighbours(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED))
+    assert all(is_exact(other, PRICED) for other in neighbors(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED))
 
 
 def test_swaps_descend_to_the_best_set_within_their_number():

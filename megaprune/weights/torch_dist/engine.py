@@ -41,7 +41,7 @@ Write = Callable[[Part[T], Path, Advance], Any]
 
 
 @dataclass(frozen=True)
-class Labour:
+class WorkOptions:
     """The sharing of the work: threads of each process, and whether to go on with earlier work."""
 
     workers: int | None = None
@@ -86,7 +86,7 @@ def convert(
     write: Write[T],
     finish: Callable[[Path, dict[str, Any]], None],
     plan: dict[str, Any],
-    labour: Labour,
+    options: WorkOptions,
 ) -> None:
     """Make the folder `final`, whole or not at all. Collective where a launcher started several processes.
 
@@ -102,10 +102,10 @@ def convert(
     """
     with _processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_folder(final))
-        _together(lambda: _prepare(work, final, flag, plan, labour.resume) if is_first() else None)
+        _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
         if final.exists():  # earlier work was cut short behind its last step
             return
-        _together(lambda: _write_parts(work, parts, write, labour.threads))
+        _together(lambda: _write_parts(work, parts, write, options.threads))
         _together(lambda: _finish(work, final, parts, finish) if is_first() else None)
 
 

@@ -12,7 +12,7 @@ from megaprune.weights.byte_ranges import Advance, Buffer, Range
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import ChunkReader
-from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Part, WorkOptions, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.source import CheckpointSource
 from megaprune.weights.writer import Described, num_bytes, stacked_shape, write_index, write_safetensors
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, labour: Labour) -> None:
+def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, options: WorkOptions) -> None:
     """Write the HF folder. Collective where a launcher started several processes.
 
     Raises:
@@ -28,17 +28,17 @@ def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: i
         UsageError: the folder exists.
     """
     source.check_tensors()
-    work = _Export(source, max_shard_bytes, labour)
-    if not labour.resume:
+    work = _Export(source, max_shard_bytes, options)
+    if not options.resume:
         check_room(folder, sum(part.num_bytes for part in work.parts))
     moved = all(source.lies_in_one_chunk(name) for name in source.names)
     with nullcontext() if moved else one_torch_thread():
-        convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), labour)
+        convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), options)
 
 
 class _Export:
-    def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
-        self._source, self._threads = source, labour.threads
+    def __init__(self, source: CheckpointSource, max_shard_bytes: int, options: WorkOptions) -> None:
+        self._source, self._threads = source, options.threads
         self._shapes: dict[str, Described] = {
             name: (source.shape(name), source.dtype_name(name)) for name in source.names
         }

@@ -22,7 +22,7 @@ from megaprune.weights.source import HFSource
 from megaprune.weights.stored_layout import PLAIN
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import Chunk, Place, append_ranges, append_tensor, stored_tensors
-from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Part, WorkOptions, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.layout import Piece, pieces
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 
@@ -36,7 +36,7 @@ LAYOUT_FILE = "stored_layout.json"
 _PART_BYTES = 2 * 10**9
 
 
-def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour: Labour) -> None:
+def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, options: WorkOptions) -> None:
     """Write the checkpoint `folder`. Collective where a launcher started several processes.
 
     Args:
@@ -50,10 +50,10 @@ def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour:
     source.check_tensors()
     work = _Import(source, dtype)
     room = sum(part.num_bytes for part in work.parts)
-    if not labour.resume:
+    if not options.resume:
         check_room(folder, room)
     with one_torch_thread() if work.computes() else nullcontext():
-        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
+        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), options)
 
 
 class _Import:
