@@ -1,7 +1,7 @@
-"""Resolves a Config once: with the model's config.json and the number of processes it becomes frozen options.
+"""Resolution of a Config into frozen options, once, with the model's config.json and the number of processes.
 
-Nothing below reads a Config. A run, a plan and the caching of a teacher are resolved from the same parts; a plan may
-leave open the data, the run folder and what is pruned, and caching everything that concerns the student.
+The code below does not read a Config. A run, a plan and teacher caching are resolved from the same parts. A plan may
+omit the data, the run folder and the pruning budget; caching omits everything about the student.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
 
     Raises:
-        MegapruneError: what was asked can't be done.
+        MegapruneError: the request can't be fulfilled.
         UsageError: flags that don't fit the model or the processes.
     """
     parse_size(config.run.max_shard_size)
@@ -122,7 +122,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
 
 
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
-    """Return the options of a run on paper. Raises as `resolve`."""
+    """Return the options of a plan. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
     config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
@@ -149,7 +149,7 @@ def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output
 
 
 def fixed_settings(config: Config) -> dict[str, object]:
-    """Return what a run that goes on must have in common with the one that began its folder."""
+    """Return the settings that must be unchanged when a run is resumed in its folder."""
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
@@ -255,8 +255,7 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
 
 
 def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] | None, frozenset[int], Budget]:
-    """Return the user's own choice of kept layers if there is one, the protected layers, and what those that stay may
-    cost."""
+    """Return the kept layers given by the user (if any), the protected layers, and the budget of the layers that stay."""
     num_layers = len(layer_sizes(hf_config))
     if config.method.names_layers:
         whole = Budget.of_layers(num_layers, num_layers)
