@@ -23,7 +23,7 @@ from megaprune.weights.tensor_source import TensorSource
 
 @dataclass(frozen=True)
 class Data:
-    """Datasets of a run, as this replica reads them. Text is calibrated on the same windows that are used for training."""
+    """Datasets of a run, as this replica reads them. Text is calibrated on windows that are also used for training."""
 
     options: DataOptions
     training: TrainingOptions
@@ -154,7 +154,7 @@ def _check_calibration(options: RunOptions, calibration: Windows) -> None:
 def _blended(
     options: RunOptions, blend: Blend, files: list[IndexedFile], pad_id: int, cache: Path
 ) -> tuple[Windows | None, Windows | None]:
-    """Return the training samples of preprocessed data, and its calibration windows if the run uses them. Collective."""
+    """Return the training samples of preprocessed data, and its calibration windows if they are used. Collective."""
     common: dict[str, Any] = dict(
         seq_length=options.data.seq_length,
         seed=options.training.seed,

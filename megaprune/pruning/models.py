@@ -91,7 +91,7 @@ class Models:
         return OnlineTeacher(in_half_precision(model, self._options.engine), self.shard, distillation.top_k)
 
     def merge_and_round(self, student: Trainer, kept: Sequence[int]) -> None:
-        """Replace the trained weights by those that will be exported: adapters merged, rounded to the source's dtype."""
+        """Replace the trained weights by those that are exported: adapters merged, rounded to the source's dtype."""
         merge_adapters(student.model)
         round_to_source_dtype(student.model, self._source, None if self.student_stays_whole else kept)
 

@@ -48,8 +48,8 @@ from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
 from megaprune.weights.writer import parse_size
 
-# How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
-# optimizer's kind: Megatron-Core saves the state of each in a form of its own.
+# A resumed run may change its layout, its engine and its logging, but not what it computes. The kind of optimizer must
+# stay too, because Megatron-Core saves the state of each kind in a different format.
 _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
@@ -201,8 +201,7 @@ def _parallel_sizes(config: Config, arch: Architecture, world_size: int) -> Para
     parallel_config = config.parallel
     expert_tensor = parallel_config.expert_tensor_parallel_size
     if expert_tensor is None:
-        # As in Megatron-LM, experts are cut like the rest unless the user says otherwise; but not where there are too
-        # few processes for that.
+        # As in Megatron-LM, experts use the tensor-parallel size by default, unless there are too few processes for it.
         expert_tensor = parallel_config.tensor_model_parallel_size if arch.num_experts else 1
         in_a_stage = world_size // parallel_config.pipeline_model_parallel_size
         if in_a_stage % (expert_tensor * parallel_config.expert_model_parallel_size):
@@ -248,14 +247,14 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
         manual=manual,
         calibration_samples=config.data.calibration_samples,
         init_scale=config.search.mask_init_scale,
-        # A search's iteration is a forward and a backward pass, which costs two.
+        # One iteration of a search: a forward pass, and a backward pass, which counts as two.
         token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
         token_budget_given=given is not None,
     )
 
 
 def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] | None, frozenset[int], Budget]:
-    """Return the kept layers given by the user (if any), the protected layers, and the budget of the layers that stay."""
+    """Return the kept layers given by the user (if any), the protected layers, and the budget of the kept layers."""
     num_layers = len(layer_sizes(hf_config))
     if config.method.names_layers:
         whole = Budget.of_layers(num_layers, num_layers)
@@ -316,7 +315,7 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
     per_step = config.recovery.micro_batch_size * replicas
     size = config.recovery.global_batch_size or per_step
     if size % per_step and config.recovery.train_iters == 0:
-        return per_step  # no batch is made
+        return per_step  # batches are not used
     if size % per_step:
         raise UsageError(
             f"--global-batch-size {size} is not a multiple of --micro-batch-size "

@@ -1,4 +1,4 @@
-"""A pruning run, stage by stage: import, select, prune, recover, export. Each stage resumes from its last checkpoint."""
+"""A pruning run, stage by stage: import, select, prune, recover, export. Each stage resumes from its checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
