@@ -1,4 +1,4 @@
-"""A Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
+"""Conversion of a Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, options: WorkOptions) -> None:
-    """Write the HF folder. Collective where a launcher started several processes.
+    """Write the HF folder. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: the checkpoint is damaged or of another model than its config, or the disk is full.
+        MegapruneError: the checkpoint is damaged or does not match its config, or the disk is full.
         UsageError: the folder exists.
     """
     source.check_tensors()
@@ -52,14 +52,14 @@ class _Export:
         self.parts = [Part(file, *run) for file, run in zip(files, runs, strict=True)]
 
     def _stored_as(self, stored: str) -> Described:
-        """Shape and dtype of a tensor of the output."""
+        """Return shape and dtype of a tensor of the output."""
         parts = [self._shapes[name] for name in self._groups[stored]]
         if self._source.layout.stack_of(self._groups[stored][0]) is None:
             return parts[0]
         return stacked_shape(stored, parts)
 
     def plan(self) -> dict[str, Any]:
-        """The input that the parts follow from."""
+        """Return the input that the parts depend on."""
         metadata = (self._source.folder.parent / ".metadata").stat()
         return {
             "checkpoint": [str(self._source.folder.parent.resolve()), metadata.st_size, metadata.st_mtime_ns],
@@ -82,7 +82,7 @@ class _Export:
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
-        """Write the index and the HF model's own files; then check the folder as a reader would."""
+        """Write the index and the HF model's own files, and check the folder by reading it."""
         if len(self.parts) > 1:
             weight_map = {name: part.file for part in self.parts for name in part.items}
             total = sum(part.num_bytes for part in self.parts)
