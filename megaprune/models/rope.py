@@ -125,7 +125,7 @@ def _check_keys(config: HFConfig, rope: dict[str, Any], rope_type: str) -> None:
 
 
 def _original_length(config: HFConfig, rope: dict[str, Any], max_positions: int) -> int:
-    """Return the context length before scaling. The key at the top of config.json overrides the one in RoPE's settings."""
+    """Return the context length before scaling. The key at the top of config.json goes before RoPE's own setting."""
     if _LENGTH in config:
         return whole(config, _LENGTH)
     if _LENGTH in rope:

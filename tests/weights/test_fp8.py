@@ -57,7 +57,7 @@ def test_every_number_of_the_format():
 
 @pytest.fixture
 def fp8_folder(tmp_path):
-    """A LLaMA whose matrices in the layers are FP8, with the scales in another file than their weights."""
+    """Save a LLaMA whose layer matrices are FP8, with the scales in another file than their weights."""
     tensors, scales, expected = random_tensors(LLAMA), {}, {}
     for name, tensor in tensors.items():
         expected[name] = tensor
