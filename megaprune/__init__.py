@@ -1,6 +1,6 @@
 """megaprune: learned layer pruning and recovery of large language models on Megatron-Core.
 
-The functions below are the Python API. They are loaded when they are first used: importing the package takes no time.
+The functions below are the Python API. They are imported on first use, so that importing the package is fast.
 """
 
 import importlib

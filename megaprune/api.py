@@ -1,9 +1,9 @@
-"""The Python API: a run, and what it is made of, as functions.
+"""Python API: a run and its parts, as functions.
 
-Keyword arguments are the flags of the commands with underscores. The functions return reports and raise
+Keyword arguments are the flags of the commands, with underscores. The functions return reports and raise
 `MegapruneError` (`UsageError` for a wrong argument). They print nothing: progress goes to the logger `megaprune`, at
 the level INFO. They never exit the process. Under torchrun every rank calls them and gets the same report, and the
-process group stays usable: calls may follow each other.
+process group stays usable, so calls can follow each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,25 +31,26 @@ def prune(
     command: str | None = None,
     **flags: Any,
 ) -> "Report | None":
-    """Prune and recover a model, or go on with a run that was stopped.
+    """Prune and recover a model, or resume a stopped run.
 
     Args:
-        config: the run; flags given as keywords replace its own.
-        should_stop: asked on every rank after each iteration. Where any rank's says yes, the run saves a checkpoint
-            and raises `RunStopped`; the same call goes on from there. Give it on every rank or on none.
-        command: how the run was started, for the model card.
+        config: the run; flags given as keywords override its values.
+        should_stop: called on every rank after each iteration. If it returns True on any rank, the run saves a
+        checkpoint
+            and raises `RunStopped`; the same call resumes it. Give it on every rank or on none.
+        command: the command that started the run, for the model card.
         flags: the flags of `megaprune prune`, such as `hf_model`, `train_data`, `num_layers_to_prune` and `save`.
 
     Returns:
         The report, equal to report.json in the run folder; None with `dry_run`.
 
     Raises:
-        MegapruneError: what was asked can't be done; all that was done is in a checkpoint.
+        MegapruneError: the request can't be fulfilled; all progress is in a checkpoint.
         UsageError: a flag is wrong; nothing was written.
-        RunStopped: `should_stop` said so.
+        RunStopped: `should_stop` returned True.
     """
     resolved = _config(config, flags)
-    # Imported here and below, so that wrong flags don't wait for megatron.
+    # Imported here and below, so that wrong flags are reported before megatron loads.
     from megaprune.pruning.resolve import open_run
     from megaprune.pruning.runner import run
     from megaprune.utils.ranks import world_size
@@ -69,10 +70,14 @@ def score_layers(
     """Score the layers of a model on calibration data. Trains nothing and writes nothing.
 
     Args:
-        data: what `--train-data` takes; `calibration_samples` windows of it are used.
-        method: a method that looks at calibration data and trains nothing.
-        flags: other flags of `megaprune prune`, such as `seq_length`. With one that says how much goes, such as
-            `num_layers_to_prune`, the method also chooses the layers that stay.
+        hf_model: the folder or Hub id of the model.
+        data: the values of `--train-data`; `calibration_samples` windows of it are used.
+        method: a method that uses calibration data and trains nothing.
+        flags: other flags of `megaprune prune`, such as `seq_length`. With a budget, such as `num_layers_to_prune`, the
+            method also selects the layers that stay.
+
+    Returns:
+        The scores [num_layers], higher = keep, and the kept layers if a budget is given.
 
     Raises:
         MegapruneError: the model or the data can't be used.
@@ -104,11 +109,11 @@ def remove_layers(
     mtp: str = "keep",
     max_shard_size: str = "5GB",
 ) -> "Report":
-    """Remove layers of an HF model: every tensor that stays is copied bit for bit. Needs no process group.
+    """Remove layers of an HF model. Every remaining tensor is copied bit for bit. Needs no process group.
 
     Args:
-        layers: the layers that go, counted from 0.
-        save: the folder of the pruned model; it appears when it is whole.
+        layers: the layers to remove, counted from 0.
+        save: the folder of the pruned model; it appears when it is complete.
         mtp: "keep" or "drop" multi-token-prediction layers.
 
     Raises:
@@ -139,9 +144,12 @@ def evaluate(
 
     Args:
         data: held-out text.
-        teacher: also measure the KL divergence from this model and the top-1 agreement with it.
-        tasks: tasks of lm-evaluation-harness, as a list or between commas.
-        flags: other flags of `megaprune evaluate` but `output`, such as `seq_length`, `limit` and `dtype`.
+        teacher: a model; the KL divergence from it and the top-1 agreement with it are measured too.
+        tasks: tasks of lm-evaluation-harness, as a list or separated by commas.
+        flags: other flags of `megaprune evaluate` except `output`, such as `seq_length`, `limit` and `dtype`.
+
+    Returns:
+        Losses in nats per token, and the scores of the tasks.
 
     Raises:
         MegapruneError: a model, the data or a task can't be used.
@@ -167,8 +175,8 @@ def import_hf(
 
     Args:
         dtype: "bf16", "fp16" or "fp32" (default: as stored; bf16 for FP8).
-        workers: threads of each process.
-        resume: go on with interrupted work.
+        workers: threads per process.
+        resume: continue unfinished work.
 
     Raises:
         MegapruneError: the model can't be read, or the checkpoint can't be written.
@@ -179,11 +187,11 @@ def import_hf(
         raise UsageError(f"--dtype {dtype}: give one of bf16, fp16, fp32")
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
     from megaprune.weights.torch_dist.import_hf import import_checkpoint
 
     source, folder = HFSource(resolve_hf_model(str(hf_model))), Path(megatron_path).absolute()
-    import_checkpoint(source, folder, names[dtype], Labour(_workers(workers), resume))
+    import_checkpoint(source, folder, names[dtype], WorkOptions(_workers(workers), resume))
     return Conversion(len(source.names), source.folder, folder)
 
 
@@ -195,25 +203,26 @@ def export_hf(
     workers: int | None = None,
     resume: bool = False,
 ) -> "Conversion":
-    """Convert a checkpoint that `import_hf` wrote to HF safetensors. Under torchrun the ranks share the work.
+    """Convert a Megatron-Core checkpoint made by `import_hf` to HF safetensors. Under torchrun the ranks share the
+    work.
 
     Args:
-        max_shard_size: the largest safetensors file, such as "500MB".
-        workers: threads of each process.
-        resume: go on with interrupted work.
+        max_shard_size: the maximum size of a safetensors file, such as "500MB".
+        workers: threads per process.
+        resume: continue unfinished work.
 
     Raises:
         MegapruneError: the checkpoint can't be read, or the folder can't be written.
         UsageError: an argument is wrong.
     """
-    from megaprune.weights.torch_dist.engine import Conversion, Labour
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
     from megaprune.weights.torch_dist.export_hf import export_checkpoint
     from megaprune.weights.torch_dist.source import CheckpointSource
     from megaprune.weights.writer import parse_size
 
     size = parse_size(max_shard_size)
     source, folder = CheckpointSource(megatron_path), Path(hf_path).absolute()
-    export_checkpoint(source, folder, size, Labour(_workers(workers), resume))
+    export_checkpoint(source, folder, size, WorkOptions(_workers(workers), resume))
     return Conversion(len(source.names), Path(megatron_path), folder)
 
 
@@ -238,5 +247,5 @@ def _workers(number: int | None) -> int | None:
 
 
 def _call(function: str, arguments: dict[str, Any]) -> str:
-    """The call as a user would write it, for the model card."""
+    """Return the call as a user would write it, for the model card."""
     return f"megaprune.{function}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"

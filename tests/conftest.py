@@ -13,9 +13,9 @@ import torch
 _PARALLEL = Path(__file__).with_name("parallel")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+@pytest.hookimpl(tryfirst=True)  # before -m selects tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in tests/parallel, and skip those that need what this machine lacks."""
+    """Mark the tests in tests/parallel, and skip tests whose requirements this machine lacks."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no GPU is visible (the tests hide it unless CUDA_VISIBLE_DEVICES is set)"
@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Gives the folder of a tiny model; the same one for the same arguments."""
-    from tests.helpers import tiny  # here and below: it loads transformers, which many tests do without
+    """Return a function that gives the folder of a tiny model; the same folder for the same arguments."""
+    from tests.helpers import tiny  # imported here and below: it loads transformers, which many tests do not need
 
     made = {}
 
@@ -47,7 +47,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stored_model(tiny_model, tmp_path_factory):
-    """Gives the folder of a model that is stored in another way, by its name in ``stored.MODELS``."""
+    """Return a function that gives the folder of a model in another stored layout, by its name in ``stored.MODELS``."""
     from tests.helpers import stored
 
     made = {}
@@ -71,7 +71,7 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(tiny_model, tiny_data, tmp_path_factory):
-    """A run on one process that was never stopped."""
+    """Run on one process without interruption."""
     from tests.helpers import tiny
 
     save = tmp_path_factory.mktemp("whole") / "run"
@@ -81,7 +81,7 @@ def whole_run(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
-    """Megatron's groups around this process alone."""
+    """Megatron's process groups with this process alone."""
     from megaprune.mcore import parallel
     from megaprune.mcore.parallel import ParallelSizes
 

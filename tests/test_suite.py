@@ -11,20 +11,20 @@ FUNCTIONS = [
 
 
 def called(function: ast.AST) -> set[str]:
-    """The names of what a function calls, without the objects that they belong to."""
+    """Return the names of the functions that a function calls, without the objects that they belong to."""
     functions = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
     return {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in functions}
 
 
 def asserts(function: ast.AST) -> bool:
-    """Whether a function itself can fail a test."""
+    """Return whether a function itself can fail a test."""
     if any(isinstance(node, ast.Assert) for node in ast.walk(function)):
         return True
     return any(name in ("raises", "warns", "fail") or name.startswith("assert_") for name in called(function))
 
 
 def that_assert() -> set[str]:
-    """The names of the functions that can fail a test, by themselves or through another."""
+    """Return the names of the functions that can fail a test, by themselves or through another."""
     names: set[str] = set()
     while True:
         found = {node.name for _, node in FUNCTIONS if asserts(node) or called(node) & names}

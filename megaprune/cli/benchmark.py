@@ -1,4 +1,4 @@
-"""The verb `benchmark`: speed ratios, each measured side by side in one run. A sub-verb for each."""
+"""The verb `benchmark`: speed ratios, measured side by side in one run. Each benchmark is a sub-verb."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ from megaprune.utils.ranks import rank
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A module with `measure(options)` and `table(result)`, imported once the options are checked."""
+    """Module with `measure(options)` and `table(result)`, imported after the options are checked."""
 
     module: str
     options: type[Options]
@@ -40,10 +40,10 @@ BENCHMARKS = {
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Run the benchmark that the first word names, and print and write its result. Collective.
+    """Run the benchmark named by the first word; print its result and write it to `--output`. Collective.
 
     Raises:
-        MegapruneError: it can't be measured.
+        MegapruneError: the benchmark can't be run.
         UsageError: there is no such benchmark, or its flags are wrong.
     """
     known = ", ".join(BENCHMARKS)

@@ -1,4 +1,4 @@
-"""The verb `cache-teacher`: a run's own flags, and where the teacher's targets go."""
+"""The verb `cache-teacher`: the flags of a run, and the folder of the teacher's targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _DESCRIPTION = (
 
 @dataclass
 class OutputConfig:
-    """Where the cache goes."""
+    """Folder of the cache."""
 
     _argument_group_name = "cache"
     output: str | None = flag(
@@ -27,7 +27,7 @@ class OutputConfig:
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Cache what the command line asks for, and end this process's part in the process group. Collective."""
+    """Cache the teacher that the command line describes, and destroy the process group. Collective."""
     cache_from_flags(argv)
     from megaprune.mcore import parallel
 
@@ -35,10 +35,10 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 
 def cache_from_flags(argv: Sequence[str]) -> None:
-    """Caches what the command line asks for, or goes on with it. Collective.
+    """Start or resume the caching that the command line describes. Collective.
 
     Raises:
-        MegapruneError: what was asked can't be done.
+        MegapruneError: the request can't be fulfilled.
         UsageError: a flag or a recipe is wrong.
     """
     *groups, settings = parse_flags(argv, (*GROUPS, OutputConfig), "cache_teacher.py", _DESCRIPTION, ALTERNATIVES)
@@ -46,7 +46,7 @@ def cache_from_flags(argv: Sequence[str]) -> None:
     check_for_caching(config)
     if not settings.output:
         raise UsageError("--output is required: the folder of the cache")
-    # Imported here, so that --help and wrong flags don't wait for megatron.
+    # Imported here, so that --help and wrong flags are answered before megatron loads.
     from megaprune.mcore import parallel
     from megaprune.pruning.cache_teacher import cache_teacher
     from megaprune.pruning.resolve import open_caching

@@ -1,4 +1,4 @@
-"""The verb `compare`: several methods on one model, at equal budgets."""
+"""The verb `compare`: several methods on one or more models, at equal budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from megaprune.utils.errors import UsageError
 
 @dataclass
 class CompareConfig:
-    """The flags of `compare`."""
+    """Flags of `compare`."""
 
     config: str | None = flag("YAML file with the common flags of all runs and the values to compare")
     save: str | None = flag("folder for the runs, the tables and the plots; finished runs in it are not repeated")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Makes every run that is not finished yet, then tables and plots of all. Collective.
+    """Execute all runs that are not finished, then write the tables and plots. Collective.
 
     Raises:
         MegapruneError: a run was refused.
@@ -33,7 +33,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
     from megaprune.comparison.grid import read_comparison
 
     comparison = read_comparison(Path(settings.config), Path(settings.save))
-    # Imported here, so that a wrong file does not wait for megatron.
+    # Imported here, so that a wrong file is reported before megatron loads.
     from megaprune.comparison.compare import compare
     from megaprune.mcore import parallel
 

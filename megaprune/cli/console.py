@@ -1,4 +1,4 @@
-"""The console of a command: results on stdout, training's lines and progress bars on stderr."""
+"""Console output of a command: results on stdout, log lines and progress bars on stderr."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ class _Console(logging.Handler):
 
 @contextmanager
 def console() -> Iterator[None]:
-    """A block whose progress is shown."""
+    """Show log lines and progress bars for the duration of a block."""
     logger, handler = logging.getLogger("megaprune"), _Console()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: how good is a model, and how far from its teacher."""
+"""The verb `evaluate`: the quality of a model, and its distance from a teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from megaprune.utils.files import write_json
 
 @dataclass
 class OutputConfig:
-    """Where the results go."""
+    """File for the results."""
 
     output: str | None = flag("write the results to this JSON file")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Evaluate what the command line asks for, print a table, and write `--output` where given."""
+    """Evaluate the model that the command line describes, print a table, and write `--output` if given."""
     description = "Compute the loss of an HF model, and its agreement with a teacher."
     config, settings = parse_flags(argv, [EvaluateConfig, OutputConfig], "evaluate.py", description, recipes=False)
     if settings.output and Path(settings.output).is_dir():
@@ -53,5 +53,5 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _is_score(name: str, value: Any) -> bool:
-    """lm_eval puts "acc,none" beside "acc_stderr,none" and the task's alias."""
+    """Return whether a value of lm_eval is a score. It lists "acc,none", "acc_stderr,none" and the task's alias."""
     return isinstance(value, float) and "_stderr" not in name

@@ -30,11 +30,11 @@ VERBS = {
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }
 
-# Those whose processes may have been started by something other than torchrun.
+# Verbs whose processes may also be started by another launcher than torchrun.
 _JOBS = ("prune", "cache-teacher", "compare")
 
-# How long a rank that was refused before it joined the others waits for rank 0 to say the same, and the launcher to
-# end them all; and how long one waits to be ended once another has said why.
+# Seconds that a rank which fails before the ranks join waits for rank 0 to report the same error and the launcher to
+# terminate all ranks; and seconds that a rank waits to be terminated after another has reported the error.
 _WAIT_FOR_FIRST_RANK_SECONDS, _WAIT_FOR_LAUNCHER_SECONDS = 15, 5
 
 
@@ -72,7 +72,7 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
     except Exception as error:
-        met = disk_error(error)  # of what was written last: a report, a table
+        met = disk_error(error)  # while writing a report or a table, for example
         if met is None:
             raise
         return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"

@@ -52,7 +52,8 @@ def parse_flags(
     if path is None:
         return fill(groups, given)
     recipe = read_recipe(Path(path))
-    fill(groups, _placeholders(groups, recipe) | recipe, f"--config {path}: ")  # refuses what a flag replaces too
+    # Validates the whole recipe, including values that a flag overrides.
+    fill(groups, _placeholders(groups, recipe) | recipe, f"--config {path}: ")
     return fill(groups, overridden(recipe, given, alternatives))
 
 

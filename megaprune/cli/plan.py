@@ -14,7 +14,7 @@ from megaprune.utils.errors import UsageError
 
 @dataclass
 class PlanConfig:
-    """The flags of `plan` in addition to those of the run."""
+    """Flags of `plan` in addition to those of the run."""
 
     _argument_group_name = "plan"
     world_size: int = required("number of processes in the cluster, one per accelerator", least=1)
@@ -36,7 +36,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
     config = Config(*groups)
     check_for_plan(config)
     _check(settings)
-    # Imported here, so that --help and wrong flags don't wait for megatron.
+    # Imported here, so that --help and wrong flags are answered before megatron loads.
     from megaprune.planning.plan import make_plan
     from megaprune.planning.table import plan_record, plan_text
     from megaprune.utils.files import write_json
@@ -49,7 +49,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 
 def _hf_config(config: Config) -> dict[str, Any]:
-    """The model's config; where it ties embeddings and weights are at hand, as these have it."""
+    """Return the model's config; if the stored tensors are at hand, they decide whether embeddings are tied."""
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource, holds_weights, read_hf_config
     from megaprune.weights.torch_dist.import_hf import HF_FOLDER

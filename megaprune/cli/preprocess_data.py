@@ -1,4 +1,4 @@
-"""The verb `preprocess-data`: text or chats to Megatron's indexed datasets."""
+"""The verb `preprocess-data`: converts text or chats to Megatron's indexed datasets."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ _DESCRIPTION = "Convert text or chats to Megatron's indexed dataset: PREFIX.bin 
 
 @dataclass
 class PreprocessConfig:
-    """The flags of `preprocess-data`."""
+    """Flags of `preprocess-data`."""
 
     _argument_group_name = "preprocessing"
     input: list[str] = flag(

@@ -1,4 +1,4 @@
-"""The verb `prune`: the main job."""
+"""The verb `prune`: the whole run."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _DESCRIPTION = "Prune layers of a model and recover its quality: HF folder in, p
 
 
 def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
-    """Return the run that a command line asks for.
+    """Return the config of the run that a command line describes.
 
     Raises:
-        UsageError: a flag or a recipe is wrong; names it.
+        UsageError: a flag or a recipe is wrong; the message names it.
     """
     config = Config(*parse_flags(argv, GROUPS, prog, _DESCRIPTION, ALTERNATIVES))
     check_run(config)
@@ -23,7 +23,7 @@ def parse_config(argv: Sequence[str], prog: str = "prune.py") -> Config:
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
-    """Run what the command line asks for, or go on with it. Collective.
+    """Start or resume the run that the command line describes. Collective.
 
     Args:
         command: the whole command line, for the model card.

@@ -1,13 +1,14 @@
-"""SIGTERM, taken as a request to save and stop at the end of the iteration."""
+"""SIGTERM, handled as a request to save and stop at the end of the iteration."""
 
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """Return whether this process was asked to stop, each time it is called.
+    """Callable that returns whether this process was asked to stop.
 
-    The first call sets the handler: before it there is nothing to save, and SIGTERM keeps its meaning.
+    The first call installs the handler. Before it there is nothing to save, and SIGTERM terminates the process as
+    usual.
     """
 
     def __init__(self) -> None:

@@ -98,7 +98,7 @@ def _check_teacher(config: Config) -> None:
     teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
-    if teacher == "cached" and not config.distils:
+    if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
         raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")
 

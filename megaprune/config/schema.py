@@ -348,7 +348,7 @@ class Config:
         return self.method.options(self.flat() | filled)
 
     @property
-    def distils(self) -> bool:
+    def distills(self) -> bool:
         """True if the student is trained against a teacher."""
         return bool(self.recovery.train_iters) and self.distillation.distill_loss != "ce"
 

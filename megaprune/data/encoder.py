@@ -27,7 +27,7 @@ EncodedDocument = tuple[np.ndarray, np.ndarray | None]  # tokens [n], loss mask 
 
 
 class Encoder:
-    """Encodes documents in batches.
+    """Encoder of documents, in batches.
 
     Args:
         dtype: type of the tokens.

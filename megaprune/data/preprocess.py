@@ -244,7 +244,7 @@ def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bo
 
 
 class DocumentEncoder:
-    """Encodes rows as documents.
+    """Encoder of rows as documents.
 
     A text gets the tokenizer's own special tokens and ends with its end-of-text token. A chat is rendered by the chat
     template, and the end-of-text token follows unless the rendered chat ends with it. An empty text has no tokens.

@@ -18,22 +18,22 @@ from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import masks_of, sets_without_each, shared_cost
 from megaprune.utils.errors import MegapruneError
 
-# A backward pass is booked as two forward ones.
-_PASSES_OF_A_GRADIENT = 4  # the original's, the masked model's, and its backward pass
-# windows behind each step of a search by gradient
+# A backward pass counts as two forward passes.
+_PASSES_OF_A_GRADIENT = 4  # the original model's pass, the masked model's pass, and its backward pass
+# windows in each step of a search by gradient
 _WINDOWS_OF_A_STEP = 4
 
 
 class LayerEvaluator:
-    """The evaluator that methods get (see `megaprune.selection.evaluator.Evaluator`). Collective.
+    """Evaluator of layers, as methods receive it (see `megaprune.selection.evaluator.Evaluator`). Collective.
 
-    `tokens` counts what was spent, in tokens that went forward through all layers: layers that one pass shares with
-    the one before it, or that are left out, cost nothing.
+    `tokens` counts the cost in tokens that run forward through all layers. Layers whose outputs are shared with the
+    previous pass, and layers that are left out, cost nothing.
 
     Args:
-        windows: gives this replica's share of so many calibration windows, behind so many; the same windows at every
-            layout.
-        num_windows: how many there are.
+        windows: returns this replica's share of a number of calibration windows after a number of skipped ones; the
+            windows are the same at every layout.
+        num_windows: the number of calibration windows.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class LayerEvaluator:
         self._known: dict[tuple[LossKind, float], dict[tuple[int, ...], float]] = {}
 
     def losses(self, kept_sets: Sequence[Sequence[int]], loss: LossKind = "kl", share: float = 1.0) -> list[float]:
-        """One loss for each set of kept layers, in nats per token, on a share of the windows. Sets that were evaluated
-        before are not computed again."""
+        """Return the loss of the model with each set of kept layers, in nats per token, on a share of the windows.
+        Losses that were computed before are reused.
+        """
         known = self._known.setdefault((loss, share), {})
         new = self._new(kept_sets, known)
         if new:
@@ -66,7 +67,7 @@ class LayerEvaluator:
         return [known[tuple(kept)] for kept in kept_sets]
 
     def affordable(self, kept_sets: Sequence[Sequence[int]], tokens: int) -> int:
-        """The number of these sets, from the first on, whose KL costs at most so many tokens."""
+        """Return how many of these sets, counted from the first, can be evaluated by KL within a number of tokens."""
         known = self._known.get(("kl", 1.0), {})
 
         def passes(count: int) -> float:
@@ -74,11 +75,11 @@ class LayerEvaluator:
             return shared_cost(self._masks(new), "kl") if new else 0.0
 
         most = tokens / self._tokens_of_a_pass(1.0)
-        # more sets never cost less: what they share, they share with fewer too
+        # the cost never falls as sets are added, so bisection finds the number
         return max(0, bisect.bisect_right(range(len(kept_sets) + 1), most, key=passes) - 1)
 
     def without_each(self, protected: Set[int], loss: LossKind = "kl") -> torch.Tensor:
-        """The loss without each layer, [num_layers]; infinite for protected layers, which are not measured."""
+        """Return the loss without each layer, [num_layers]; infinite for protected layers, which are not measured."""
         free = [layer for layer in range(self._budget.num_layers) if layer not in protected]
         found = torch.full((self._budget.num_layers,), float("inf"))
         if free:
@@ -86,29 +87,31 @@ class LayerEvaluator:
         return found
 
     def mask_gradient(self, mask: torch.Tensor, step: int) -> torch.Tensor:
-        """The gradient of the KL in a mask, [num_layers], on a few windows, others at each step."""
+        """Return the gradient of the KL with respect to a mask, [num_layers], on a few windows that change at each
+        step.
+        """
         count = min(_WINDOWS_OF_A_STEP, self._num_windows)
         batches = self._windows(count, step * count % max(1, self._num_windows - count + 1))
         self.tokens += self.tokens_of_a_gradient()
         return mask_gradient(self._model, self._gate, batches, mask, self._shard)[1]
 
     def tokens_of_a_gradient(self) -> int:
-        """The cost of `mask_gradient`."""
+        """Return the cost of `mask_gradient`, in tokens."""
         share = min(_WINDOWS_OF_A_STEP, self._num_windows) / self._num_windows
         return round(_PASSES_OF_A_GRADIENT * self._tokens_of_a_pass(share))
 
     def block_influence(self) -> torch.Tensor:
-        """ShortGPT's score of each layer, [num_layers], divided by the layer's cost."""
+        """Return ShortGPT's score of each layer, [num_layers], divided by the layer's cost."""
         found = block_influence(self._model, self._taken(1.0), self._budget.num_layers)
         self._book(1.0, 1.0)
         return found / torch.tensor(self._budget.costs)
 
     def tokens_of(self, layers: int) -> int:
-        """The cost of running so many layers on all windows."""
+        """Return the cost of running a number of layers on all windows, in tokens."""
         return math.ceil(layers / self._budget.num_layers * self._tokens_of_a_pass(1.0))
 
     def taylor_importance(self) -> torch.Tensor:
-        """The first-order change of the loss without each layer, [num_layers], divided by the layer's cost."""
+        """Return the first-order change of the loss without each layer, [num_layers], divided by the layer's cost."""
         found = taylor_importance(
             self._model,
             self._taken(1.0),
@@ -120,14 +123,14 @@ class LayerEvaluator:
         return found / torch.tensor(self._budget.costs)
 
     def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
-        """LinearPatch's scale across the one cut that these kept layers leave, [hidden_size]."""
+        """Return LinearPatch's scale across the only cut among these kept layers, [hidden_size]."""
         gone = sorted(set(range(self._budget.num_layers)) - set(kept))
         self._book(1.0, 1.0)
         return jump_across(self._model, self._taken(1.0), gone[0], gone[-1], hidden_size)
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:
-        """Gives a function that returns the tokens spent since the block began."""
+        """Yield a function that returns the tokens spent since the block began."""
         before = self.tokens
         yield lambda: self.tokens - before
 

@@ -1,4 +1,4 @@
-"""Passes that measure and change nothing: validation loss, and the loss of the model without some of its layers."""
+"""Forward passes that measure a model without changing it: validation loss, and losses with some layers masked."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,12 +45,11 @@ def mask_losses(
     shard: VocabShard,
     loss: LossKind,
 ) -> Tensor:
-    """The loss of the model under each mask, in nats per token, [number of masks] on the CPU, the same bits on every
-    rank. Collective.
+    """Return the loss of the model under each mask, in nats per token, [number of masks] on the CPU. Collective; the
+    result has the same bits on every rank.
 
-    Each micro-batch runs under all masks, one after the other through the pipeline, so that for KL one micro-batch's
-    original logits are all that is kept. Masks that begin alike come one after the other, and what the layers up to
-    the first difference gave is taken over.
+    Each micro-batch runs under all masks in turn, so that with KL only one micro-batch's original logits are stored.
+    Masks with a common prefix run one after the other and reuse the outputs of the layers in that prefix.
 
     Args:
         masks: [number of masks, num_layers]; 1 keeps a layer.
@@ -93,8 +92,8 @@ def mask_gradient(
     mask: Tensor,
     shard: VocabShard,
 ) -> tuple[float, Tensor]:
-    """KL(original || masked model) in nats per token, and its gradient in the mask [num_layers], on the CPU; the
-    weights get none. The same bits on every rank. Collective.
+    """Return KL(original || masked model) in nats per token, and its gradient with respect to the mask, [num_layers],
+    on the CPU. Collective; the result has the same bits on every rank. Weights get no gradients.
 
     Args:
         mask: [num_layers], soft or hard.
@@ -115,12 +114,12 @@ def mask_gradient(
 
 
 def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], num_layers: int) -> Tensor:
-    """ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(layer's input, its output), in
-    fp32, [num_layers] on the CPU, the same bits on every rank. Collective.
+    """Return ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(input, output) of each
+    layer, in fp32, [num_layers] on the CPU. Collective; the result has the same bits on every rank.
 
-    Tokens that carry no loss don't count.
+    Tokens without loss are not counted.
     """
-    # of each layer: the sum, and how many tokens are in it (as often as tensor-parallel ranks that hold them)
+    # per layer: the sum, and its number of tokens (counted once per tensor-parallel rank that holds them)
     sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
 
@@ -142,12 +141,13 @@ def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatc
 def jump_across(
     model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], first: int, last: int, hidden_size: int
 ) -> Tensor:
-    """By what the layers `first` to `last` change the hidden states' mean magnitude: LinearPatch's d, [hidden_size]
-    fp32 on the CPU, channel by channel in the Hadamard basis; the same bits on every rank. Collective.
+    """Return LinearPatch's d: the factor by which the layers `first` to `last` change the mean magnitude of the hidden
+    states, per channel in the Hadamard basis, [hidden_size] fp32 on the CPU. Collective; the result has the same bits
+    on every rank.
 
-    Tokens that carry no loss don't count.
+    Tokens without loss are not counted.
     """
-    # mean magnitudes before the first layer and behind the last, added up over tokens
+    # magnitudes before the first layer and after the last one, summed over tokens
     sums = torch.zeros(2, hidden_size, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
 
@@ -170,7 +170,7 @@ def jump_across(
 
 
 def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
-    """The part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
+    """Return the part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
     place = parallel.tensor_parallel()
     return weights.chunk(place.size)[place.rank] if model.config.sequence_parallel else weights
 
@@ -186,7 +186,7 @@ def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[No
 
 
 def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Sums what the last stage collected over micro-batches and replicas; the same on every rank, on the CPU."""
+    """Sum the last stage's results over micro-batches and replicas. The sum is the same on every rank, on the CPU."""
     total = torch.zeros(shape, dtype=torch.float64, device=device.torch_device())
     if collected:
         total = parallel.sum_over_data_parallel(torch.stack(list(collected)).sum(0))

@@ -1,4 +1,4 @@
-"""One file per family of models. A new family is a new file here, listed below, and nothing else."""
+"""One file per model family. A new family is a new file, listed below."""
 
 from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
 from megaprune.models.rope import RopeScaling
@@ -21,11 +21,12 @@ __all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "Wei
 
 
 def family_of(config: HFConfig) -> Family:
-    """The family that an HF config names.
+    """Return the family that an HF config names.
 
     Raises:
-        MegapruneError: the family is not known; names it and lists the known ones. Or the config is a text model's
-            within another's, or does not say whether embeddings are tied.
+        MegapruneError: the family is unknown (the message lists the known ones), the config nests a text model's
+        config, or it
+            does not say whether embeddings are tied.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

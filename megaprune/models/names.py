@@ -18,18 +18,18 @@ _OF_BASE = re.compile(r"^(layers\.\d+\.|embed_tokens\.|norm\.)")
 
 
 def hf_layer(name: str) -> int | None:
-    """The layer that an HF tensor belongs to; None outside the layers."""
+    """Return the layer that an HF tensor belongs to; None outside the layers."""
     match = _HF_LAYER.match(name)
     return int(match[2]) if match else None
 
 
 def hf_name(layer: int, name: str) -> str:
-    """The HF name of a tensor, from its name within the layer."""
+    """Return the HF name of a tensor, given its name within the layer."""
     return f"model.layers.{layer}.{name}"
 
 
 def name_in_layer(name: str) -> str:
-    """The HF name of a tensor or module within its layer; a name outside the layers as it is."""
+    """Return the name of an HF tensor or module within its layer; names outside the layers are returned unchanged."""
     match = _HF_LAYER.match(name)
     return match[3][1:] if match else name
 
@@ -73,19 +73,21 @@ def source_name(name: str, kept_layers: Sequence[int] | None) -> str:
 
 
 def with_expert(name: str, number: Callable[[int], int]) -> str:
-    """A Megatron name with another expert number; a name of no routed expert as it is."""
+    """Return a Megatron name with another expert number; a name without a routed expert is returned unchanged."""
     for pattern in (_LOCAL_EXPERT, _GROUPED_EXPERT):
         name = pattern.sub(lambda match: f"{match[1]}{number(int(match[2]))}", name)
     return name
 
 
 def without_expert(name: str) -> str:
-    """A Megatron name without the number of a local expert: the same for all experts of a layer."""
+    """Return a Megatron name without the number of a local expert, which is the same for all experts of a layer."""
     return re.sub(r"\.local_experts\.\d+", "", name)
 
 
 def expert_key(name: str) -> tuple[str, int] | None:
-    """The checkpoint key that the routed experts of a layer share, and the expert's number; None for other names."""
+    """Return the checkpoint key that the routed experts of a layer share, and the expert's number; None for other
+    names.
+    """
     match = _EXPERT_KEY.match(name)
     return (f"{match[1]}.experts.{match[3]}", int(match[2])) if match else None
 
@@ -100,5 +102,5 @@ def in_mtp_layer(key: str, number: int) -> str:
 
 
 def mtp_prefix(number: int) -> str:
-    """The beginning of the checkpoint keys of a multi-token-prediction layer."""
+    """Return the prefix of the checkpoint keys of a multi-token-prediction layer."""
     return f"mtp.layers.{number}."

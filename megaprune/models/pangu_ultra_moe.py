@@ -48,7 +48,7 @@ _EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + "mlp.e
 
 
 def _both_spellings(config: HFConfig) -> HFConfig:
-    """The config with each setting under both names.
+    """Return the config with each setting under both names.
 
     Raises:
         MegapruneError: the two names of a setting hold different values.

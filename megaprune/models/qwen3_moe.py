@@ -67,7 +67,7 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    """Dense layers are listed by their new numbers, since a step between MoE layers does not survive pruning."""
+    """Return the pruned config. Dense layers are listed by their new numbers, because a regular step is not kept."""
     pruned = prune_dense_config(config, kept)
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         pruned["mlp_only_layers"] = [new for new, layer in enumerate(kept) if not _is_moe(config, layer)]

@@ -32,13 +32,13 @@ _ABOUT_ROPE = re.compile(r"(rope|rotary|partial_rotary|yarn|mrope)_")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """The stretching of RoPE's inverse frequencies; a type leaves the fields that it does not read at None.
+    """Scaling of RoPE's inverse frequencies. Fields that a type does not read are None.
 
     Args:
         rope_type: ``linear``, ``llama3`` or ``yarn``.
-        attention_factor: what cosine and sine are multiplied by.
-        mscale_all_dim: in multi-head latent attention, the softmax is scaled by the square of
-            ``0.1 * mscale_all_dim * ln(factor) + 1``; 0 leaves it as it is.
+        attention_factor: factor of cosine and sine.
+        mscale_all_dim: in multi-head latent attention, the softmax scale is multiplied by the square of
+            ``0.1 * mscale_all_dim * ln(factor) + 1``; 0 leaves it unchanged.
     """
 
     rope_type: str
@@ -56,15 +56,15 @@ class RopeScaling:
 def read_rope(
     config: HFConfig, max_positions: int, also_read: tuple[str, ...] = (), theta: float | None = _THETA
 ) -> tuple[float, RopeScaling | None]:
-    """RoPE's theta and scaling.
+    """Return RoPE's theta and scaling.
 
     Args:
-        max_positions: positions of the model; where the original number is not given, they are taken for it.
+        max_positions: positions of the model; used as the original number of positions if that is absent.
         also_read: keys at the top of config.json that the family itself reads.
         theta: the family's default; None if it has none.
 
     Raises:
-        MegapruneError: a setting is missing, of a wrong type, or not implemented; names it.
+        MegapruneError: a setting is missing, of a wrong type, or not implemented; the message names it.
     """
     rope = _settings(config, also_read)
     theta = _theta(config, rope, theta)
@@ -125,7 +125,7 @@ def _check_keys(config: HFConfig, rope: dict[str, Any], rope_type: str) -> None:
 
 
 def _original_length(config: HFConfig, rope: dict[str, Any], max_positions: int) -> int:
-    """The length before scaling: at the top of config.json it goes before the one among RoPE's settings."""
+    """Return the context length before scaling. The key at the top of config.json goes before RoPE's own setting."""
     if _LENGTH in config:
         return whole(config, _LENGTH)
     if _LENGTH in rope:
@@ -172,7 +172,7 @@ def _yarn(config: HFConfig, rope: dict[str, Any], length: int, max_positions: in
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's temperature for a model whose context is stretched by ``factor``."""
+    """Return YaRN's attention temperature for a context that is extended by ``factor``."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -186,7 +186,7 @@ def _positive(config: HFConfig, rope: dict[str, Any], key: str) -> float:
 
 
 def _optional(config: HFConfig, rope: dict[str, Any], key: str) -> float:
-    """A number from 0; 0 where it is absent or null."""
+    """Return a number of at least 0; 0 if it is absent or null."""
     value = rope.get(key)
     if value is None:
         return 0.0

@@ -58,7 +58,7 @@ def flag(config: HFConfig, key: str, default: bool) -> bool:
 
 
 def text(config: HFConfig, key: str, default: str, only: str) -> None:
-    """Checks that a setting has the one value that is supported; ``default`` if the key is absent.
+    """Check that a setting has the only supported value; ``default`` if the key is absent.
 
     Raises:
         MegapruneError: it has another.
@@ -106,7 +106,7 @@ def is_number(value: Any) -> bool:
 
 
 def wrong(config: HFConfig, key: str, value: Any, expected: str) -> MegapruneError:
-    """The error that names a key, its value, and what belongs in its place."""
+    """Return the error that names a key, its value, and the expected kind of value."""
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     return MegapruneError(f"{config.get('model_type')}: {key!r} in config.json is {shown}, where {expected} belongs")
 

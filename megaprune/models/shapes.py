@@ -1,4 +1,4 @@
-"""The shapes of HF tensors, which follow from the architecture; attention kinds declare their own (`gqa`, `mla`)."""
+"""Shapes of HF tensors, which follow from the architecture. Attention kinds declare their own (`gqa`, `mla`)."""
 
 from collections.abc import Iterable, Mapping
 
@@ -32,10 +32,10 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 
 
 def hf_shapes(names: Iterable[str], arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """The shapes that these tensors have in a model of this architecture.
+    """Return the shapes that these tensors have in a model of this architecture.
 
     Raises:
-        KeyError: no table lists a name.
+        KeyError: no table contains a name.
     """
     dimensions = _dimensions(arch) | arch.attention.dimensions(arch)
     shapes = {**_SHAPES, **arch.attention.shapes}

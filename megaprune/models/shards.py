@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's place among the ranks that share one layer's weights."""
+    """Rank of this process among the ranks that share one layer's weights, and their number."""
 
     rank: int = 0
     size: int = 1
 
 
 class SliceReader(Protocol):
-    """HF tensors by name, as far as shards are cut from them."""
+    """Reader of HF tensors by name, for the slices that shards need."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 

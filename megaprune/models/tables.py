@@ -1,4 +1,4 @@
-"""The vocabulary in which a family declares itself: weight rules, architecture, and the edits of pruning.
+"""Vocabulary with which a family declares itself: weight rules, architecture, and the changes of pruning.
 
 A family is data. The conversion engine (`megaprune.weights`) and the model builder (`megaprune.mcore`) read it.
 """
@@ -74,18 +74,18 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model in Megatron-Core's terms.
+    """Model in Megatron-Core's terms.
 
     Args:
-        transformer: keyword arguments of ``TransformerConfig``, or of ``MLATransformerConfig`` where `mla`.
-        attention: the kind of attention, which declares its tensors' shapes.
+        transformer: keyword arguments of ``TransformerConfig``, or of ``MLATransformerConfig`` if `mla`.
+        attention: the kind of attention, which declares the shapes of its tensors.
         vocab_size: rows of the embedding as stored by HF, before padding.
-        max_position_embeddings: positions that the model was made for.
+        max_position_embeddings: maximum number of positions.
         rotary_base: RoPE's theta.
-        rope_scaling: how RoPE is stretched, if it is.
-        tied: the output layer shares the embedding's weight.
-        sandwich_norm: attention and MLP have a norm behind them too.
-        latent_norm_epsilon: of the norms within latent attention, where it is not the other norms'.
+        rope_scaling: scaling of RoPE, if any.
+        tied: whether the output layer shares the embedding's weight.
+        sandwich_norm: whether attention and MLP are also followed by a norm.
+        latent_norm_epsilon: epsilon of the norms within latent attention, if it differs from that of the other norms.
     """
 
     transformer: dict[str, Any]
@@ -113,7 +113,7 @@ class Architecture:
 
     @property
     def num_experts(self) -> int:
-        """Routed experts in each MoE layer; 0 for a dense model."""
+        """Number of routed experts in each MoE layer; 0 for a dense model."""
         return self.transformer.get("num_moe_experts", 0)
 
     def is_moe(self, layer: int) -> bool:

@@ -124,7 +124,7 @@ class Plan:
 
 
 def make_plan(config: Config, hf_config: HFConfig, world_size: int) -> Plan:
-    """Plans the run of these flags on this many processes.
+    """Plan a run on this many processes.
 
     Raises:
         MegapruneError: the model can't be expressed.

@@ -1,4 +1,4 @@
-"""Caching a teacher: its forward pass over all training windows, once, for any number of runs to learn from."""
+"""Teacher caching: one forward pass of the teacher over all training windows, reused by any number of runs."""
 
 import shutil
 import time
@@ -34,20 +34,20 @@ _FLAG = "--output"
 
 
 def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
-    """Write the targets of all windows of the training data, or go on with it. Collective.
+    """Write the targets of all windows of the training data, or resume an unfinished cache. Collective.
 
     Returns:
-        What the cache holds.
+        The contents of the cache, for printing.
 
     Raises:
-        MegapruneError: what was asked can't be done; what was written so far can be gone on with.
+        MegapruneError: the request can't be fulfilled; the same call resumes from the shards that are complete.
     """
     with parallel.session(options.sizes), locked(lock_beside(options.output), f"{_FLAG} {options.output}"):
         return _cache(options, source)
 
 
 def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
-    # What is refused before the first window is computed leaves the disk as it was.
+    # If the job is refused before the first window is computed, the disk is left unchanged.
     with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(options, source)
         if options.output.exists():
@@ -76,15 +76,15 @@ def check_output(output: Path) -> None:
 
 
 def _left_alone(options: CachingOptions, plan: CachePlan) -> CachePlan:
-    """End where there is nothing to do. Collective."""
+    """End the job if there is nothing to compute. Collective."""
     parallel.barrier()
     if parallel.rank() == 0 and not cache_writer.is_begun(options.work.path):
-        shutil.rmtree(options.work.path, ignore_errors=True)  # nothing but the data that were tokenized to know this
+        shutil.rmtree(options.work.path, ignore_errors=True)  # only data that were tokenized for this check
     return plan
 
 
 def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Windows]:
-    """The cache that is to be made, and the data. Collective."""
+    """Return the plan of the cache, and the data. Collective."""
     cache_dir = options.data.cache_dir or options.work.data_cache
     tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)
     vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
@@ -141,8 +141,9 @@ def _size_of(plan: CachePlan) -> str:
 
 
 class _Caching:
-    """The passes over the windows. Shards are dealt out to the replicas, round by round, so that all replicas run
-    equally many micro-batches: expert parallelism needs every rank in each."""
+    """The passes over the windows. Shards are distributed to the replicas in rounds, so that all replicas run equally
+    many micro-batches: with expert parallelism, every micro-batch needs every rank.
+    """
 
     def __init__(self, options: CachingOptions, plan: CachePlan, dataset: Windows, teacher: torch.nn.Module) -> None:
         self._plan, self._dataset, self._teacher = plan, dataset, teacher
@@ -152,7 +153,7 @@ class _Caching:
         self._shard: VocabShard = vocab_shard(options.model.arch)
 
     def run(self) -> None:
-        """Writes the shards that are not there yet. Collective."""
+        """Write the missing shards. Collective."""
         left = self._left()
         if not left:
             return
@@ -166,7 +167,7 @@ class _Caching:
                 self._round(left[start : start + replicas], bar)
 
     def _left(self) -> list[int]:
-        """The shards that are not there, or not as they were written. Each rank looks at its share."""
+        """Return the shards that are missing or damaged. Each rank checks its share."""
         count, size = self._plan.num_shards, parallel.world_size()
         mine = range(parallel.rank(), count, size)
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
@@ -176,7 +177,9 @@ class _Caching:
         return left
 
     def _round(self, shards: Sequence[int], bar: tqdm) -> None:
-        """One shard for each replica; where there are too few, a replica computes windows that nothing keeps."""
+        """Compute one shard per replica. If there are fewer shards than replicas, the others compute windows whose
+        targets are discarded.
+        """
         size = self._micro_batch_size
         rows = max(-(-len(self._plan.windows_of(shard)) // size) for shard in shards) * size
         place = parallel.data_parallel_rank()
@@ -214,17 +217,17 @@ class _Caching:
         before: Callable[[schedule.LossTokens], None] | None = None,
     ) -> None:
         def collect(logits: Tensor, tokens: schedule.LossTokens) -> None:
-            # Every tensor-parallel rank has a part in the top k of the whole vocabulary.
+            # The top k of the whole vocabulary needs every tensor-parallel rank.
             keep(teacher_targets(logits, self._plan.top_k, self._shard), tokens.number)
 
         schedule.forward(self._teacher, batches, collect, before)
 
     def _tokens_per_second(self) -> float:
-        """All replicas' speed, from a few micro-batches that nothing keeps."""
+        """Measure the speed of all replicas together, on a few micro-batches whose targets are discarded."""
         count = min(len(self._dataset), self._micro_batch_size)
         window_ids = [*range(count), *[PADDING_ID] * (self._micro_batch_size - count)]
         batches, start = self._batches(window_ids) * (2 * self._pipeline_size), 0.0
-        for _ in range(2):  # the first time is slower
+        for _ in range(2):  # the first pass is slower
             parallel.barrier()
             start = time.perf_counter()
             self._forward(batches, lambda targets, number: None)
@@ -236,7 +239,7 @@ class _Caching:
 
 
 def _on_cpu(targets: TeacherTargets, count: int) -> TeacherTargets:
-    """The targets [s, b, ...] of the first windows of a micro-batch."""
+    """Return the targets [s, b, ...] of the first windows of a micro-batch, on the CPU."""
     return targets.map(lambda column: column[:, :count].cpu())
 
 

@@ -1,4 +1,4 @@
-"""What the stages of a run share: options, data, models, progress, metrics, and the saving of checkpoints."""
+"""State that the stages of a run share: options, data, models, progress, metrics, and checkpoints."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ ShouldStop = Callable[[], bool]
 
 
 class RunContext:
-    """The state of a run.
+    """State of a run.
 
     Args:
-        should_stop: asked on every rank before the first iteration and after each; one that says yes is enough to
-            save a checkpoint and stop.
+        should_stop: called on every rank before the first iteration and after each one. If it returns True on any
+            rank, the run saves a checkpoint and stops.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunContext:
         )
 
     def _check_batch(self, begun_with: int | None) -> None:
-        """Without --global-batch-size the batch follows the number of replicas, which may be another when resumed."""
+        """Refuse to resume with another batch size. Without --global-batch-size, it follows the number of replicas."""
         size = self.options.training.global_batch_size
         if begun_with not in (None, size):
             raise UsageError(
@@ -71,7 +71,7 @@ class RunContext:
 
     @property
     def kept_layers(self) -> list[int]:
-        """The layers that stay, once they are chosen."""
+        """Return the layers that stay, after they have been selected."""
         assert self.progress.kept_layers is not None, "the selection comes first"
         return self.progress.kept_layers
 
@@ -84,10 +84,10 @@ class RunContext:
     def record(
         self, iteration: int, stage: str, result: StepResult, start: float, extra: dict[str, Any] | None = None
     ) -> None:
-        """Book an iteration that is done.
+        """Record a finished iteration.
 
         Args:
-            start: when it began, by `time.perf_counter`.
+            start: the time at which it began, by `time.perf_counter`.
         """
         seconds = time.perf_counter() - start
         self.progress.iteration = iteration + 1
@@ -109,19 +109,19 @@ class RunContext:
 
     @property
     def weights_are_the_source(self) -> bool:
-        """Whether nothing but scores has been learned so far."""
+        """Return whether the weights still equal the source, because only scores were trained."""
         training = self.options.training
         return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
 
     def saved_weights(self) -> Path | None:
-        """Return the newest checkpoint, if there are weights in it."""
+        """Return the newest checkpoint if it contains weights."""
         return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
 
         Raises:
-            RunStopped: a rank was asked to stop; the checkpoint is saved.
+            RunStopped: a rank was asked to stop. The checkpoint has been saved.
         """
         interval, iteration = self.options.output.save_interval, self.progress.iteration
         stopping = self._is_to_stop()
@@ -140,7 +140,7 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     """Return the layers that a method keeps, which must be the same on every rank. Collective.
 
     Raises:
-        MegapruneError: they are not; on every rank.
+        MegapruneError: the layers differ between ranks; raised on every rank.
     """
     mask = masks_of([kept], options.model.arch.num_layers)
     error = None

@@ -23,7 +23,7 @@ from megaprune.weights.tensor_source import TensorSource
 
 @dataclass(frozen=True)
 class Data:
-    """The datasets of a run, as this replica sees them. Text is calibrated on in the windows that are trained on."""
+    """Datasets of a run, as this replica reads them. Text is calibrated on windows that are also used for training."""
 
     options: DataOptions
     training: TrainingOptions
@@ -33,12 +33,12 @@ class Data:
     teacher_cache: TeacherCache | None = None
 
     def train_batches(self, iteration: int) -> list[Batch]:
-        """Return this replica's micro-batches of an iteration; begin to read what is cached for the next."""
+        """Return this replica's micro-batches of an iteration, and start reading the cached targets of the next one."""
         self._read_ahead(iteration + 1)
         return train_batches(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
-        """Return this replica's share of `count` calibration windows, behind the first `skip`."""
+        """Return this replica's share of `count` calibration windows after the first `skip` ones."""
         windows = self._calibrated_on
         ids = calibration_ids(len(windows), count, self.training.seed, skip)
         return list(batches_for(windows, ids, **self._dealt()))
@@ -48,7 +48,7 @@ class Data:
         return len(self._calibrated_on)
 
     def valid_batches(self, limit: int | None = None) -> list[Batch]:
-        """Return this replica's share of the validation windows, or of the first `limit`; each token counts once."""
+        """Return this replica's share of the validation windows, or of the first `limit`. Each token counts once."""
         return list(eval_batches(self.valid, limit=limit, **self._dealt())) if self.valid else []
 
     @property
@@ -62,7 +62,7 @@ class Data:
         return self.calibration
 
     def _read_ahead(self, iteration: int) -> None:
-        """Begin to read the cached targets of this replica's share of an iteration to come."""
+        """Start reading the cached targets of this replica's share of a later iteration."""
         if self.teacher_cache is not None and parallel.is_last_stage() and iteration < self.training.train_iters:
             rows = train_ids(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
             self.teacher_cache.prefetch([id for row in rows for id in row])
@@ -85,17 +85,17 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
         MegapruneError: the data can't be used; on every rank.
     """
     data, distillation = options.data, options.distillation
-    # A cached teacher knows windows as they lie in the files, which are then shuffled as those of text are.
+    # A teacher cache is indexed by windows in file order, which are then shuffled like windows of text.
     cached = distillation.teacher == "cached"
     blend = None if cached else find_blend(data.train, "--train-data")
     if data.train and not data.reads_training:
         if not blend:
-            find_sources(data.train, "--train-data")  # nothing is read, but a wrong path is wrong
+            find_sources(data.train, "--train-data")  # no data is read, but a wrong path is still refused
         blend = None
     if cached:
         check_cacheable(data.train)
 
-    # What the others map, the first has looked through.
+    # Rank 0 has checked the files before the others map them.
     vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
 
     def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
@@ -154,8 +154,7 @@ def _check_calibration(options: RunOptions, calibration: Windows) -> None:
 def _blended(
     options: RunOptions, blend: Blend, files: list[IndexedFile], pad_id: int, cache: Path
 ) -> tuple[Windows | None, Windows | None]:
-    """The training samples of preprocessed data and its calibration windows, where the run has a use for them.
-    Collective."""
+    """Return the training samples of preprocessed data, and its calibration windows if they are used. Collective."""
     common: dict[str, Any] = dict(
         seq_length=options.data.seq_length,
         seed=options.training.seed,
@@ -174,19 +173,19 @@ def _blended(
 
 
 def run_tokenizer(options: RunOptions, source: TensorSource) -> Any:
-    """Return the model's own tokenizer; None where the run reads no text.
+    """Return the model's own tokenizer, or None if the run reads no text.
 
     Raises:
-        MegapruneError: the folder holds none that transformers can load.
+        MegapruneError: the folder contains no tokenizer that transformers can load.
     """
     return tokenizer_in(source.folder, options.model.trust_remote_code) if options.data.reads_windows else None
 
 
 def check_cacheable(train_data: Sequence[str]) -> None:
-    """Refuse training data whose windows are not the same at every seed and length of a run.
+    """Refuse training data whose windows depend on the seed and the length of the run.
 
     Raises:
-        UsageError: they are a blend that Megatron draws.
+        UsageError: the data are a weighted blend, whose samples Megatron draws.
     """
     blend = find_blend(train_data, "--train-data")
     if blend is not None and blend.weights is not None:
@@ -200,7 +199,7 @@ def open_cache(distillation: DistillationOptions, source: TensorSource, tokenize
     """Return the cached teacher of the training windows. Collective.
 
     Raises:
-        MegapruneError: it was made from something else, or is damaged; on every rank.
+        MegapruneError: the cache belongs to other inputs, or is damaged; raised on every rank.
     """
     folder, wanted = distillation.logits, cache_key(source, tokenizer, train)
     assert folder is not None, "the configuration's checks ask for --teacher-logits"

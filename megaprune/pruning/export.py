@@ -1,4 +1,4 @@
-"""The results of a run: report, plots, and the HF folder, which gets its name last."""
+"""Results of a run: report, plots, and the HF folder, which is renamed into place last."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ def export(run: RunContext, student: Trainer | None, command: str) -> None:
             _export_weights(run, student, aside)
         parallel.on_rank0(lambda: _finish(run, aside, command))
     except MegapruneError:
-        if parallel.rank() == 0:  # what is half written would be in the way of the next attempt
+        if parallel.rank() == 0:  # an unfinished folder would block the next attempt
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(aside_folder(run_dir.adapter), ignore_errors=True)
         raise
@@ -61,7 +61,7 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
 
 
 def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> None:
-    """The pruned model's weights; where an adapter was asked for, untrained ones and the adapter beside them."""
+    """Write the pruned model's weights; with --export-adapter, the untrained weights and, separately, the adapter."""
     options, kept, whole = run.options, run.kept_layers, run.models.student_stays_whole
     size, keep_mtp = options.output.max_shard_bytes, options.model.keep_mtp
     trained = student is not None and options.training.train_iters > 0
@@ -75,7 +75,7 @@ def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> N
             with one_line(folder, GO_ON):
                 write_pruned_weights(run.source, kept, folder, size, keep_mtp)
 
-        parallel.on_rank0(write)  # no weight has changed: the stored bits are the export
+        parallel.on_rank0(write)  # no weight has changed, so the stored bits are exported
 
 
 def _export_adapter(run: RunContext, student: Trainer | None) -> None:
@@ -105,7 +105,7 @@ def _report(run: RunContext) -> Report:
 
 
 def _emptied(folder: Path) -> Path:
-    """The folder, made anew by rank 0. Collective."""
+    """Return the folder, created anew by rank 0. Collective."""
 
     def make() -> None:
         with one_line(folder, GO_ON):

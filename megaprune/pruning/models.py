@@ -1,4 +1,4 @@
-"""The models of a run: the original, the student and the teacher, built, filled with weights and put into training."""
+"""Models of a run: the original, the student and the teacher, built, loaded and prepared for training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from megaprune.weights.tensor_source import TensorSource
 
 
 class Models:
-    """Makes a run's models. The original and a student that keeps its pruned layers share one gate."""
+    """Factory of a run's models. The original and a student that keeps its pruned layers share one gate."""
 
     def __init__(self, options: RunOptions, source: TensorSource, teacher_cache: TeacherCache | None = None) -> None:
         self._options, self._source, self._teacher_cache = options, source, teacher_cache
@@ -30,11 +30,11 @@ class Models:
 
     @property
     def student_stays_whole(self) -> bool:
-        """Whether the student keeps its pruned layers, bypassed: they are part of the teacher that it also is."""
+        """Return whether the student keeps its pruned layers, bypassed, because it also serves as the teacher."""
         return self._options.distillation.teacher == "self"
 
     def original(self, imported: bool = True, gated: bool = True) -> torch.nn.Module:
-        """The whole model, behind the gate or plain."""
+        """Return the whole model, with or without the gate."""
         options, gate = self._options, self.gate if gated else None
         model = build_model(options.model.arch, options.pipeline.original, options.engine, gate)
         if imported:
@@ -42,14 +42,14 @@ class Models:
         return model
 
     def whole_student(self, original: torch.nn.Module | None, saved: Path | None) -> Trainer:
-        """The whole model in training.
+        """Return the whole model, prepared for training.
 
         Args:
-            original: the model if it is at hand, with the source's weights.
-            saved: a checkpoint to go on from.
+            original: the model with the source's weights, if it exists already.
+            saved: the checkpoint to resume from.
         """
         if original is None:
-            # A checkpoint holds all that trains: every weight, or the adapters.
+            # A checkpoint holds everything that trains: all weights, or the adapters.
             original = self.original(imported=saved is None or self._options.lora is not None)
         student = self._in_training(original)
         if saved is not None:
@@ -57,10 +57,10 @@ class Models:
         return student
 
     def pruned_student(self, kept: Sequence[int], saved: Path | None, saved_is_pruned: bool) -> Trainer:
-        """The model of the kept layers in training, its pipeline balanced for them.
+        """Return the model of the kept layers, prepared for training, with a pipeline balanced for them.
 
         Args:
-            saved: a checkpoint to go on from: this model's, or the whole one's; None starts from the source.
+            saved: the checkpoint to resume from, of this model or of the whole one; None starts from the source.
         """
         options, arch = self._options, self._options.model.arch
         model = build_model(arch.pruned(kept), options.pipeline.stages_of_layers(kept), options.engine)
@@ -74,11 +74,11 @@ class Models:
         return student
 
     def teacher(self, student: Trainer | None, original: torch.nn.Module | None = None) -> Teacher | None:
-        """The student's teacher: itself, what is cached, or the original model, imported unless it is at hand. None for
-        CE.
+        """Return the student's teacher: the student itself, the cache, or the original model, which is imported unless
+        it exists already. None for cross-entropy.
 
         Args:
-            student: not asked for by a teacher apart from it.
+            student: needed only by a teacher that is part of the student.
         """
         distillation = self._options.distillation
         if distillation.loss == "ce":
@@ -92,7 +92,7 @@ class Models:
         return OnlineTeacher(in_half_precision(model, self._options.engine), self.shard, distillation.top_k)
 
     def merge_and_round(self, student: Trainer, kept: Sequence[int]) -> None:
-        """Makes the trained weights what the export will hold: adapters merged, rounded to the source's dtype."""
+        """Replace the trained weights by those that are exported: adapters merged, rounded to the source's dtype."""
         merge_adapters(student.model)
         round_to_source_dtype(student.model, self._source, None if self.student_stays_whole else kept)
 

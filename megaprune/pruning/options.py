@@ -1,4 +1,4 @@
-"""Frozen options of a job: everything that the code below `megaprune.pruning.resolve` knows of the configuration."""
+"""Frozen options of a job: the only part of the configuration that the code below `megaprune.pruning.resolve` sees."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from megaprune.utils.files import aside_folder
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model of a job.
+    """Model of a job.
 
     Args:
-        name: the folder, hub id or checkpoint as the user gave it.
-        keep_mtp: whether multi-token-prediction layers are carried along.
+        name: the folder, Hub id or checkpoint as the user gave it.
+        keep_mtp: whether multi-token-prediction layers are copied to the output.
     """
 
     name: str
@@ -36,12 +36,12 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Training and validation data, and how replicas read them.
+    """Training and validation data, and the way replicas read them.
 
     Args:
-        cache_dir: folder of the tokenized data; None leaves it to the job.
+        cache_dir: folder of the tokenized data; None uses the job's default.
         reads_windows: whether the model sees any window at all; reads_training: of the training data.
-        calibrates: whether layers are judged on windows of the training data.
+        calibrates: whether layers are evaluated on windows of the training data.
     """
 
     train: list[str]
@@ -58,10 +58,10 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class DistillationOptions:
-    """The loss, and the teacher that it needs.
+    """Loss, and the teacher that it needs.
 
     Args:
-        teaches: whether the student learns from a teacher at all.
+        teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
     """
 
@@ -75,11 +75,11 @@ class DistillationOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Layers on each pipeline stage, balanced by what they cost.
+    """Number of layers on each pipeline stage, balanced by cost.
 
     Args:
         original: layers of the whole model on each stage.
-        layer_costs: cost of each layer of the whole model; output_cost: of what follows the last.
+        layer_costs: cost of each layer of the whole model; output_cost: cost of the modules after the last layer.
     """
 
     original: tuple[int, ...]
@@ -94,15 +94,15 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """How the layers that stay are chosen.
+    """Selection of the layers that stay.
 
     Args:
         name: the method as the user named it.
         method: its function and traits; method_options: the flags that the function takes.
-        manual: the user's own choice of kept layers.
-        init_scale: spread of the scores that a search starts from.
-        token_budget: tokens that a method which counts them may spend.
-        token_budget_given: whether the user set them, so that too few are refused.
+        manual: kept layers given by the user.
+        init_scale: standard deviation of the initial scores of a search.
+        token_budget: tokens that a method with `--selection-budget` may spend.
+        token_budget_given: whether the user set the budget; if so, a budget that is too small is refused.
     """
 
     name: str
@@ -117,18 +117,18 @@ class SelectionOptions:
     token_budget_given: bool
 
     def fewest_layers(self) -> list[int]:
-        """Return the layers of the shortest model that may come out."""
+        """Return the layers of the shortest model that the selection may produce."""
         return self.budget.fewest_layers(self.protected) if self.manual is None else self.manual
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Iterations of search and recovery together, and what they train.
+    """Iterations of search and recovery together, and the weights that they train.
 
     Args:
-        trains_weights_in_search: whether the model's weights train beside the scores.
-        endpoints_only: whether recovery trains only the layers beside the cut.
-        stitches: whether LinearPatch bridges the cut while the model recovers.
+        trains_weights_in_search: whether the model's weights train together with the scores.
+        endpoints_only: whether recovery trains only the layers next to the cut.
+        stitches: whether LinearPatch bridges the cut during recovery.
     """
 
     train_iters: int
@@ -142,10 +142,10 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """The run folder, what is written there, and how the run is watched.
+    """Run folder, its contents, and the logging of the run.
 
     Args:
-        settings: what a run that goes on in this folder must have in common with the one that began it.
+        settings: settings that must be unchanged when the run is resumed in this folder.
     """
 
     run_dir: RunDir
@@ -161,7 +161,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What every job with a model in Megatron-Core is made of."""
+    """Options of every job that runs a model in Megatron-Core."""
 
     model: ModelOptions
     engine: EngineOptions
@@ -176,24 +176,24 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class CachingOptions(JobOptions):
-    """Caching a teacher."""
+    """Options of teacher caching."""
 
     output: Path
     dry_run: bool
 
     @property
     def work(self) -> RunDir:
-        """The folder of unfinished work."""
+        """Return the folder of unfinished work."""
         return RunDir(aside_folder(self.output))
 
 
 @dataclass(frozen=True)
 class PlanOptions(JobOptions):
-    """A run on paper.
+    """Options of a plan, which is a run that is computed without being executed.
 
     Args:
-        selection: None where the user leaves open what is pruned.
-        trains: whether any iteration trains.
+        selection: None if the user does not say what is pruned.
+        trains: whether there are any training iterations.
         distributed_optimizer: whether the optimizer's state is sharded over data-parallel ranks.
     """
 
@@ -207,7 +207,7 @@ class PlanOptions(JobOptions):
 
 @dataclass(frozen=True)
 class RunOptions(JobOptions):
-    """A pruning run."""
+    """Options of a pruning run."""
 
     lora: LoRAOptions | None
     optimizer: OptimizerOptions

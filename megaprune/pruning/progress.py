@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint says beside weights and optimizer."""
+"""Progress of a run: the part of a checkpoint besides weights and optimizer."""
 
 import time
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ class Progress:
     """Plain data and small tensors; the same on every rank.
 
     Args:
-        iteration: training iterations done; with the seed it is the position in the data.
-        global_batch_size: windows of an iteration, which with the iteration are the position in the data.
-        kept_layers: what the selection chose, once it has.
-        pruned: the checkpoint holds the pruned model (otherwise the whole one, under search).
-        scores: the layers' scores, higher = keep, where the method has any.
-        candidates: what the selection chose among, where it did.
-        stitch: the scale of LinearPatch, where there is one.
-        selector: the searching selector's state.
+        iteration: finished training iterations. With the seed, it determines the position in the data.
+        global_batch_size: windows per iteration. With the iteration, it determines the position in the data.
+        kept_layers: the selected layers, once they are known.
+        pruned: whether the checkpoint holds the pruned model (otherwise the whole model during the search).
+        scores: the layers' scores, higher = keep, if the method has any.
+        candidates: the candidates that the selection compared, if any.
+        stitch: the scale of LinearPatch, if it is used.
+        selector: the state of the selector of a search.
         stages: seconds and tokens of each stage so far.
-        valid: the report's validation losses so far.
+        valid: the validation losses for the report so far.
     """
 
     iteration: int = 0
@@ -36,18 +36,18 @@ class Progress:
     valid: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return asdict(self)
 
     def spend(self, stage: str, seconds: float, tokens: int = 0) -> None:
-        """Books time and tokens on a stage."""
+        """Add time and tokens to a stage."""
         entry = self.stages.setdefault(stage, {"seconds": 0.0, "tokens": 0})
         entry["seconds"] += seconds
         entry["tokens"] += tokens
 
     @contextmanager
     def timed(self, stage: str, tokens: int = 0) -> Iterator[None]:
-        """Books a block's time on a stage."""
+        """Add the duration of a block to a stage."""
         start = time.perf_counter()
         yield
         self.spend(stage, time.perf_counter() - start, tokens)

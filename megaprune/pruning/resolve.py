@@ -1,7 +1,7 @@
-"""Resolves a Config once: with the model's config.json and the number of processes it becomes frozen options.
+"""Resolution of a Config into frozen options, once, with the model's config.json and the number of processes.
 
-Nothing below reads a Config. A run, a plan and the caching of a teacher are resolved from the same parts; a plan may
-leave open the data, the run folder and what is pruned, and caching everything that concerns the student.
+The code below does not read a Config. A run, a plan and teacher caching are resolved from the same parts. A plan may
+omit the data, the run folder and the pruning budget; caching omits everything about the student.
 """
 
 from pathlib import Path
@@ -48,8 +48,8 @@ from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
 from megaprune.weights.writer import parse_size
 
-# How a run is spread out, computed and watched may change when it goes on; what it computes may not. Nor may the
-# optimizer's kind: Megatron-Core saves the state of each in a form of its own.
+# A resumed run may change its layout, its engine and its logging, but not what it computes. The kind of optimizer must
+# stay too, because Megatron-Core saves the state of each kind in a different format.
 _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
@@ -62,7 +62,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
 
     Raises:
-        MegapruneError: what was asked can't be done.
+        MegapruneError: the request can't be fulfilled.
         UsageError: flags that don't fit the model or the processes.
     """
     parse_size(config.run.max_shard_size)
@@ -104,7 +104,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
     fused = device.use_transformer_engine(_transformer_impl(config))
     job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
-    if config.distils:
+    if config.distills:
         _check_top_k(config, arch)
     batch = global_batch_size(config, job.sizes, world_size)
     selection = _selection(config, hf_config, batch * job.data.seq_length)
@@ -122,7 +122,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
 
 
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
-    """Return the options of a run on paper. Raises as `resolve`."""
+    """Return the options of a plan. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
     config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
@@ -149,7 +149,7 @@ def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output
 
 
 def fixed_settings(config: Config) -> dict[str, object]:
-    """Return what a run that goes on must have in common with the one that began its folder."""
+    """Return the settings that must be unchanged when a run is resumed in its folder."""
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
@@ -191,7 +191,7 @@ def _job(
             tail=distillation.distill_tail,
             top_k=distillation.distill_top_k,
             teacher=distillation.teacher,
-            teaches=config.distils,
+            teaches=config.distills,
             logits=Path(logits) if logits else None,
         ),
     )
@@ -201,8 +201,7 @@ def _parallel_sizes(config: Config, arch: Architecture, world_size: int) -> Para
     parallel_config = config.parallel
     expert_tensor = parallel_config.expert_tensor_parallel_size
     if expert_tensor is None:
-        # As in Megatron-LM, experts are cut like the rest unless the user says otherwise; but not where there are too
-        # few processes for that.
+        # As in Megatron-LM, experts use the tensor-parallel size by default, unless there are too few processes for it.
         expert_tensor = parallel_config.tensor_model_parallel_size if arch.num_experts else 1
         in_a_stage = world_size // parallel_config.pipeline_model_parallel_size
         if in_a_stage % (expert_tensor * parallel_config.expert_model_parallel_size):
@@ -248,15 +247,14 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
         manual=manual,
         calibration_samples=config.data.calibration_samples,
         init_scale=config.search.mask_init_scale,
-        # A search's iteration is a forward and a backward pass, which costs two.
+        # One iteration of a search: a forward pass, and a backward pass, which counts as two.
         token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
         token_budget_given=given is not None,
     )
 
 
 def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] | None, frozenset[int], Budget]:
-    """Return the user's own choice of kept layers if there is one, the protected layers, and what those that stay may
-    cost."""
+    """Return the kept layers given by the user (if any), the protected layers, and the budget of the kept layers."""
     num_layers = len(layer_sizes(hf_config))
     if config.method.names_layers:
         whole = Budget.of_layers(num_layers, num_layers)
@@ -317,7 +315,7 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
     per_step = config.recovery.micro_batch_size * replicas
     size = config.recovery.global_batch_size or per_step
     if size % per_step and config.recovery.train_iters == 0:
-        return per_step  # no batch is made
+        return per_step  # batches are not used
     if size % per_step:
         raise UsageError(
             f"--global-batch-size {size} is not a multiple of --micro-batch-size "

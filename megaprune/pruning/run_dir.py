@@ -1,4 +1,4 @@
-"""The folder of a run: what stands where, and whose run it is."""
+"""Folder of a run: its paths, and the settings of the run that it belongs to."""
 
 import json
 import shutil
@@ -14,18 +14,18 @@ from megaprune.utils.locks import LOCK_NAME
 
 @dataclass(frozen=True)
 class RunDir:
-    """``--save``."""
+    """The folder given with ``--save``."""
 
     path: Path
 
     @property
     def hf(self) -> Path:
-        """The pruned model; it appears last, so it says that the run is done."""
+        """Return the folder of the pruned model. It appears last and thereby marks the run as finished."""
         return self.path / "hf"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, with ``--export-adapter``."""
+        """Return the folder of the trained adapter, with ``--export-adapter``."""
         return self.path / "adapter"
 
     @property
@@ -53,13 +53,13 @@ class RunDir:
         return self.path / "run.json"
 
     def check(self, settings: Mapping[str, object]) -> None:
-        """Check that the folder is free, or holds this very run.
+        """Check that the folder is free, or belongs to this run.
 
         Args:
-            settings: what the run that began it must have in common with this one, by the flags' names.
+            settings: settings that must equal those of the run that began the folder, by flag name.
 
         Raises:
-            MegapruneError: it holds something else; names the setting that differs.
+            MegapruneError: the folder holds something else, or a setting differs; the message names it.
         """
         if not self.path.exists():
             return
@@ -81,10 +81,10 @@ class RunDir:
                 )
 
     def begin(self, settings: Mapping[str, object]) -> None:
-        """Make the folder and mark it as this run's.
+        """Create the folder and record the run's settings in it.
 
         Raises:
-            MegapruneError: the folder can't be made or written to, or became another's since it was checked.
+            MegapruneError: the folder can't be created or written to, or another run has taken it since the check.
         """
         self.check(settings)
         if self.hf.exists():
@@ -97,8 +97,9 @@ class RunDir:
 
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
-        """A block that begins the run and fills the folder. Where the block is refused with nothing to resume from,
-        what it added goes again, and so do the folder and its parents if it made them."""
+        """Begin the run for the duration of a block that fills the folder. If the block fails and there is nothing to
+        resume from, remove everything that it added, including the folder and any parents that were created.
+        """
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         before = self._entries()
         try:
@@ -107,7 +108,7 @@ class RunDir:
             if not self.checkpoints.exists():
                 for path in self._entries() - before:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-                with suppress(OSError):  # never made, or by now it holds what others put there
+                with suppress(OSError):  # never created, or it now contains files of others
                     for folder in missing:
                         folder.rmdir()
             raise

@@ -1,4 +1,4 @@
-"""A pruning run, stage by stage: import, select, prune, recover, export. Each goes on where it stopped."""
+"""A pruning run, stage by stage: import, select, prune, recover, export. Each stage resumes from its checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,18 +23,18 @@ from megaprune.weights.tensor_source import TensorSource
 def run(
     options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None = None
 ) -> Report | None:
-    """Make a run, or go on with it. Collective; the process group stays usable.
+    """Start or resume a run. Collective; the process group stays usable.
 
     Args:
-        command: how the run was started, for the model card.
+        command: the command line or call that started the run, for the model card.
         should_stop: see `RunContext`.
 
     Returns:
         The report; None for a dry run.
 
     Raises:
-        MegapruneError: what was asked can't be done; nothing was written, or all that was done is in a checkpoint.
-        RunStopped: `should_stop` said so, and a checkpoint is saved.
+        MegapruneError: the request can't be fulfilled. Either nothing was written, or all progress is in a checkpoint.
+        RunStopped: `should_stop` returned True; a checkpoint was saved.
     """
     run_dir, dry_run = options.output.run_dir, options.output.dry_run
     if run_dir.hf.exists():
@@ -57,7 +57,9 @@ def run(
 
 @contextmanager
 def _closing(metrics: MetricsLogger) -> Iterator[None]:
-    """A block behind which the metrics are closed; where it fails, what closing them meets is not what went wrong."""
+    """Close the metrics after the block. If the block fails, errors while closing are dropped in favor of its own
+    error.
+    """
     try:
         yield
     except BaseException:
@@ -73,7 +75,7 @@ def cache_dir(options: RunOptions) -> Path:
 
 
 def _execute(context: RunContext, command: str) -> None:
-    """Run the stages that are left."""
+    """Run the remaining stages."""
     student = teacher = None
     if context.progress.kept_layers is None:
         student, teacher = select(context)
@@ -84,7 +86,7 @@ def _execute(context: RunContext, command: str) -> None:
 
 
 def describe(options: RunOptions) -> str:
-    """Return what a run would do, in a few lines."""
+    """Return a summary of the run in a few lines."""
     model, sizes, pipeline, selection = options.model, options.sizes, options.pipeline, options.selection
     num_layers, training = model.arch.num_layers, options.training
     total = model_size(model.hf_config).total

@@ -1,4 +1,4 @@
-"""Scores of a model's layers on calibration data, without a run."""
+"""Scores of a model's layers on calibration data, without a run folder."""
 
 import tempfile
 from contextlib import nullcontext
@@ -19,11 +19,11 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
     """Return the scores that a calibrated method gives the layers. Collective; the process group stays usable.
 
     Args:
-        chooses: whether what stays is wanted too; otherwise the scores must not depend on it.
+        chooses: whether the kept layers are requested too; otherwise the scores must not depend on the budget.
 
     Raises:
         MegapruneError: the data can't be used.
-        UsageError: the method scores no single layers, and what goes is not given.
+        UsageError: the method does not score single layers, and no budget is given.
     """
     with parallel.session(options.sizes), _scratch(options) as cache:
         tokenizer = run_tokenizer(options, source)
@@ -52,7 +52,7 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
 
 
 def _scratch(options: RunOptions) -> tempfile.TemporaryDirectory | nullcontext:
-    """The folder of the tokenized data: the user's own, or one of rank 0 that goes."""
+    """Provide the folder of the tokenized data: the user's own, or a temporary one of rank 0."""
     if options.data.cache_dir is not None or parallel.rank() != 0:
         return nullcontext(options.data.cache_dir)
     return tempfile.TemporaryDirectory(prefix="megaprune-scores-")

@@ -1,4 +1,4 @@
-"""The choice of the layers that stay: by calibration data, by the user, or, beside the training, by a search."""
+"""Selection of the layers that stay: by calibration data, by the user, or by a search during training."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,15 @@ from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 
 
 class Calibration:
-    """Evaluates the original model without some of its layers on a run's calibration data."""
+    """Evaluation of the original model without some of its layers, on a run's calibration data."""
 
     def __init__(self, options: RunOptions, data: Data, models: Models, model: torch.nn.Module) -> None:
         self._options, self._data, self._models, self._model = options, data, models, model
 
     def evaluator(self, num_windows: int | None = None, skip: int = 0) -> LayerEvaluator:
-        """Return an evaluator on so many windows behind the first `skip`; by default, on all calibration samples."""
+        """Return an evaluator on a number of windows after the first `skip` ones; by default, on all calibration
+        samples.
+        """
         selection = self._options.selection
         count = selection.calibration_samples if num_windows is None else num_windows
 
@@ -35,17 +37,17 @@ class Calibration:
         return LayerEvaluator(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
 
     def initial_scores(self) -> tuple[list[float], int]:
-        """Return the scores that a search starts from, and the tokens that they cost."""
+        """Return the initial scores of a search, and their cost in tokens."""
         selection, evaluator = self._options.selection, self.evaluator()
         kl = evaluator.without_each(selection.protected)
         scores = scores_from_kl(kl, selection.protected, selection.init_scale, selection.budget.costs)
         return scores.tolist(), evaluator.tokens
 
     def choose(self) -> tuple[Choice, int]:
-        """Return the choice of a method that looks at calibration data, and the tokens that it cost.
+        """Return the choice of a calibrated method, and its cost in tokens.
 
         Raises:
-            UsageError: the method's budget of tokens is too small.
+            UsageError: the method's token budget is too small.
         """
         selection, held_out = self._options.selection, None
         method, count = selection.method, self._num_windows()
@@ -60,7 +62,7 @@ class Calibration:
         return choice, evaluator.tokens + (held_out.tokens if held_out else 0)
 
     def _num_windows(self) -> int:
-        """How many calibration windows each pass of the method sees."""
+        """Return the number of calibration windows in each pass of the method."""
         selection, method = self._options.selection, self._options.selection.method
         count, seq_length = selection.calibration_samples, self._options.data.seq_length
         if "selection_budget" in method.flags and method.windows is not None:
@@ -75,7 +77,7 @@ def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
     """Choose the layers that stay.
 
     Returns:
-        What recovery can go on with: the searched student if it keeps its pruned layers, and the teacher.
+        The searched student, if it keeps its pruned layers, and the teacher, for reuse in recovery.
     """
     searching, models = run.options.selection.method.searches, run.models
     if not searching and not _needs_original(run):
@@ -95,14 +97,14 @@ def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
 
 
 def _needs_original(run: RunContext) -> bool:
-    """Whether a method without a search has a use for the original model."""
+    """Return whether a method without a search needs the original model."""
     options = run.options
     taught = options.distillation.teaches and options.distillation.teacher != "cached"
     return taught or bool(run.valid) or options.training.stitches or options.selection.method.calibrated
 
 
 def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
-    """Measure the model's validation loss and, where they are wanted, its layers' scores."""
+    """Measure the model's validation loss and, if they are needed, its layers' scores."""
     options, progress, selection = run.options, run.progress, run.options.selection
     model = in_half_precision(original, options.engine)
     run.validate("teacher", model)
@@ -127,7 +129,7 @@ def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
 
 
 def _named_layers(options: RunOptions) -> list[int]:
-    """The choice of a method that looks at no data."""
+    """Return the choice of a method that uses no data."""
     selection = options.selection
     if selection.manual is not None:
         return selection.manual

@@ -17,7 +17,7 @@ from megaprune.utils.errors import MegapruneError
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured; the same on every rank."""
+    """Measurements of a step; the same on every rank."""
 
     loss: float
     lr: float
@@ -28,7 +28,7 @@ class StepResult:
 def train_step(
     trainer: Trainer, batches: Sequence[schedule.MicroBatch], objective: Objective, iteration: int
 ) -> StepResult:
-    """One step of recovery. Collective.
+    """Run one step of recovery. Collective.
 
     Raises:
         MegapruneError: the loss is not finite.
@@ -48,10 +48,10 @@ def search_step(
     gate: LayerGate,
     train_weights: bool = True,
 ) -> StepResult:
-    """One step of search: the weights and the layers' scores learn together (E3-Pruner). Collective.
+    """Run one step of a search, in which the weights and the layers' scores train together (E3-Pruner). Collective.
 
     Args:
-        train_weights: False leaves the weights as they are, and spares their gradients.
+        train_weights: False leaves the weights unchanged and computes no gradients for them.
 
     Raises:
         MegapruneError: the loss is not finite.

@@ -1,4 +1,4 @@
-"""Removal of layers from an HF folder, without a model, an accelerator or process groups."""
+"""Removal of layers from an HF folder, without building a model, an accelerator or process groups."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.engine import on_rank0
 
-# Nothing is drawn and nothing read; the report says what a run says by default.
+# Unused here: no data is read and nothing is sampled. The report shows a run's defaults.
 _SEED, _SEQ_LENGTH = 1234, 4096
 
 
@@ -29,7 +29,8 @@ def remove_layers_of(
     max_shard_bytes: int,
     command: str,
 ) -> Report:
-    """Write the model without these layers, whole or not at all. Rank 0 alone writes, where there are several.
+    """Write the model without the given layers, completely or not at all. If there are several ranks, only rank 0
+    writes.
 
     Args:
         name: the model as the user named it.
@@ -37,7 +38,7 @@ def remove_layers_of(
 
     Raises:
         MegapruneError: the model can't be read, or the folder is not free or can't be written.
-        UsageError: layers that the model does not have.
+        UsageError: the model does not have one of the layers.
     """
     source.check_tensors()
     arch = source.family.architecture(source.config)
@@ -69,7 +70,7 @@ def remove_layers_of(
                 write_pruned_config(source, kept, aside, keep_mtp)
                 (aside / CARD_NAME).write_text(card)
                 if final.is_dir():
-                    final.rmdir()  # an empty one, whose place is taken
+                    final.rmdir()  # an empty folder is replaced
                 os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The two stages that train: search, in which the layers' scores learn beside the weights, and recovery."""
+"""The two stages that train: search, in which the layers' scores train together with the weights, and recovery."""
 
 import time
 
@@ -15,7 +15,7 @@ from megaprune.utils.progress import say
 
 
 def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
-    """Train the whole model and the layers' scores, and choose the layers that stay."""
+    """Train the whole model and the layers' scores, and select the layers that stay."""
     training, selection, progress = run.options.training, run.options.selection, run.progress
     method, scores = selection.method, None
     if method.needs_scores:
@@ -49,7 +49,7 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
 
 
 def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
-    """Return the student without its pruned layers: they are removed, or bypassed."""
+    """Return the student without its pruned layers, which are removed or bypassed."""
     kept, saved, options = run.kept_layers, run.saved_weights(), run.options
     if run.models.student_stays_whole:
         say(f"keeping layers {kept}")
@@ -62,7 +62,7 @@ def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
 
 
 def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
-    """Train the student for the iterations that are left, and measure it before and after."""
+    """Train the student for the remaining iterations, and measure it before and after."""
     if "pruned" not in run.progress.valid:
         run.validate("pruned", student.ddp)
     train_iters = run.options.training.train_iters
@@ -77,14 +77,14 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         run.record(iteration, "recovery", result, start)
         run.save_if_due(student, force=iteration + 1 == train_iters)
     if patch is not None:
-        patch.strength = 0.0  # not there yet where there are too few iterations to fade
+        patch.strength = 0.0  # not yet 1 if there are too few iterations to fade
     if train_iters > 0 and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
 
 
 def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
-    """The map that bridges the cut while the model recovers, in its place."""
+    """Return the map that bridges the cut during recovery, at its position."""
     if run.progress.stitch is None:
         return None
     kept, num_layers = run.kept_layers, run.options.model.arch.num_layers

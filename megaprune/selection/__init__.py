@@ -1,7 +1,7 @@
-"""The selection of layers that stay. Pure tensors: no Megatron, no process groups.
+"""Selection of the layers that stay. Pure tensors: no Megatron, no process groups.
 
-`methods/` has a module for each method, which registers it; the algorithms stand beside it. A user registers a method
-of their own with the same decorator: `@megaprune.selection.register("mine", calibrated=True)`.
+`methods/` contains a module for each method, which registers it; the algorithms are modules beside it. Users register
+their own methods with the same decorator: `@megaprune.selection.register("mine", calibrated=True)`.
 """
 
 from megaprune.selection.budget import Budget

@@ -1,4 +1,4 @@
-"""The best of several methods' choices and of their swaps, within a number of tokens (`--method auto`)."""
+"""Best of several methods' choices and of their swaps, within a number of tokens (`--method auto`)."""
 
 from collections.abc import Sequence, Set
 from typing import Any
@@ -18,17 +18,17 @@ from megaprune.utils.errors import UsageError
 # Shares of the budget for the cheap candidates with the final comparison, and for E3's search; swaps get the rest.
 _CANDIDATES_SHARE = 0.7
 _SEARCH_SHARE = 0.15
-# A search of fewer steps would only hand back the scores that it began with.
+# A search of fewer steps would return its initial scores.
 _FEWEST_STEPS = 8
 _MOST_STEPS = 60
-# How many of the candidates are improved by swaps: a second one leads elsewhere where the first is a dead end.
+# The number of candidates that swaps improve. A second one helps if the first is a local optimum.
 _SWAPPED = 2
-# kl-init, block influence, best segment, greedy, search, and what swaps make of some
+# kl-init, block influence, best segment, greedy, search, and the results of swaps
 _MOST_CANDIDATES = 5 + _SWAPPED
 
 
 def passes_of_candidates(budget: Budget, protected: Set[int]) -> float:
-    """The most that the candidates and the final comparison cost, in passes of the windows through all layers."""
+    """Return the maximum cost of candidates and final comparison, in passes of the windows through all layers."""
     layers = budget.num_layers
     each = shared_cost(masks_of(sets_without_each(budget, protected), layers), "kl")
     contiguous_sets = segments(budget, protected)
@@ -39,13 +39,15 @@ def passes_of_candidates(budget: Budget, protected: Set[int]) -> float:
 
 
 def _layers_compared(budget: Budget, protected: Set[int]) -> int:
-    """The most layers that run in the final comparison: the original's, and those that each candidate keeps."""
+    """Return the maximum number of layers that run in the final comparison: the original's, and those of each
+    candidate.
+    """
     cheapest_first = sorted(set(range(budget.num_layers)) - protected, key=lambda layer: budget.costs[layer])
     return budget.num_layers + _MOST_CANDIDATES * len(budget.take(cheapest_first, protected))
 
 
 def num_windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, asked: bool) -> int:
-    """The number of calibration windows with which `auto` stays within so many tokens; at least one.
+    """Return the number of calibration windows with which `auto` stays within a number of tokens; at least one.
 
     Raises:
         UsageError: the user asked for this budget, and it is too small for one.
@@ -59,15 +61,16 @@ def num_windows(budget: Budget, protected: Set[int], tokens: int, seq_length: in
 def choose_automatically(
     evaluator: Evaluator, held_out: Evaluator, budget: Budget, protected: Set[int], tokens: int, seed: int = 0
 ) -> Choice:
-    """The best of several methods' choices, and of the improvement by swaps of the best two, by KL on calibration text
-    that none of them saw: never worse than a member by that measure.
+    """Return the best of several methods' choices and of swaps on the best two, by KL on calibration text that none of
+    them used. By this measure the result is never worse than any candidate.
 
-    CLP is there as its oracle, the best of all contiguous segments, which costs less than its search. E3's search
-    runs with frozen weights, where the budget has room for it.
+    CLP is represented by its oracle, the best of all contiguous segments, which costs less than CLP's search. E3's
+    search
+    runs with frozen weights if the budget allows it.
 
     Args:
-        tokens: the budget, in tokens forward through all layers.
-        seed: of the search's noise.
+        tokens: the budget, in tokens that run forward through all layers.
+        seed: seed of the search's noise.
     """
     found: dict[str, list[int]] = {}
     spent: dict[str, int] = {}

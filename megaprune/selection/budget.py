@@ -1,4 +1,4 @@
-"""What the layers that stay may cost together: a number of layers, or of parameters."""
+"""Budget of the layers that stay: a number of layers, or of parameters."""
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from megaprune.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Budget:
-    """Costs of the layers, and the most that those which stay may cost; both in whole units.
+    """Costs of the layers, and the maximum total cost of the layers that stay, in whole units.
 
-    Where every layer costs 1, the limit is the number of layers that stay, and every selection has exactly that
-    many. Where dense and MoE layers are priced apart, a selection is exact in this sense: it costs at most the
-    limit, and no layer that is left out would still fit.
+    If every layer costs 1, the limit is the number of layers that stay, and every selection has exactly that many. If
+    dense and MoE layers have different costs, a selection is exact in this sense: it costs at most the limit, and no
+    layer that is left out would still fit.
     """
 
     costs: tuple[int, ...]
@@ -20,21 +20,21 @@ class Budget:
 
     @classmethod
     def of_layers(cls, num_layers: int, num_kept: int) -> "Budget":
-        """Room for `num_kept` layers, whichever."""
+        """Return a budget for `num_kept` layers of equal cost."""
         return cls((1,) * num_layers, num_kept)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model."""
+        """Return the number of layers of the whole model."""
         return len(self.costs)
 
     @property
     def counts_layers(self) -> bool:
-        """Whether the unit is the layer."""
+        """Return whether the unit is the layer."""
         return set(self.costs) == {1}
 
     def take(self, order: Iterable[int], protected: Set[int] = frozenset()) -> list[int]:
-        """The protected layers, and then of the others in this order each one that still fits; ascending."""
+        """Return the protected layers, and in this order each other layer that still fits; ascending."""
         room = self.limit - sum(self.costs[layer] for layer in protected)
         taken = list(protected)
         for layer in order:
@@ -44,11 +44,15 @@ class Budget:
         return sorted(taken)
 
     def fewest_layers(self, protected: Set[int]) -> list[int]:
-        """The selection that stays when the most expensive layers are preferred, and of equals the first."""
+        """Return the selection that prefers the most expensive layers; ties keep the lower layer."""
         return self.take(sorted(range(self.num_layers), key=lambda layer: -self.costs[layer]), protected)
 
     def check(self, protected: Set[int]) -> None:
-        """Raises UsageError unless something goes, something stays, and the protected layers fit."""
+        """Check that the budget leaves at least one layer and has room for the protected layers.
+
+        Raises:
+            UsageError: it does not.
+        """
         if self.counts_layers:
             self._check_number(protected)
             return

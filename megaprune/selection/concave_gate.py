@@ -1,5 +1,6 @@
-"""CLP's differentiable concave gate, which finds a contiguous segment to remove. Re-derived: the paper's text that this
-follows gives no equations."""
+"""CLP's differentiable concave gate, which finds a contiguous segment to remove. Re-derived: the text that this follows
+contains no equations.
+"""
 
 from collections.abc import Set
 from typing import Any
@@ -14,8 +15,9 @@ from megaprune.utils.errors import MegapruneError
 
 
 def notch(num_layers: int, start: Tensor, length: int, temperature: float) -> Tensor:
-    """Gates [num_layers], near 0 on `length` layers from `start` (a scalar, not always whole) on, near 1 elsewhere:
-    g_l = 1 - sigmoid((l - a + 1/2) / t) * sigmoid((a + n - 1/2 - l) / t). Differentiable in `start`."""
+    """Return the gates [num_layers], near 0 on `length` layers from `start` (a scalar, not always whole) on, near 1
+    elsewhere: g_l = 1 - sigmoid((l - a + 1/2) / t) * sigmoid((a + n - 1/2 - l) / t). Differentiable in `start`.
+    """
     layers = torch.arange(num_layers, dtype=start.dtype)
     behind = torch.sigmoid((layers - start + 0.5) / temperature)
     before = torch.sigmoid((start + length - 0.5 - layers) / temperature)
@@ -23,12 +25,15 @@ def notch(num_layers: int, start: Tensor, length: int, temperature: float) -> Te
 
 
 class ConcaveGate:
-    """A Selector: learns where a segment of fixed length begins, by the gradient of a soft notch.
+    """Selector that learns the start of a segment of fixed length, by the gradient of a soft gate.
 
-    The temperature falls linearly from `temperature` to `final_temperature`. A notch only sees as far as its soft edges
-    reach, so it is begun at several places, one after the other, each for its share of the steps; `kept_sets` are what
-    they end at, for the caller to choose from. Protected layers' gates stay 1. Raises UsageError if the budget doesn't
-    fit, MegapruneError if it does not count layers or no segment is free of protected layers.
+    The temperature decreases linearly from `temperature` to `final_temperature`. The gate has a gradient only near its
+    edges. The search therefore starts at several positions, one after the other, and gives each an equal share of the
+    steps. `kept_sets` are the results, from which the caller chooses. The gates of protected layers stay 1.
+
+    Raises:
+        UsageError: the budget does not fit.
+        MegapruneError: the budget does not count layers, or no segment is free of protected layers.
     """
 
     def __init__(
@@ -60,28 +65,31 @@ class ConcaveGate:
 
     @property
     def scores(self) -> Tensor:
-        """[num_layers] fp32: the notch as it is; higher is kept."""
+        """Current gates, [num_layers] fp32; higher is kept."""
         return self.mask(self._step)
 
     @property
     def start(self) -> float:
-        """Where the segment begins now."""
+        """Current first layer of the segment, not always whole."""
         return self._start.item()
 
     def temperature(self, step: int) -> float:
-        """Falls linearly over the steps of each beginning."""
+        """Return the temperature, which decreases linearly over the steps of each start."""
         first, last = self._temperatures
         number = sum(step >= end for end in self._ends_at[:-1])
         begun, end = self._begun_at(number), self._ends_at[number]
         return first + (last - first) * min(1.0, (step - begun) / max(1, end - begun - 1))
 
     def mask(self, step: int) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached: this step's soft gates."""
+        """Return this step's soft gates, [num_layers] fp32 on the CPU, detached."""
         return self._gates(step).detach()
 
     def update(self, mask_grad: Tensor, step: int) -> None:
-        """Moves the start by the loss's gradient [num_layers] at `mask(step)`. Raises MegapruneError if it is not
-        finite."""
+        """Move the start by the loss's gradient [num_layers] at `mask(step)`.
+
+        Raises:
+            MegapruneError: the gradient is not finite.
+        """
         check_gradient(mask_grad, step)
         self._optimizer.zero_grad()
         with torch.enable_grad():
@@ -96,19 +104,20 @@ class ConcaveGate:
                 self._begin()
 
     def kept_sets(self) -> list[list[int]]:
-        """What stays for the segments that the notches ended at, rounded to whole layers, and for those a layer
-        before and behind; each once, those at the ends first."""
+        """Return the kept layers for the final segment of each start, rounded to whole layers, and for the segments one
+        layer before and after it. Each set occurs once; final segments come first.
+        """
         ends = self._ends or [self._start.item()]
         nearest = [min(range(len(self._starts)), key=lambda i: abs(self._starts[i] - end)) for end in ends]
         beside = [i + step for i in nearest for step in (-1, 1) if 0 <= i + step < len(self._starts)]
         return [self._kept[i] for i in dict.fromkeys(nearest + beside)]
 
     def kept_layers(self) -> list[int]:
-        """What stays for the first notch's end."""
+        """Return the kept layers for the final segment of the first start."""
         return self.kept_sets()[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Enough to go on."""
+        """Return the state that resuming needs."""
         return {
             "start": self._start.detach().clone(),
             "optimizer": self._optimizer.state_dict(),
@@ -117,7 +126,7 @@ class ConcaveGate:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
+        """Resume from a saved state."""
         with torch.no_grad():
             self._start.copy_(state["start"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
 """Evolutionary search over masks, in the style of DarwinLM (Tang et al., 2025) and EvoPress (Sieberling et al., 2024).
 
-Elitist: the parent stays until a child beats it. A mutation swaps kept and dropped layers. Children are sifted on a
-growing share of the calibration tokens, and few of them see all of it.
+The search is elitist: a parent is replaced only by a better child. A mutation swaps kept and dropped layers. Children
+are selected in several rounds, on a growing share of the calibration tokens; few of them are evaluated on all tokens.
 """
 
 import random
@@ -11,9 +11,9 @@ from megaprune.selection.budget import Budget
 
 # Takes sets of kept layers and the share of the calibration data to use; gives the losses, lower = better.
 EvaluateOnShare = Callable[[Sequence[Sequence[int]], float], Sequence[float]]
-# Survivors of each sifting and the share of the tokens that it looks at.
+# The number of survivors of each round, and the round's share of the tokens.
 SIFTINGS = ((4, 0.125), (2, 0.5), (1, 1.0))
-# Mutations drawn for each child, of which those that were met before don't count.
+# Maximum number of mutations drawn for each child; known ones are rejected.
 _TRIES = 20
 
 
@@ -26,11 +26,11 @@ def evolve(
     offspring: int = 8,
     seed: int = 0,
 ) -> list[int]:
-    """The best set of kept layers that was met, ascending.
+    """Return the best set of kept layers that was evaluated, ascending.
 
     Args:
         start: the first parent.
-        generations: of `offspring` children each, none of which was met before; fewer when no others are found.
+        generations: the number of generations of `offspring` new children each; fewer if no new ones are found.
     """
     rng = random.Random(seed)
     parent, parent_loss = sorted(start), evaluate([sorted(start)], 1.0)[0]
@@ -56,7 +56,7 @@ def evolve(
 
 
 def _mutated(parent: Sequence[int], budget: Budget, protected: Set[int], rng: random.Random) -> list[int]:
-    """The parent with one or, less often, more of its layers swapped for dropped ones."""
+    """Return the parent with one or, less often, more of its layers swapped for dropped ones."""
     kept = [layer for layer in parent if layer not in protected]
     dropped = [layer for layer in range(budget.num_layers) if layer not in parent]
     swaps = min(rng.choice((1, 1, 2, 3)), len(kept), len(dropped))

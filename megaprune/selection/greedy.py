@@ -1,4 +1,4 @@
-"""Greedy removal, as in SLEB (Song et al., 2024): layer after layer, each time the one whose removal hurts least."""
+"""Greedy removal, as in SLEB (Song et al., 2024): one layer at a time, always the one whose removal costs least."""
 
 from collections.abc import Callable, Sequence, Set
 
@@ -9,10 +9,11 @@ Evaluate = Callable[[Sequence[Sequence[int]]], Sequence[float]]
 
 
 def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int]:
-    """The layers that stay, ascending. Every round evaluates each removal from what is left; ties keep the lower layer.
+    """Return the layers that stay, ascending. Every round evaluates each possible removal; ties keep the lower layer.
 
-    Where layers differ in cost, what goes first goes for the harm that it does, whatever it costs; layers that still
-    fit at the end come back, the last removed first.
+    If layers differ in cost, the order of removal follows from the loss alone, whatever a layer costs. Layers that
+    still
+    fit at the end are restored, the last removed first.
     """
     budget.check(protected)
     kept, removed = list(range(budget.num_layers)), list[int]()
@@ -26,8 +27,9 @@ def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> li
 
 
 def num_layers_run(budget: Budget, protected: Set[int]) -> int:
-    """How many layers `greedy_layers` runs at most, one calibration window through one layer being 1, where sets that
-    begin alike share what they begin with and every round needs the original model too."""
+    """Return the maximum number of layers that `greedy_layers` runs, where one calibration window through one layer
+    counts 1, sets with a common prefix share it, and every round needs the original model too.
+    """
     excess = sum(budget.costs) - budget.limit
     cheapest = sorted(cost for layer, cost in enumerate(budget.costs) if layer not in protected)
     freed = layers = 0

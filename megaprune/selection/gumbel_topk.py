@@ -1,4 +1,4 @@
-"""The Gumbel-TopK mask search of E3-Pruner, after the relaxation of Ploetz and Roth (2018)."""
+"""Gumbel-TopK mask search of E3-Pruner, with the relaxation of Plötz and Roth (2018)."""
 
 import hashlib
 from collections.abc import Sequence, Set
@@ -16,19 +16,21 @@ from megaprune.utils.errors import MegapruneError, UsageError
 def gumbel_topk_mask(
     scores: Tensor, limit: int, temperature: float, noise: Tensor, costs: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A mask of the best by perturbed score whose gradient is that of a soft top-k.
+    """Return the mask of the best layers by perturbed score, with the gradient of a soft top-k, and the soft mask.
 
     `scores` and `noise` are [n]; computed in fp32 (fp64 if given). With a = scores + noise, `limit` times:
     p = softmax(a / temperature), a <- a + log(1 - p); soft is the sum of the p. The logarithm is added
-    before the temperature divides: after it, one item could be picked twice.
+    before the division by the temperature; otherwise one item could be selected twice.
 
-    With `costs`, [n], the limit is what the ones may cost together (ours; without, each costs 1). Each round spends
+    With `costs`, [n], the limit is the maximum total cost of the ones (ours; by default, each costs 1). Each round
+    spends
     p @ costs, and the last one counts in part, so that soft @ costs is the limit exactly. The mask takes items in the
     order of a, each one that still fits.
 
-    Returns (mask, soft), both [n]: mask is 0 and 1 in the forward pass (of equals, the lower index comes first) and
-    soft in the backward pass (straight-through). Where nothing fits or everything does there is no choice, and both
-    are constants without a graph.
+    Returns:
+        (mask, soft), both [n]. The mask is 0 or 1 in the forward pass (ties keep the lower index) and soft in the
+        backward
+        pass (straight-through). If nothing fits or everything does, both are constants without a graph.
     """
     budget = Budget(tuple(costs or (1,) * len(scores)), limit)
     if not 0 <= limit <= sum(budget.costs):
@@ -63,10 +65,10 @@ def gumbel_topk_mask(
 
 
 def _log_complement(logits: Tensor) -> Tensor:
-    """log(1 - softmax(logits)), [n] with n > 1, always finite.
+    """Return log(1 - softmax(logits)), [n] with n > 1, always finite.
 
-    As the others' share of the total: in fp32, 1 - p is 0 for an item that leads by 17, and a clamped
-    logarithm would let an item that leads by more than the clamp be picked again.
+    It is computed as the share of the other items. In fp32, 1 - p is 0 for an item that leads by 17, and a clamped
+    logarithm would allow an item that leads by more than the clamp to be selected again.
     """
     n = len(logits)
     itself = torch.eye(n, dtype=torch.bool, device=logits.device)
@@ -75,12 +77,12 @@ def _log_complement(logits: Tensor) -> Tensor:
 
 
 def gumbel_noise(num_layers: int, seed: int, step: int) -> Tensor:
-    """[num_layers] fp32 standard Gumbel noise that depends on its arguments alone, not on earlier draws."""
+    """Return standard Gumbel noise, [num_layers] fp32, which depends on the arguments alone, not on earlier draws."""
     return (-(-_uniform(num_layers, seed, step).log()).log()).float()
 
 
 def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
-    """[num_layers] fp32 uniform noise within (0, 1), likewise."""
+    """Return uniform noise within (0, 1), [num_layers] fp32, which depends on the arguments alone."""
     return _uniform(num_layers, seed, step).clamp(1e-6, 1 - 1e-6).float()
 
 
@@ -93,13 +95,16 @@ def _uniform(num_layers: int, seed: int, step: int) -> Tensor:
 
 
 class GumbelTopK:
-    """A Selector: learns one score a layer, drawing a Gumbel-TopK mask a step (E3-Pruner).
+    """Selector that learns one score per layer and samples a Gumbel-TopK mask per step (E3-Pruner).
 
     `init_scores` is [num_layers] (see `scores_from_kl`). Over the `num_steps` of the search the temperature
-    falls linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) what the kept
-    layers may cost falls linearly from the cost of all to the budget's limit. Layers in `protected` are always
-    kept and take no part in the relaxation. `lr` is that of the scores' own Adam. Raises
-    UsageError for settings out of range, MegapruneError for scores that are not finite.
+    decreases linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) the maximum cost
+    of the kept layers decreases linearly from the cost of all layers to the budget's limit. Layers in `protected` are
+    always kept and take no part in the relaxation. `lr` is the learning rate of the scores' own Adam.
+
+    Raises:
+        UsageError: a setting is out of range.
+        MegapruneError: an initial score is not finite.
     """
 
     def __init__(
@@ -134,14 +139,14 @@ class GumbelTopK:
 
     @property
     def scores(self) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached; higher is kept. Protected layers keep their first score."""
+        """Scores, [num_layers] fp32 on the CPU, detached; higher is kept. Protected layers keep their initial score."""
         return self._scores.detach().clone()
 
     def limit_at(self, step: int) -> int:
-        """What this step's mask may cost: less than all layers from step 0 on, the budget's limit from the last ramp
-        step on.
+        """Return the maximum cost of this step's mask: less than all layers from step 0 on, the budget's limit after
+        the ramp.
 
-        The share that is gone rounds up. A step with every layer would distil the model from itself: its gradient
+        The removed share is rounded up. A step with every layer would distill the model from itself: its gradient
         is rounding noise, which Adam scales up to a full step.
         """
         total = sum(self.budget.costs)
@@ -149,38 +154,40 @@ class GumbelTopK:
         return total - -(-(total - self.budget.limit) * ramp_step // self._ramp_steps)
 
     def temperature(self, step: int) -> float:
-        """The start temperature times 1 - anneal * step / num_steps."""
+        """Return the initial temperature times 1 - anneal * step / num_steps."""
         return self._temperature * (1 - self._anneal * step / self._num_steps)
 
     def mask(self, step: int) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached: this step's draw, within `limit_at(step)`."""
+        """Return this step's sample, [num_layers] fp32 on the CPU, detached, within `limit_at(step)`."""
         return self._draw(step).detach()
 
     def update(self, mask_grad: Tensor, step: int) -> None:
-        """One Adam step on the scores from `mask_grad`, [num_layers], the gradient at `mask(step)`.
+        """Take one Adam step on the scores from `mask_grad`, [num_layers], the gradient at `mask(step)`.
 
-        Where the mask of this step was no choice (all free layers kept, or none) nothing moves. Raises
-        MegapruneError if the gradient is not finite.
+        If this step's mask is the only possible one (all free layers kept, or none), the scores stay unchanged.
+
+        Raises:
+            MegapruneError: the gradient is not finite.
         """
         check_gradient(mask_grad, step)
-        # Drawn anew: the noise is a function of the step and the scores have not moved, so it is the same
-        # graph as the mask's, and nothing has to be held, or saved, between the two calls.
+        # The mask is drawn again. The noise depends on the step alone and the scores have not changed, so the graph
+        # equals that of `mask`, and nothing has to be stored between the two calls.
         with torch.enable_grad():
             mask = self._draw(step)
         if not mask.requires_grad:
             return
-        # Like the noise, the steps shrink, so that near-equal layers don't change places at the very end.
+        # Like the noise, the learning rate decreases, so that similar layers do not change places at the end.
         self._optimizer.param_groups[0]["lr"] = self._lr * (1 - step / self._num_steps)
         self._optimizer.zero_grad()
         mask.backward(mask_grad.detach().to("cpu", torch.float32))
         self._optimizer.step()
 
     def kept_layers(self) -> list[int]:
-        """The protected layers and the best of the others by score, without noise, ascending."""
+        """Return the protected layers and the best of the others by score, without noise, ascending."""
         return top_layers(self.scores, self.budget, self._protected)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores, Adam's moments, and the settings that the trajectory depends on."""
+        """Return the scores, Adam's moments, and the settings that the trajectory depends on."""
         adam = self._optimizer.state.get(self._scores) or self._fresh_adam_state()
         return {
             "scores": self.scores,
@@ -189,14 +196,18 @@ class GumbelTopK:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a saved search. Raises MegapruneError if it had other settings."""
+        """Resume from a saved state.
+
+        Raises:
+            MegapruneError: the saved search had other settings.
+        """
         check_same_search(state["settings"], self._settings())
         with torch.no_grad():
             self._scores.copy_(state["scores"])
         self._optimizer.state[self._scores] = {name: value.clone() for name, value in state["adam"].items()}
 
     def _draw(self, step: int) -> Tensor:
-        """This step's mask, [num_layers], with its graph to the scores where it has one."""
+        """Return this step's mask, [num_layers], with its graph to the scores if there is one."""
         if not 0 <= step < self._num_steps:
             raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
         # The noise dies down over the search (ours): its last masks are close to the one that will be kept, so that

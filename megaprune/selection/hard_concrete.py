@@ -1,4 +1,4 @@
-"""Sheared-LLaMA's search (Xia et al., 2024), layers only: hard concrete gates under a Lagrangian constraint."""
+"""Sheared-LLaMA's search (Xia et al., 2024), for layers only: hard concrete gates under a Lagrangian constraint."""
 
 import math
 from collections.abc import Set
@@ -21,20 +21,21 @@ _WAY, _LEAST_LR = 10.0, 0.1
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Gates in [0, 1]: sigmoid((log u - log(1 - u) + log alpha) / beta), stretched and clipped."""
+    """Return gates in [0, 1]: sigmoid((log u - log(1 - u) + log alpha) / beta), stretched and clipped."""
     noise = uniform.log() - (1 - uniform).log()
     return (torch.sigmoid((noise + log_alpha) / BETA) * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def expected_open(log_alpha: Tensor) -> Tensor:
-    """The probability of each gate not being 0."""
+    """Return the probability that a gate is not 0, for each gate."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 
 def never_all_open(gates: Tensor) -> Tensor:
-    """The gates, the lowest one lowered until they are closed by one layer in all (ours).
+    """Return the gates with the lowest ones closed further, until they are closed by at least one layer in total
+    (ours).
 
-    A search begins with open gates. A step with all of them open would distil the model from itself: its gradient is
+    A search begins with open gates. A step with all of them open would distill the model from itself: its gradient is
     rounding noise, which Adam scales up to full steps.
     """
     if not len(gates):
@@ -45,12 +46,15 @@ def never_all_open(gates: Tensor) -> Tensor:
 
 
 class HardConcrete:
-    """A Selector: learns log alpha of each layer's gate; gates are soft in the forward pass.
+    """Selector that learns log alpha of each layer's gate; gates are soft in the forward pass.
 
-    Loss = the model's + l1 (s - t) + l2 (s - t)^2, with s the expected share of what the layers may cost that is
-    gone, t its target, which rises linearly over the first `ramp` of the steps, and l1, l2 that ascend. The best by
-    log alpha stay at the end. Protected layers' gates are 1. Without learning rates, both are as high as `num_steps`
-    asks: a gate has some 10 of log alpha to go. Raises UsageError if the budget doesn't fit.
+    Loss = the model's + l1 (s - t) + l2 (s - t)^2. s is the expected removed share of the total cost. t is its target,
+    which increases linearly over the first `ramp` of the steps. l1 and l2 are multipliers that ascend. At the end, the
+    layers with the highest log alpha stay. The gates of protected layers are 1. By default, both learning rates follow
+    from `num_steps`, such that log alpha can change by about 10.
+
+    Raises:
+        UsageError: the budget does not fit.
     """
 
     def __init__(
@@ -81,25 +85,28 @@ class HardConcrete:
 
     @property
     def scores(self) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached: log alpha; that of protected layers is the highest."""
+        """Log alpha, [num_layers] fp32 on the CPU, detached; protected layers have the highest."""
         best = self._log_alpha.detach().max() if len(self._free) else torch.tensor(_START)
         return best.repeat(self.num_layers).index_copy(0, self._free, self._log_alpha.detach())
 
     def temperature(self, step: int) -> float:
-        """The concrete distribution's, which does not change."""
+        """Return the temperature of the concrete distribution, which is constant."""
         return BETA
 
     def target(self, step: int) -> float:
-        """The share of the cost that is to be gone at a step."""
+        """Return the target of the removed share of the cost at a step."""
         return self._target * min(1.0, (step + 1) / self._ramp_steps)
 
     def mask(self, step: int) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached: this step's gates."""
+        """Return this step's gates, [num_layers] fp32 on the CPU, detached."""
         return self._draw(step).detach()
 
     def update(self, mask_grad: Tensor, step: int) -> None:
-        """One step of descent on log alpha and of ascent on the multipliers. Raises MegapruneError if the gradient is
-        not finite."""
+        """Take one step of descent on log alpha and of ascent on the multipliers.
+
+        Raises:
+            MegapruneError: the gradient is not finite.
+        """
         check_gradient(mask_grad, step)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
@@ -113,11 +120,11 @@ class HardConcrete:
             optimizer.step()
 
     def kept_layers(self) -> list[int]:
-        """The protected layers and the best of the others, within the budget."""
+        """Return the protected layers and the best of the others, within the budget."""
         return top_layers(self.scores, self.budget, self._protected)
 
     def state_dict(self) -> dict[str, Any]:
-        """Enough to go on bit for bit."""
+        """Return the state that is needed to continue the same trajectory bit for bit."""
         return {
             "log_alpha": self._log_alpha.detach().clone(),
             "multipliers": self._multipliers.detach().clone(),
@@ -126,7 +133,11 @@ class HardConcrete:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises MegapruneError if the saved search had other settings."""
+        """Resume from a saved state.
+
+        Raises:
+            MegapruneError: the saved search had other settings.
+        """
         check_same_search(state["settings"], self._settings())
         with torch.no_grad():
             self._log_alpha.copy_(state["log_alpha"])

@@ -1,4 +1,4 @@
-"""Where a search starts: scores from the harm that each layer's removal does (E3-Pruner, initial scores)."""
+"""Initial scores of a search: the harm that the removal of each layer does (E3-Pruner, initial scores)."""
 
 from collections.abc import Sequence, Set
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 from megaprune.utils.errors import MegapruneError
 
-# Nats per token. Below it a measured KL is fp32 rounding, of either sign, its logarithm an outlier.
+# Nats per token. A smaller KL is fp32 rounding noise of either sign, whose logarithm would be an outlier.
 MIN_KL = 1e-6
 
 
 def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: Sequence[int] | None = None) -> Tensor:
-    """Scores, higher = keep, from `kl[l]` = KL(original || model without layer l) in nats per token.
+    """Return scores, higher = keep, from `kl[l]` = KL(original || model without layer l) in nats per token.
 
-    Both are [num_layers]; the result is fp32 on the CPU. The paper takes the KLs as they are; ours are
-    logarithms, standardised over the unprotected layers to mean 0 and standard deviation `scale`, because
-    the KLs' outliers drown the Gumbel noise (standard deviation 1.28) that the search explores with.
-    With `costs`, [num_layers], what is scored is KL per cost: the harm that a removed parameter does, where
-    dense and MoE layers are priced apart. Protected layers, whose KL need not have been measured, get the
-    highest score. Raises MegapruneError if an unprotected layer's KL is not finite.
+    Both are [num_layers]; the result is fp32 on the CPU. The paper uses the KLs directly. Here, scores are
+    their logarithms, standardized over the unprotected layers to mean 0 and standard deviation `scale`, because
+    the outliers of the KLs hide the Gumbel noise (standard deviation 1.28) with which the search explores.
+    With `costs`, [num_layers], the score is KL per cost: the harm per removed parameter, if dense and MoE layers
+    differ in cost. Protected layers, whose KL is not needed, get the highest score.
+
+    Raises:
+        MegapruneError: the KL of an unprotected layer is not finite.
     """
     kl = kl.detach().cpu().double()
     free = [layer for layer in range(len(kl)) if layer not in protected]
@@ -36,8 +38,8 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: S
     if costs is not None:
         logs = logs - torch.tensor(costs, dtype=torch.float64)[free].log()
     deviation = logs.std(correction=0)
-    # Logarithms of equal KLs may differ by rounding alone, which must not be blown up to `scale`.
-    standardised = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)
-    scores[free] = (scale * standardised).float()
+    # Logarithms of equal KLs may differ by rounding, which must not be scaled up to `scale`.
+    standardized = (logs - logs.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(logs)
+    scores[free] = (scale * standardized).float()
     scores[sorted(protected)] = scores[free].max()
     return scores

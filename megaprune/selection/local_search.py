@@ -6,8 +6,10 @@ from megaprune.selection.budget import Budget
 from megaprune.selection.greedy import Evaluate
 
 
-def neighbours(kept: Sequence[int], budget: Budget, protected: Set[int]) -> Iterator[list[int]]:
-    """The sets that differ from this one by one layer that leaves and one that comes, and by what still fits then."""
+def neighbors(kept: Sequence[int], budget: Budget, protected: Set[int]) -> Iterator[list[int]]:
+    """Yield the sets that differ from this one by a swap of one kept layer for one dropped layer, and by layers that
+    still fit then.
+    """
     met = {tuple(kept)}
     dropped = [layer for layer in range(budget.num_layers) if layer not in kept]
     for comes in dropped:
@@ -29,14 +31,14 @@ def improve(
     evaluate: Evaluate,
     affordable: Callable[[Sequence[Sequence[int]]], int],
 ) -> tuple[list[int], float]:
-    """Descends by the best swap until none helps, or none can be afforded. Returns the set and its loss.
+    """Apply the best swap repeatedly until none helps or the tokens are spent. Return the set and its loss.
 
     Args:
-        affordable: how many of these sets, from the first on, may still be evaluated.
+        affordable: returns how many of these sets, counted from the first, can still be evaluated.
     """
     best = sorted(kept)
     while True:
-        found = list(neighbours(best, budget, protected))
+        found = list(neighbors(best, budget, protected))
         found = found[: affordable(found)]
         if not found:
             return best, loss
@@ -48,5 +50,5 @@ def improve(
 
 
 def best_of(candidates: Mapping[str, Sequence[int]], losses: Mapping[str, float]) -> str:
-    """The name of the candidate with the lowest loss; of equals, the first named."""
+    """Return the name of the candidate with the lowest loss; of ties, the first."""
     return min(candidates, key=lambda name: losses[name])

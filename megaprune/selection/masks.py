@@ -10,7 +10,7 @@ from megaprune.selection.evaluator import LossKind
 
 
 def masks_of(kept_sets: Sequence[Sequence[int]], num_layers: int) -> Tensor:
-    """[number of sets, num_layers]: 1 for each kept layer."""
+    """Return masks [number of sets, num_layers]: 1 for each kept layer."""
     masks = torch.zeros(len(kept_sets), num_layers)
     for mask, kept in zip(masks, kept_sets, strict=True):
         mask[list(kept)] = 1
@@ -18,20 +18,24 @@ def masks_of(kept_sets: Sequence[Sequence[int]], num_layers: int) -> Tensor:
 
 
 def sets_without_each(budget: Budget, protected: Set[int]) -> list[list[int]]:
-    """The layers that stay without each layer that isn't protected."""
+    """Return, for each unprotected layer, the layers that stay without it."""
     layers = range(budget.num_layers)
     return [[other for other in layers if other != layer] for layer in layers if layer not in protected]
 
 
 def shared_order(masks: Tensor) -> list[int]:
-    """The order in which masks [n, num_layers] share the most layers with the one before: the whole model first."""
+    """Return the order in which masks [n, num_layers] share most layers with the previous mask; the whole model is
+    first.
+    """
     return sorted(range(len(masks)), key=lambda i: [-value for value in masks[i].tolist()])
 
 
 def shared_cost(masks: Tensor, loss: LossKind) -> float:
-    """The cost of evaluating hard masks [n, num_layers] in that order, in passes through the whole model's layers.
+    """Return the cost of evaluating hard masks [n, num_layers] in that order, in passes through all layers of the
+    model.
 
-    A mask takes over what the layers up to the first difference from the one before gave. KL runs the original first.
+    A mask reuses the outputs of the layers before the first difference from the previous mask. KL also runs the
+    original.
     """
     layers, before = 0, [1.0] * masks.shape[1] if loss == "kl" else []
     layers += len(before)

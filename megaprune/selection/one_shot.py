@@ -1,4 +1,4 @@
-"""Selections that need no search: the best by score, the user's own, and the random control."""
+"""Selections without a search: the best by score, the user's own, and the random control."""
 
 import random
 from collections import Counter
@@ -11,11 +11,14 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 
 def top_layers(scores: Tensor, budget: Budget, protected: Set[int]) -> list[int]:
-    """The protected layers and the highest-scoring others that the budget has room for, ascending.
+    """Return the protected layers and the highest-scoring others that the budget has room for, ascending.
 
-    `scores` is [num_layers]; those of protected layers are not looked at. Of equal scores the lower
-    layer is kept, so that every rank and every run answers the same. Raises UsageError if the budget
-    doesn't fit, MegapruneError if a score is NaN.
+    `scores` is [num_layers]; those of protected layers are ignored. Ties keep the lower layer, so that every rank and
+    every run gets the same answer.
+
+    Raises:
+        UsageError: the budget does not fit.
+        MegapruneError: a score is NaN.
     """
     budget.check(protected)
     free = [layer for layer in range(len(scores)) if layer not in protected]
@@ -25,9 +28,9 @@ def top_layers(scores: Tensor, budget: Budget, protected: Set[int]) -> list[int]
 
 
 def random_layers(budget: Budget, protected: Set[int], seed: int) -> list[int]:
-    """The protected layers and those of the others, in a random order, that the budget has room for; ascending.
+    """Return the protected layers and, in a random order, the others that the budget has room for; ascending.
 
-    Where layers are counted, a uniform draw.
+    If layers are counted, this is a uniform draw.
     """
     budget.check(protected)
     free = [layer for layer in range(budget.num_layers) if layer not in protected]
@@ -35,9 +38,11 @@ def random_layers(budget: Budget, protected: Set[int], seed: int) -> list[int]:
 
 
 def manual_layers(num_layers: int, pruned: Iterable[int]) -> list[int]:
-    """What stays, ascending, when the user says what goes (`--prune-layers`, counted from 0 as in HF).
+    """Return the kept layers, ascending, for the removed layers that the user names (`--prune-layers`, from 0 as in
+    HF).
 
-    Raises UsageError for an empty list, layers named twice or not in the model, and for all of them.
+    Raises:
+        UsageError: the list is empty, names a layer twice, names one that the model does not have, or names all.
     """
     pruned = list(pruned)
     if not pruned:

@@ -17,7 +17,7 @@ ENTRY_POINTS = "megaprune.methods"
 
 @cache
 def load_builtin() -> None:
-    """Imports every module in `megaprune.selection.methods`."""
+    """Import every module in `megaprune.selection.methods`."""
     package = importlib.import_module("megaprune.selection.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -25,15 +25,15 @@ def load_builtin() -> None:
 
 @cache
 def load_installed() -> None:
-    """Loads the entry points `megaprune.methods` of installed packages.
+    """Load the entry points `megaprune.methods` of installed packages.
 
     Raises:
-        MegapruneError: one can't be loaded.
+        MegapruneError: an entry point can't be loaded.
     """
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:  # whatever a package of someone else's raises
+        except Exception as error:  # a foreign package may raise anything
             owner = f" of {entry.dist.name}" if entry.dist else ""
             raise MegapruneError(
                 f"the plugin {entry.value}{owner} can't be loaded: {_said(error)}; mend or uninstall it"
@@ -41,12 +41,12 @@ def load_installed() -> None:
 
 
 def load_modules(modules: Iterable[str]) -> None:
-    """Imports what `--method-module` names: Python files, or modules by name. Each once.
+    """Import the modules of `--method-module`, each once: Python files, or importable modules by name.
 
     Raises:
-        UsageError: one is not there, or can't be imported.
+        UsageError: a module does not exist or can't be imported.
     """
-    load_builtin()  # first, so that a name that is taken is the user's to change
+    load_builtin()  # first, so that a name conflict is reported for the user's module
     for module in modules:
         try:
             if module.endswith(".py"):
@@ -55,7 +55,7 @@ def load_modules(modules: Iterable[str]) -> None:
                 importlib.import_module(module)
         except MegapruneError as error:
             raise UsageError(f"--method-module {module}: {error}") from None
-        except Exception as error:  # whatever the user's own code raises
+        except Exception as error:  # the user's code may raise anything
             raise UsageError(f"--method-module {module} can't be imported: {_said(error)}") from error
 
 
@@ -63,7 +63,7 @@ def _import_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError("there is no such file")
     path = path.resolve()
-    # two files of one name in different folders are different modules
+    # files of the same name in different folders are different modules
     name = f"megaprune_method_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     if name in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""The registry of methods: what each one does, needs and takes. Imports no torch: `--help` lists the methods.
+"""Registry of methods: what each one does, needs and takes. Imports no torch, because `--help` lists the methods.
 
 `--help`, the checks of the flags, the stages of a run and the table in docs/methods.md follow from it.
 """
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 # A number of layers (--num-layers-to-prune, --prune-ratio), of parameters (--target-params), or the user's own list of
 # layers (--prune-layers).
 BudgetKind = Literal["layers", "parameters", "list"]
-# Calibration windows held out, for each one that a method chooses by, where it asks for them.
+# Held-out calibration windows per calibration window, for methods that take them.
 HELD_OUT_WINDOWS = 4
-# Flags that every method that trains its scores beside the weights takes.
+# Flags of every method that trains its scores together with the weights.
 SEARCH_FLAGS = frozenset({"search_iters", "search_weights"})
-# What a method may take by keyword beside flags.
+# Keywords of a method that are not flags.
 _INPUTS = frozenset({"scores", "held_out"})
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -34,9 +34,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass
 class Choice:
-    """The layers that a method keeps.
+    """Layers that a method keeps.
 
-    `scores` are [num_layers], higher = keep, where layers are scored one by one. `candidates` go into `report.json`.
+    `scores` are [num_layers], higher = keep, if layers are scored one by one. `candidates` are copied to `report.json`.
     """
 
     kept_layers: list[int]
@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of choosing layers: its function and its traits (see `register`)."""
+    """Method of selection: its function and its traits (see `register`)."""
 
     name: str
     function: Callable[..., Any]
@@ -62,40 +62,40 @@ class Method:
 
     @property
     def takes(self) -> frozenset[str]:
-        """The function's keyword-only parameters."""
+        """Return the names of the function's keyword-only parameters."""
         parameters = inspect.signature(self.function).parameters.values()
         return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
     @property
     def flags(self) -> frozenset[str]:
-        """The flags that the method takes, by field name."""
+        """Return the flags that the method takes, by field name."""
         return (self.takes - _INPUTS) | (SEARCH_FLAGS if self.searches else frozenset())
 
     @property
     def needs_scores(self) -> bool:
-        """Whether a search starts from scores, which calibration data gives."""
+        """Return whether a search starts from scores, which need calibration data."""
         return self.searches and "scores" in self.takes
 
     @property
     def needs_held_out(self) -> bool:
-        """Whether the method compares its candidates on windows that it did not choose by."""
+        """Return whether the method compares its candidates on windows that it did not use to find them."""
         return self.calibrated and "held_out" in self.takes
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method looks at calibration data."""
+        """Return whether the method uses calibration data."""
         return self.calibrated or self.needs_scores
 
     @property
     def names_layers(self) -> bool:
-        """Whether the user names the layers, and there is nothing to choose."""
+        """Return whether the user names the layers, so that there is nothing to select."""
         return "list" in self.budgets
 
     def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of the flags that the function takes by keyword.
+        """Return the values of the flags that the function takes by keyword.
 
         Raises:
-            MegapruneError: it takes a keyword without a default that is no flag.
+            MegapruneError: the function takes a keyword without a default that is not a flag.
         """
         parameters = inspect.signature(self.function).parameters
         options = {name: values[name] for name in self.takes - _INPUTS if name in values}
@@ -112,15 +112,15 @@ class Method:
         evaluator: "Evaluator | None" = None,
         held_out: "Evaluator | None" = None,
     ) -> Choice:
-        """The layers that the method keeps, checked.
+        """Return the layers that the method keeps, checked.
 
         Args:
             options: values of the flags that the function takes, see `options`.
             evaluator: for a calibrated method.
-            held_out: an evaluator on other windows, for a method that asks for it.
+            held_out: an evaluator on other windows, for a method that takes one.
 
         Raises:
-            MegapruneError: the method can't choose within the budget, or what it chose doesn't fit it.
+            MegapruneError: the method can't choose within the budget, or its choice does not fit the budget.
         """
         inputs = {"held_out": held_out} if self.needs_held_out else {}
         arguments = (evaluator, budget, protected) if self.calibrated else (budget, protected)
@@ -133,19 +133,19 @@ class Method:
     def selector(
         self, budget: Budget, protected: Set[int], num_steps: int, options: Mapping[str, Any], scores: "Tensor | None"
     ) -> "Selector":
-        """The learner of a method that searches.
+        """Return the selector of a method that searches.
 
         Args:
-            scores: [num_layers], to start from, for a method that asks for them.
+            scores: initial scores [num_layers], for a method that takes them.
         """
         inputs = {"scores": scores} if self.needs_scores else {}
         return self.function(budget, protected, num_steps, **options, **inputs)
 
     def checked(self, kept: Iterable[int], budget: Budget, protected: Set[int]) -> list[int]:
-        """The layers that the method said stay, ascending.
+        """Return the layers that the method keeps, ascending.
 
         Raises:
-            MegapruneError: they don't fit the budget, or break what the method promised.
+            MegapruneError: they do not fit the budget, or contradict the method's traits.
         """
         said = f"--method {self.name} chose layers that "
         try:
@@ -201,17 +201,17 @@ def register(
     Args:
         description: one line for `--help` and the docs; by default the first line of the docstring.
         aliases: other names of the method.
-        calibrated: looks at calibration data, and trains nothing.
-        searches: trains its scores beside the weights.
+        calibrated: uses calibration data, and trains nothing.
+        searches: trains its scores together with the weights.
         contiguous: leaves one cut.
-        budgets: the ways of saying how much goes that the method understands.
+        budgets: the kinds of budget that the method supports.
         recovers: what recovery trains unless `--recovery-layers` says otherwise.
-        check: refuses what the method can't choose within a budget, before the model is loaded.
+        check: raises if the method can't choose within a budget, before the model is loaded.
         windows: the number of calibration windows for a budget, protected layers, a number of tokens, a sequence
             length, and whether the user asked for that number; for methods with `--selection-budget`.
 
     Raises:
-        MegapruneError: the name is taken, or the function's parameters are others.
+        MegapruneError: the name is taken, or the function's parameters do not have this form.
     """
 
     def add(function: _Function) -> _Function:
@@ -237,18 +237,18 @@ def register(
 
 
 def methods() -> list[Method]:
-    """All methods, by name: the built-in ones, those of installed plugins, and the user's."""
+    """Return all methods by name: built-in ones, those of installed plugins, and the user's."""
     _load()
     return [_methods[name] for name in sorted(_methods)]
 
 
 def names() -> list[str]:
-    """The names that `--method` takes, aliases included."""
+    """Return the names that `--method` takes, aliases included."""
     return sorted(name for method in methods() for name in (method.name, *method.aliases))
 
 
 def find(name: str) -> Method:
-    """The method with this name or alias.
+    """Return the method with this name or alias.
 
     Raises:
         UsageError: there is none.
@@ -271,7 +271,7 @@ def _check(method: Method) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
             raise MegapruneError(f"a method cannot be named {name!r}: use letters, digits and dashes")
         for other in _methods.values():
-            # a module may be run again, as a notebook's cell is
+            # a module may be executed again, like a cell of a notebook
             if name in (other.name, *other.aliases) and _origin(other) != _origin(method):
                 raise MegapruneError(f"the method {name!r} is registered already, by {other.function.__module__}")
     if method.calibrated and method.searches:

@@ -9,9 +9,10 @@ from megaprune.utils.errors import MegapruneError
 
 
 def segments(budget: Budget, protected: Set[int]) -> list[list[int]]:
-    """The kept layers for each contiguous segment that can go: for each first layer, the shortest that is long enough.
+    """Return the kept layers for each removable contiguous segment: for each first layer, the shortest that is long
+    enough.
 
-    Empty if no segment between protected layers is.
+    Empty if no segment between protected layers is long enough.
     """
     budget.check(protected)
     excess = sum(budget.costs) - budget.limit
@@ -25,20 +26,23 @@ def segments(budget: Budget, protected: Set[int]) -> list[list[int]]:
             if freed >= excess:
                 found.append([layer for layer in range(budget.num_layers) if not first <= layer <= last])
                 break
-    # Where layers differ in cost, a shorter segment may free enough, and is a candidate of its own.
+    # If layers differ in cost, a layer may fit again after the removal; a shorter segment is then a candidate itself.
     return [kept for kept in found if kept and budget.take([*kept, *range(budget.num_layers)], protected) == kept]
 
 
 def cut_positions(kept: Sequence[int], num_layers: int) -> list[int]:
-    """The positions among the kept layers of those behind a cut: their number, for a cut at the end."""
+    """Return the positions, among the kept layers, of the layers after a cut; a cut at the end has the number of
+    layers.
+    """
     padded = [-1, *kept, num_layers]
     return [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
 
 
 def cut_position(kept: Sequence[int], num_layers: int) -> int:
-    """The position among the kept layers of the one behind the cut: their number, where the cut is at the end.
+    """Return the position, among the kept layers, of the layer after the cut; their number if the cut is at the end.
 
-    Raises MegapruneError unless exactly one contiguous segment is gone.
+    Raises:
+        MegapruneError: the removed layers are not exactly one contiguous segment.
     """
     cuts = cut_positions(kept, num_layers)
     if len(cuts) != 1:
@@ -50,8 +54,8 @@ def cut_position(kept: Sequence[int], num_layers: int) -> int:
 
 
 def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
-    """The positions among the kept layers of those beside the cut (CLP's endpoint tuning): two, or one where the cut
-    is at an end.
+    """Return the positions, among the kept layers, of the layers next to the cut (CLP's endpoint tuning): two, or one
+    if the cut is at an end.
 
     Raises as `cut_position`.
     """
@@ -60,7 +64,9 @@ def endpoints(kept: Sequence[int], num_layers: int) -> list[int]:
 
 
 def best_segment(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int] | None:
-    """The kept layers for the segment whose removal hurts least; of equals the first. None if there is no segment."""
+    """Return the kept layers for the segment whose removal costs least; of ties, the first. None if there is no
+    segment.
+    """
     candidates = segments(budget, protected)
     if not candidates:
         return None

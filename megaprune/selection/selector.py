@@ -1,4 +1,4 @@
-"""The interface of every learned search, and the checks that all ways of selecting layers share."""
+"""Interface of every search during training, and checks that all ways of selecting layers share."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,41 +10,49 @@ from megaprune.utils.errors import MegapruneError, UsageError
 
 
 class Selector(Protocol):
-    """Learns which layers stay from the gradient that the loss sends to a mask over the layers.
+    """Search that learns which layers stay, from the gradient of the loss with respect to a mask over the layers.
 
     A training step is `mask(step)`, forward and backward through the model with that mask, then
-    `update(mask_grad, step)`. Every rank holds the same selector and feeds it the same gradient, so all
-    ranks hold the same mask without talking. Layers and steps count from 0.
+    `update(mask_grad, step)`. Every rank holds the same selector and passes it the same gradient, so all
+    ranks hold the same mask without communication. Layers and steps count from 0.
     """
 
     num_layers: int
     budget: Budget
 
     def mask(self, step: int) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached; 1 keeps a layer, 0 bypasses it."""
+        """Return the mask, [num_layers] fp32 on the CPU, detached; 1 keeps a layer, 0 bypasses it."""
 
     def update(self, mask_grad: Tensor, step: int) -> None:
         """Move the scores by `mask_grad`, [num_layers], the loss's gradient at `mask(step)`."""
 
     @property
     def scores(self) -> Tensor:
-        """[num_layers] fp32 on the CPU, detached; higher is kept."""
+        """Scores, [num_layers] fp32 on the CPU, detached; higher is kept."""
 
     def temperature(self, step: int) -> float:
-        """The relaxation's temperature at this step, without unit."""
+        """Return the relaxation's temperature at this step."""
 
     def kept_layers(self) -> list[int]:
-        """The search's answer: the layers that stay, ascending, within the budget."""
+        """Return the layers that stay at the end of the search, ascending, within the budget."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data only; enough to continue the same trajectory bit for bit."""
+        """Return tensors and plain data only; enough to continue the same trajectory bit for bit."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises MegapruneError if the state is that of a search with other settings."""
+        """Resume from a saved state.
+
+        Raises:
+            MegapruneError: the saved search had other settings.
+        """
 
 
 def check_gradient(mask_grad: Tensor, step: int) -> None:
-    """Raises MegapruneError unless the gradient of a search's step is finite."""
+    """Check that the gradient of a search's step is finite.
+
+    Raises:
+        MegapruneError: it is not.
+    """
     if not mask_grad.isfinite().all():
         raise MegapruneError(
             f"the mask's gradient at search step {step} is not finite: the loss has diverged, lower --lr"
@@ -52,7 +60,11 @@ def check_gradient(mask_grad: Tensor, step: int) -> None:
 
 
 def check_same_search(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises MegapruneError if a saved search's settings are not those that are asked for."""
+    """Check that a saved search has the settings of this run.
+
+    Raises:
+        MegapruneError: a setting differs; names it.
+    """
     for name, value in asked.items():
         if saved.get(name) != value:
             raise MegapruneError(
@@ -62,10 +74,13 @@ def check_same_search(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
 
 
 def protected_layers(spec: str, num_layers: int) -> frozenset[int]:
-    """The layers named by `--protect-layers`, which no search may drop.
+    """Return the layers named by `--protect-layers`, which no search may drop.
 
-    `spec` is "none", or a comma-separated list of "first", "last" and layer numbers: 0 is the first,
-    -1 the last. Raises UsageError for anything else and for layers that the model doesn't have.
+    Args:
+        spec: "none", or a comma-separated list of "first", "last" and layer numbers: 0 is the first, -1 the last.
+
+    Raises:
+        UsageError: the list contains anything else, or a layer that the model does not have.
     """
     if spec.strip() == "none":
         return frozenset()

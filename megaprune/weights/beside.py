@@ -1,7 +1,7 @@
-"""The files beside the weights of an HF folder that a model made from it takes along, by an explicit list.
+"""Files beside the weights that are copied to a model made from an HF folder, by an explicit list.
 
-Whatever is not listed stays behind: quantization settings, indexes and adapters, optimizers' and trainers' states,
-cards and results are of the source's weights, and untrue of others. An ``adapter_config.json`` would even have
+All other files are omitted. Quantization settings, indexes, adapters, optimizer and trainer states, model cards and
+results describe the source's weights and would be wrong for others. An ``adapter_config.json`` would even make
 transformers load another model.
 """
 
@@ -33,13 +33,13 @@ _LICENSES = re.compile(
     r"(.*[ _-])?(licen[cs]e|notice|copying|use_policy)([ ._-][^.]*)?(\.(txt|md|pdf))?", re.IGNORECASE
 )
 _TEMPLATES = "additional_chat_templates"
-# Code by transformers' names; more may be imported from it.
+# Code with the names that transformers uses; it may import other modules.
 _CODE = re.compile(r"(configuration|modeling|tokenization)_\w+\.py")
 _CONFIGS = ("config.json", "tokenizer_config.json")
 
 
 def files_beside(folder: Path) -> list[Path]:
-    """The files to take along, templates' folder included, in order."""
+    """Return the files to copy in order, including the folder of chat templates."""
     found = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_listed(path.name)]
     templates = folder / _TEMPLATES
     if templates.is_dir():
@@ -52,7 +52,7 @@ def _is_listed(name: str) -> bool:
 
 
 def _code(folder: Path) -> set[Path]:
-    """The modules that configs name or that have transformers' names, and what they import of the folder."""
+    """Return the modules that configs name or that have transformers' names, and the modules that these import."""
     left = [path for path in folder.glob("*.py") if _CODE.fullmatch(path.name)]
     left += [folder / f"{module}.py" for name in _CONFIGS for module in _auto_modules(folder / name)]
     found: set[Path] = set()
@@ -66,7 +66,7 @@ def _code(folder: Path) -> set[Path]:
 
 
 def _auto_modules(config: Path) -> Iterator[str]:
-    """The modules of the folder's own in an ``auto_map``: those of classes without a repository's name."""
+    """Return the modules of this folder in an ``auto_map``; a class with a repository's name is in another folder."""
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -87,10 +87,10 @@ def _strings(values: Iterable[Any]) -> Iterator[str]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports, relatively or by their plain names."""
+    """Return the modules that a file imports, relatively or by their plain names."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):  # it stands for itself; transformers will say what it thinks of it
+    except (SyntaxError, ValueError):  # not parsable: copied without its imports; transformers will report the error
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

@@ -1,7 +1,7 @@
-"""Byte ranges of open files: read into tensors, copied between files, compared.
+"""Byte ranges of open files: reading into tensors, copying between files, comparison.
 
-Plain reads and writes at given places, so that memory stays bounded (pages of mapped files would add up) and threads
-may share a file.
+These use plain reads and writes at given positions, so that memory stays bounded (pages of mapped files would
+accumulate) and threads can share a file.
 """
 
 from __future__ import annotations
@@ -23,39 +23,41 @@ if TYPE_CHECKING:
 Advance = Callable[[int], Any]
 _COPIED_AT_ONCE = 64 * 2**20
 _COMPARED_AT_ONCE = 32 * 2**20
-_BLOCK = 2**20  # fits the cache
+_BLOCK = 2**20  # fits in the processor's cache
 _CANNOT_COPY_IN_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bytes of an open file."""
+    """Range of bytes of an open file."""
 
     file: FileIO
     start: int
     num_bytes: int
 
     def part(self, start: int, num_bytes: int) -> Range:
-        """So many of its bytes, behind the first `start`."""
+        """Return the range of `num_bytes` bytes after the first `start`."""
         return Range(self.file, self.start + start, num_bytes)
 
 
 class Buffer:
-    """Memory for the tensors of one item at a time, kept for the next: fresh memory costs as much as the copying."""
+    """Memory for the tensors of one item at a time, reused for the next item. Allocating new memory costs as much as
+    the copying.
+    """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
         self._used = 0
 
     def clear(self) -> None:
-        """Take back all that was given out."""
+        """Invalidate all tensors that were handed out, and reuse their memory."""
         self._used = 0
 
     def tensor(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """A tensor with a storage of its own size, its numbers undefined.
+        """Return a tensor with a storage of its own size and undefined values.
 
         Args:
-            dtype: as safetensors names it.
+            dtype: name of the dtype in safetensors.
         """
         import torch
 
@@ -65,7 +67,7 @@ class Buffer:
         if not num_bytes:
             return torch.empty(tuple(shape), dtype=torch_dtype)
         if self._memory is None or start + num_bytes > len(self._memory):
-            # what was given out keeps the old memory alive
+            # tensors that were handed out keep the old memory alive
             self._memory, start = torch.empty(num_bytes, dtype=torch.uint8), 0
         self._used = start + num_bytes
         view = as_bytes(self._memory)[start : self._used]
@@ -73,14 +75,14 @@ class Buffer:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
+    """Return the bytes of a contiguous tensor, without copying."""
     import torch
 
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_into(found: Range, view: memoryview) -> bool:
-    """Fill memory from the beginning of a range. False where the file ends before."""
+    """Fill memory from the start of a range. Return False if the file ends before the range does."""
     done = 0
     while done < len(view):
         count = os.preadv(found.file.fileno(), [view[done:]], found.start + done)
@@ -91,14 +93,14 @@ def read_into(found: Range, view: memoryview) -> bool:
 
 
 def write_all(file: FileIO, view: memoryview) -> None:
-    """Write to an unbuffered file, which may take less at a time."""
+    """Write all bytes to an unbuffered file, whose single writes may be incomplete."""
     done = 0
     while done < len(view):
         done += file.write(view[done:])
 
 
 def first_difference(first: Range, second: Range) -> int | None:
-    """The first byte in which two ranges of equal length differ; None if there is none."""
+    """Return the position of the first byte in which two ranges of equal length differ; None if they are equal."""
     done = 0
     for a, b in zip(_blocks(first), _blocks(second), strict=True):
         if a != b:
@@ -114,10 +116,11 @@ def _blocks(found: Range) -> Iterator[bytes]:
 
 
 def copy_range(found: Range, out: FileIO, at: int, advance: Advance) -> bool:
-    """Copy a range to a place in another file, as fast as possible. False where its own file ends before.
+    """Copy a range to a position in another file, as fast as possible. Return False if its file ends before the range
+    does.
 
     Args:
-        advance: told how many bytes are copied.
+        advance: called with the number of bytes that were copied.
     """
     copy = _copy_in_the_kernel if (found.start - at) % mmap.PAGESIZE == 0 else _copy_by_blocks
     done = 0
@@ -132,7 +135,9 @@ def copy_range(found: Range, out: FileIO, at: int, advance: Advance) -> bool:
 
 
 def _copy_in_the_kernel(source: int, start: int, out: int, at: int, num_bytes: int) -> int:
-    """Page by page. Where pages of one file straddle those of the other, that takes twice as long as blocks do."""
+    """Copy page by page in the kernel. If pages of the two files are not aligned, this takes twice as long as blocks
+    do.
+    """
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source, out, num_bytes, start, at)

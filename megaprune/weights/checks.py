@@ -1,4 +1,4 @@
-"""Checks of a source before anything is made of it."""
+"""Checks of a source before it is used."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def check_source(source: TensorSource) -> None:
-    """Check that a source holds each tensor of its family, in the shape that the config gives it and in a dtype that
-    is read, and nothing that is not understood.
+    """Check that a source contains exactly the tensors of its family, with the shapes that the config implies and with
+    supported dtypes.
 
     Raises:
-        MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantized.
+        MegapruneError: a tensor is missing, unknown, or has another shape or dtype, or the model is quantized.
     """
     declared = declared_quantization(source.folder, source.config)
     if declared:
@@ -36,7 +36,7 @@ def check_source(source: TensorSource) -> None:
 
 
 def _check_names(source: TensorSource, expected: set[str]) -> None:
-    """Check that the source holds every name of the family's tables, and no other."""
+    """Check that the source contains every name of the family's tables, and no other name."""
     held = set(source.all_names)
     missing = sorted({source.layout.name_of_missing(name) for name in expected - held})
     unknown = sorted({source.shown(name) for name in _unknown(source, expected)})
@@ -63,7 +63,7 @@ def _unknown(source: TensorSource, expected: set[str]) -> Iterable[str]:
 
 
 def _lack(source: TensorSource, missing: Sequence[str], unknown: Sequence[str]) -> str:
-    """The message on a folder that lacks tensors, in view of the tensors that it holds."""
+    """Return the message about missing tensors, depending on the tensors that the folder contains."""
     if any(".lora_A." in name for name in unknown):
         return "is a LoRA adapter: merge it into its base model first"
     if missing == [source.shown(OUTPUT)]:
@@ -98,7 +98,7 @@ def _check_dtypes(source: TensorSource) -> None:
 
 
 def _check_stacks(source: TensorSource) -> None:
-    """Check that stacks of experts have the shape that the config gives them, so that experts can be cut out."""
+    """Check that stacks of experts have the shape that the config implies, so that experts can be sliced."""
     arch = source.family.architecture(source.config)
     for stack in sorted(source.layout.stacks):
         members = [f"{stack.rpartition('.')[0]}.0.{half}_proj.weight" for half in _halves(stack)]

@@ -22,17 +22,17 @@ _BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype",
 
 
 def fingerprinted_tensors(source: TensorSource) -> list[str]:
-    """The HF tensors that a fingerprint covers, in order."""
+    """Return the HF tensors that a fingerprint covers, in order."""
     return sorted({name for rule in source.family.rules(source.config) for name in rule.hf})
 
 
 def tensor_digests(source: TensorSource, names: Sequence[str]) -> dict[str, str]:
-    """The digest of each named tensor, by shape, dtype and samples."""
+    """Return the digest of each named tensor, from its shape, dtype and samples."""
     return {name: _tensor_digest(source, name) for name in names}
 
 
 def model_fingerprint(source: TensorSource, digests: Mapping[str, str]) -> str:
-    """Hex digest of a model.
+    """Return the hex digest of a model.
 
     Args:
         digests: `tensor_digests` of all `fingerprinted_tensors`.

@@ -19,27 +19,27 @@ _BAND = 64  # rows at a time, which stay in the cache; a divisor of BLOCK
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of a matrix; its last blocks may be cut short."""
+    """Return the shape of the scales of a matrix. Blocks at the end may be smaller."""
     return tuple(-(-length // BLOCK) for length in shape)
 
 
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, row: int = 0, column: int = 0, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A matrix, or a part of one, in bf16: each number times the scale of its block.
+    """Return a matrix, or a part of one, in bf16: each number times the scale of its block.
 
     Args:
         weight: [rows, columns] float8.
-        scale: the whole matrix's scales.
-        row: the matrix's row at which the part begins; ``column`` likewise.
-        out: where the result goes, [rows, columns] bf16; made anew if not given.
+        scale: the scales of the whole matrix.
+        row: the row of the matrix at which the part begins; ``column`` likewise.
+        out: the result, [rows, columns] bf16; allocated if not given.
     """
     import torch
 
     rows, columns = weight.shape
     first_column = column // BLOCK
     by_block = scale[:, first_column : -(-(column + columns) // BLOCK)].float() * _OF_HALF
-    # blocks may begin before the part: repeat them in full, then cut
+    # blocks may begin before the part: repeat them completely, then slice
     by_column = by_block.repeat_interleave(BLOCK, 1)[:, column % BLOCK :][:, :columns]
     out = torch.empty(rows, columns, dtype=torch.bfloat16) if out is None else out
     stored = weight.view(torch.int8)

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a folder, or an id on the Hugging Face hub."""
+"""Models and tokenizers by name: a folder, or an id on the Hugging Face Hub."""
 
 import os
 import re
@@ -15,25 +15,26 @@ _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Return whether a name has the form owner/name. Folders go first: ask for those before."""
+    """Return whether a name has the form owner/name. A folder of this name takes precedence: check for it first."""
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".git")
 
 
 def resolve_hf_model(
     name: str, config_only: bool = False, flag: str = "--hf-model", tokenizer_only: bool = False
 ) -> Path:
-    """The folder that a flag names: itself, or the download of a hub id. An id is one unless there is that very folder.
+    """Return the folder that a flag names: the folder itself, or the download of a Hub id. A name is an id only if no
+    folder with exactly this path exists.
 
     Args:
-        config_only: config.json is all that is wanted.
-        tokenizer_only: everything but weights is wanted.
+        config_only: only config.json is needed.
+        tokenizer_only: everything except the weights is needed.
 
     Raises:
-        MegapruneError: there is neither, or a file of it is a link to nothing.
+        MegapruneError: there is neither a folder nor a model of this name, or a file of the folder is a broken link.
     """
     folder = Path(name)
     if not folder.is_dir():
-        # Models without an owner are of no family that is pruned, but their tokenizers are used.
+        # No supported family has models without an owner, but tokenizers of such models are used.
         if not looks_like_hub_id(name if "/" in name or not tokenizer_only else f"owner/{name}"):
             raise MegapruneError(f"{flag} {name} {_state(folder)}: give an HF model folder or a hub id (owner/name)")
         folder = _download(name, config_only, tokenizer_only, flag)
@@ -51,7 +52,7 @@ def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> 
     try:
         # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
-    except Exception as error:  # no network, no such model, no access: the hub's own word says which
+    except Exception as error:  # no network, no such model or no access; the Hub's own message says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         here = "is no folder here" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
         raise MegapruneError(f"{flag} {name} {here}, and the hub does not give it: {reason}") from None
@@ -64,10 +65,10 @@ def _state(path: Path) -> str:
 
 
 def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = False) -> None:
-    """Refuse a folder in which a file that would be read is a link to nothing, as in a hub cache without its blobs.
+    """Refuse a folder in which a file that would be read is a broken link, as in a Hub cache without its blobs.
 
     Raises:
-        MegapruneError: there is one; names it.
+        MegapruneError: a link is broken; the message names it.
     """
     unread = [*_UNREAD, ".*", *(_WEIGHTS if tokenizer_only else ())]
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -76,7 +77,14 @@ def check_links(folder: Path, config_only: bool = False, tokenizer_only: bool = 
 
 
 def check_link(path: Path, name: str | None = None) -> None:
-    """Raise MegapruneError where the path is a link to nothing; `name` is what the message calls it."""
+    """Refuse a broken link.
+
+    Args:
+        name: the name of the path in the message.
+
+    Raises:
+        MegapruneError: the path is a broken link.
+    """
     if path.is_symlink() and not path.exists():
         raise MegapruneError(
             f"{name or path} is a link to {os.readlink(path)}, which does not exist (a hub cache that was cleaned, or "

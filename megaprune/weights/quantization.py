@@ -1,4 +1,4 @@
-"""Detection of quantized checkpoints, by their configs or their tensors' names. Only block FP8 is read."""
+"""Detection of quantized checkpoints, by their configs or the names of their tensors. Only block FP8 is supported."""
 
 import json
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ _ENDS = {
 
 
 def declared_quantization(folder: Path, config: HFConfig) -> str | None:
-    """The quantization that config.json or a file beside it declares, in words, unless it is one that is read."""
+    """Return a description of the quantization that config.json or a file beside it declares; None if supported."""
     for key in _KEYS:
         settings = config.get(key)
         if settings and not (key == _KEYS[0] and _is_block_fp8(settings)):
@@ -52,7 +52,7 @@ def declared_quantization(folder: Path, config: HFConfig) -> str | None:
 
 
 def quantized_tensor(names: Iterable[str]) -> tuple[str, str] | None:
-    """The first name that a quantized model's tensor has, and what stores it so."""
+    """Return the first tensor name that belongs to a quantized model, and the format that stores it so."""
     return next(((name, whose) for name in names for end, whose in _ENDS.items() if name.endswith(end)), None)
 
 
@@ -63,7 +63,9 @@ def _is_block_fp8(settings: Any) -> bool:
 
 
 def _declares_nothing(settings: Any) -> bool:
-    """TensorRT Model Optimizer may quantize the KV cache alone."""
+    """Return whether settings declare no quantization of weights. TensorRT Model Optimizer may quantize only the KV
+    cache.
+    """
     inner = settings.get("quantization") if isinstance(settings, dict) else None
     return isinstance(inner, dict) and "quant_algo" in inner and inner["quant_algo"] is None
 

@@ -1,4 +1,4 @@
-"""The one reader of safetensors files: headers, byte ranges, tensors and slices of them."""
+"""Reader of safetensors files: headers, byte ranges, tensors and slices. All reads of the project use it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class _Header:
 
 
 class TensorFiles:
-    """Safetensors files, open for one worker. A file is opened as it is first asked for."""
+    """Safetensors files, open for one worker. A file is opened on first use."""
 
     def __init__(self) -> None:
         self._files: dict[Path, FileIO] = {}
         self._headers: dict[Path, _Header] = {}
 
     def check(self, path: Path) -> None:
-        """Check that a file is whole, as far as its header and its length tell.
+        """Check that a file is complete, according to its header and its length.
 
         Raises:
             MegapruneError: the file is damaged or can't be read.
@@ -51,32 +51,32 @@ class TensorFiles:
             raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
 
     def names(self, path: Path) -> list[str]:
-        """The tensors of a file, sorted."""
+        """Return the names of the tensors in a file, sorted."""
         return sorted(self._header(path).entries)
 
     def stored_order(self, path: Path) -> list[str]:
-        """The tensors of a file, in its header's order."""
+        """Return the names of the tensors in a file, in the order of the header."""
         return list(self._header(path).entries)
 
     def describe(self, path: Path, name: str) -> tuple[str, tuple[int, ...]]:
-        """A tensor's dtype, as safetensors names it, and shape."""
+        """Return a tensor's dtype, by its safetensors name, and shape."""
         entry = self._header(path).entries[name]
         return entry["dtype"], tuple(entry["shape"])
 
     def where(self, path: Path, place: Place) -> Range:
-        """The range of a tensor's bytes."""
+        """Return the range of a tensor's bytes."""
         header = self._header(path)
         begin, end = header.entries[place.stored]["data_offsets"]
         return Range(self._file(path), header.length + begin, end - begin).part(*place.span(end - begin))
 
     def prefetch(self, path: Path, place: Place) -> None:
-        """Have the system read a tensor ahead."""
+        """Ask the system to read a tensor ahead."""
         found = self.where(path, place)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(found.file.fileno(), found.start, found.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, path: Path, place: Place, shape: Sequence[int], buffer: Buffer) -> Tensor:
-        """A tensor of this shape, in the dtype in which it is stored.
+        """Return a tensor of this shape, in its stored dtype.
 
         Raises:
             MegapruneError: the file ends before the tensor does.
@@ -88,7 +88,7 @@ class TensorFiles:
     def read_slice(
         self, path: Path, place: Place, shape: Sequence[int], dim: int, start: int, stop: int | None
     ) -> Tensor:
-        """The slice ``[start:stop]`` along dimension 0 or 1 of a tensor of this shape. Only its bytes are read.
+        """Return the slice ``[start:stop]`` along dimension 0 or 1 of a tensor of this shape. Only its bytes are read.
 
         Raises:
             MegapruneError: the file ends before the slice does.

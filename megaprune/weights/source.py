@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 class HFSource(TensorSource):
-    """The weights and the config of an HF folder. Opening it reads headers only, and does not load torch.
+    """Weights and config of an HF folder. Opening it reads only headers and does not import torch.
 
-    Embeddings that config.json ties, but that are stored with another output layer, are not tied: transformers computes
-    with both. ``config`` says so.
+    Embeddings that config.json ties are not tied if a different output layer is stored: transformers uses both tensors.
+    ``config`` contains the corrected setting.
 
     Raises:
-        MegapruneError: no config, no safetensors, a shard that is missing or truncated, or an index that lies.
+        MegapruneError: there is no config or no safetensors file, a shard is missing or truncated, or the index is
+        wrong.
     """
 
-    # of those tensors that are not stored under their own names
+    # only of tensors that are stored under other names
     _places: Mapping[str, Place] = {}
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,7 +58,7 @@ class HFSource(TensorSource):
         return set(self._reader.names(path))
 
     def _arrange(self) -> None:
-        """Name the stored tensors as the families' tables do."""
+        """Give the stored tensors the names of the families' tables."""
         self.layout = StoredLayout.of(self.stored_files, bool(self.config.get("tie_word_embeddings")))
         if self.layout == PLAIN:
             return
@@ -79,34 +80,34 @@ class HFSource(TensorSource):
 
     @property
     def all_names(self) -> Collection[str]:
-        """Every tensor's name, scales included."""
+        """Return the names of all tensors, including scales."""
         return self._files.keys()
 
     def place(self, name: str) -> Place:
-        """A tensor's place among the stored tensors."""
+        """Return a tensor's place among the stored tensors."""
         return self._places.get(name) or Place(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape; of a part of a stack, its own."""
+        """Return the shape of a tensor; for a part of a stack, the shape of the part."""
         shape, place = self.stored_shape(name), self.place(name)
         return shape if place.parts is None else (place.at(shape)[2], *shape[2:])
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the stored tensor that a tensor is, or is a part of."""
+        """Return the shape of the stored tensor that holds a tensor."""
         return self._described(name)[1]
 
     def stored_dtype_name(self, name: str) -> str:
-        """The stored dtype as safetensors names it, of FP8 weights too."""
+        """Return the stored dtype by its safetensors name, also for FP8 weights."""
         return self._described(name)[0]
 
     def file(self, name: str) -> Path:
-        """The file that a tensor is stored in."""
+        """Return the file that holds a tensor."""
         if name not in self._files:
             raise MegapruneError(f"{self.folder} lacks the tensor {self.shown(name)}: the checkpoint is incomplete")
         return self._files[name]
 
     def ranges(self, name: str) -> list[Range] | None:
-        """The range of a tensor's bytes."""
+        """Return the range of a tensor's bytes."""
         return [self._where(name)]
 
     def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -137,7 +138,7 @@ def read_hf_config(folder: Path) -> HFConfig:
         raise MegapruneError(f"{folder} holds no config.json: is it an HF model folder?")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise MegapruneError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise MegapruneError(f"{path} is not a JSON object")
@@ -145,7 +146,7 @@ def read_hf_config(folder: Path) -> HFConfig:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Return whether a folder holds the files of its weights, and not config.json alone."""
+    """Return whether a folder contains weights, not only config.json."""
     try:
         return all(path.is_file() for path in _tensor_files(folder).values())
     except MegapruneError:
@@ -153,8 +154,9 @@ def holds_weights(folder: Path) -> bool:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to file, from the one file there is or from the index; where there are both, transformers too reads
-    the one file."""
+    """Return the file of each tensor, from the single file or from the index. If both exist, the single file is used,
+    as in transformers.
+    """
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         files = TensorFiles()
@@ -170,7 +172,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _other_weights(folder: Path) -> str:
-    """The end of a sentence on a folder without readable weights: the other weights that it holds."""
+    """Return the end of a message about a folder without readable weights: the unsupported weights that it contains."""
     if (folder / "adapter_model.safetensors").is_file():
         return ", only a LoRA adapter: merge it into its base model first"
     others = sorted(path.name for path in folder.glob("*.safetensors"))

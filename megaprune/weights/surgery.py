@@ -1,4 +1,4 @@
-"""Layer removal by renaming tensors: no model is built, no number changes."""
+"""Removal of layers by renaming tensors. No model is built, and no value changes."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from megaprune.weights.writer import ShardWriter, finish_shards
 def write_pruned_weights(
     source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
 ) -> None:
-    """Copy every tensor that stays, bit for bit (FP8 dequantized), under its new name, stored as the source is."""
+    """Copy every kept tensor bit for bit (FP8 dequantized) under its new name, in the layout of the source."""
     writer, layout = ShardWriter(folder, max_shard_bytes), source.pruned_layout(kept_layers, keep_mtp)
     for name in source.names:
         new_name = source.renamed(name, kept_layers, keep_mtp)
@@ -28,10 +28,11 @@ def write_pruned_weights(
 
 
 def write_pruned_config(source: TensorSource, kept_layers: Sequence[int], folder: Path, keep_mtp: bool = True) -> None:
-    """Write config.json, edited from the source's own JSON, and copy the other files that are true of the result:
-    tokenizer, generation config, chat template."""
+    """Write config.json, edited from the source's JSON, and copy the other files that are valid for the result:
+    tokenizer, generation config, chat template.
+    """
     pruned = source.family.prune_config(source.config, kept_layers)
-    # readers take an absent count for 1
+    # readers use 1 if the count is absent
     pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
     pruned.pop("quantization_config", None)  # block FP8 was dequantized
     write_config(pruned, folder)
@@ -44,8 +45,9 @@ def write_config(config: HFConfig, folder: Path) -> None:
 
 
 def copy_beside(source_folder: Path, folder: Path) -> None:
-    """Copy the files beside config and weights that are true of the result too: tokenizer, generation config, chat
-    templates, code, license."""
+    """Copy the files beside config and weights that are valid for the result too: tokenizer, generation config, chat
+    templates, code, license.
+    """
     for path in files_beside(source_folder):
         target = folder / path.relative_to(source_folder)
         target.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The source of a model's HF tensors: one interface to HF folders and Megatron-Core checkpoints."""
+"""Source of a model's HF tensors: one interface to HF folders and Megatron-Core checkpoints."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class TensorSource(Protocol):
-    """The weights and the config of a model, read tensor by tensor and slice by slice.
+    """Weights and config of a model, read tensor by tensor and slice by slice.
 
-    Tensors go by their names in the families' tables, however they are stored. An implementation gives the tensors'
-    names, shapes, dtypes and numbers; what follows from names and config stands here.
+    Tensors have the names of the families' tables, however they are stored. An implementation provides names, shapes,
+    dtypes and values. Everything that follows from them and from the config is defined here.
 
     Attributes:
-        folder: holds config.json, tokenizer and the like.
-        config: config.json, with ``tie_word_embeddings`` as the stored tensors have it.
-        stored_config: config.json as it is.
-        layout: how an HF folder of the model names and stacks the tensors.
+        folder: contains config.json, the tokenizer and similar files.
+        config: config.json, with ``tie_word_embeddings`` according to the stored tensors.
+        stored_config: config.json as stored.
+        layout: the names and stacks of the tensors in an HF folder of the model.
     """
 
     folder: Path
@@ -42,19 +42,19 @@ class TensorSource(Protocol):
 
     @property
     def all_names(self) -> Collection[str]:
-        """Every tensor's name, in order."""
+        """Return the names of all tensors, in order."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape; of a part of a stack, its own."""
+        """Return the shape of a tensor; for a part of a stack, the shape of the part."""
         ...
 
     def stored_dtype_name(self, name: str) -> str:
-        """The stored dtype as safetensors names it."""
+        """Return the stored dtype by its safetensors name."""
         ...
 
     def file(self, name: str) -> Path:
-        """The file or folder that a tensor is stored in.
+        """Return the file or folder that contains a tensor.
 
         Raises:
             MegapruneError: the tensor is missing.
@@ -62,11 +62,11 @@ class TensorSource(Protocol):
         ...
 
     def ranges(self, name: str) -> list[Range] | None:
-        """The byte ranges of a tensor as it is stored, one behind the other; None where they lie in several chunks."""
+        """Return the byte ranges that make up a tensor, in order; None if they are scattered over several chunks."""
         ...
 
     def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor, or its slice, in the stored dtype."""
+        """Return the tensor, or its slice, in the stored dtype."""
         ...
 
     def _begin(self, folder: Path, config: HFConfig, family: Family) -> None:
@@ -77,7 +77,7 @@ class TensorSource(Protocol):
         self.config = self.config | {"tie_word_embeddings": False}
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
+        """Return the tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
         tensor = self._read_stored(name, dim, start, stop)
         if not self.is_fp8(name):
             return tensor
@@ -86,22 +86,22 @@ class TensorSource(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Every tensor's name, without the scales of quantized ones."""
+        """Return the names of all tensors, without the scales of quantized ones."""
         return [name for name in self.all_names if not name.endswith(SCALE_SUFFIX)]
 
     def __contains__(self, name: str) -> bool:
         return name in self.all_names
 
     def shown(self, name: str) -> str:
-        """A tensor as the HF folder names it, for messages."""
+        """Return the name of a tensor in the HF folder, for messages."""
         return self.layout.stored_name(name)
 
     def place(self, name: str) -> Place:
-        """A tensor's place among the stored tensors."""
+        """Return a tensor's place among the stored tensors."""
         return Place(name)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the stored tensor that a tensor is, or is a part of."""
+        """Return the shape of the stored tensor that contains a tensor."""
         return self.shape(name)
 
     def is_fp8(self, name: str) -> bool:
@@ -109,7 +109,9 @@ class TensorSource(Protocol):
         return self.stored_dtype_name(name) == FP8
 
     def dtype_name(self, name: str) -> str:
-        """The dtype that reading gives, as safetensors names it; bf16 for block-FP8 weights, which are dequantized."""
+        """Return the dtype in which `read` returns a tensor, by its safetensors name. It is bf16 for FP8 weights, which
+        are dequantized.
+        """
         if self.is_fp8(name):
             return "BF16"
         stored = self.stored_dtype_name(name)
@@ -120,17 +122,17 @@ class TensorSource(Protocol):
         return stored
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that reading gives."""
+        """Return the dtype in which `read` returns a tensor."""
         import torch
 
         return getattr(torch, TORCH_NAMES[self.dtype_name(name)])
 
     def check_tensors(self) -> None:
-        """Check that each tensor of the family is there, in the shape that the config gives it and in a dtype that is
-        read, and nothing that is not understood.
+        """Check that the source contains exactly the tensors of the family, with the shapes that the config implies and
+        with supported dtypes.
 
         Raises:
-            MegapruneError: a tensor is missing, has another shape or dtype or is unknown, or the model is quantized.
+            MegapruneError: a tensor is missing, unknown, or has another shape or dtype, or the model is quantized.
         """
         from megaprune.weights.checks import check_source
 
@@ -142,24 +144,27 @@ class TensorSource(Protocol):
 
     @cached_property
     def mtp_layers(self) -> list[int]:
-        """The multi-token-prediction layers that are stored behind the model's own, by their index in the names."""
+        """Return the multi-token-prediction layers, which are stored after the model's own, by their numbers in the
+        names.
+        """
         layers = {hf_layer(name) for name in self.all_names}
         return sorted(layer for layer in layers if layer is not None and layer >= self.num_layers)
 
     def belongs_to_mtp(self, name: str) -> bool:
-        """Return whether a tensor is a multi-token-prediction layer's."""
+        """Return whether a tensor belongs to a multi-token-prediction layer."""
         layer = hf_layer(name)
         return bool(self.family.mtp_keys) and layer is not None and layer >= self.num_layers
 
     def mtp_copies(self, name: str) -> list[str]:
-        """The MTP layers' own copies of the embedding or the output layer."""
+        """Return the MTP layers' own copies of the embedding and the output layer."""
         suffix = {EMBEDDING: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"}.get(name)
         copies = [hf_name(layer, suffix) for layer in self.mtp_layers] if suffix else []
         return [copy for copy in copies if copy in self]
 
     def copies(self, name: str, keep_mtp: bool = True) -> list[str]:
-        """Other tensors that are stored copies of the embedding or the output layer: the MTP layers', and of a tied
-        embedding the output layer."""
+        """Return the other tensors that are copies of the embedding or the output layer: those of MTP layers, and the
+        output layer if it is tied.
+        """
         ties = name == EMBEDDING and self.config.get("tie_word_embeddings")
         found = [OUTPUT] if ties and OUTPUT in self else []
         for original in ((name, OUTPUT) if ties else (name,)) if keep_mtp else ():
@@ -167,15 +172,15 @@ class TensorSource(Protocol):
         return found
 
     def mtp_own(self) -> list[str]:
-        """The MTP layers' tensors that are no copies."""
+        """Return the MTP layers' tensors that are not copies."""
         copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}
         return [name for name in self.names if self.belongs_to_mtp(name) and name not in copies]
 
     def renamed(self, name: str, kept_layers: Sequence[int], keep_mtp: bool = True) -> str | None:
-        """The name of a tensor after pruning; None where it is gone. MTP layers move up behind the kept ones."""
+        """Return the name of a tensor after pruning; None if it is removed. MTP layers follow the kept layers."""
         behind = [layer for layer in self.mtp_layers if keep_mtp]
         return renumbered(name, [*kept_layers, *behind])
 
     def pruned_layout(self, kept_layers: Sequence[int], keep_mtp: bool = True) -> StoredLayout:
-        """The layout of the pruned model, which is stored as the source is."""
+        """Return the layout of the pruned model, which is stored like the source."""
         return self.layout.renamed(lambda name: self.renamed(name, kept_layers, keep_mtp))

@@ -10,7 +10,7 @@ from megaprune.weights.stored_layout import Place
 
 
 def verify(first: HFSource, second: HFSource) -> tuple[int, list[str]]:
-    """The number of tensors that are equal bit for bit in both folders, and a line for each that is not."""
+    """Return the number of tensors that are equal bit for bit in both folders, and a line for each difference."""
     names = (first.stored_files, second.stored_files)
     differences = [f"{name} is in {first.folder} only" for name in names[0] if name not in names[1]]
     differences += [f"{name} is in {second.folder} only" for name in names[1] if name not in names[0]]

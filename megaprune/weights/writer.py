@@ -1,6 +1,6 @@
-"""The one writer of safetensors files, tensor by tensor, and of HF folders of them.
+"""Writer of safetensors files, tensor by tensor, and of HF folders. All writes of the project use it.
 
-Numbers come as tensors or as byte ranges of other files, which are copied without passing through torch.
+Values are given as tensors or as byte ranges of other files. Ranges are copied without torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# A tensor's shape, and its dtype as safetensors names it.
+# A tensor's shape, and the safetensors name of its dtype.
 Described = tuple[Sequence[int], str]
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -82,7 +82,7 @@ def _header(held: Mapping[str, Described], spaced: bool) -> bytes:
         shape, dtype = held[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
     encoded = json.dumps(header, separators=(", ", ": ") if spaced else (",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the numbers begin aligned
+    encoded += b" " * (-len(encoded) % 8)  # the data section is aligned
     return len(encoded).to_bytes(8, "little") + encoded
 
 
@@ -102,7 +102,7 @@ def _copy_ranges(ranges: Sequence[Range], out: FileIO, at: int, advance: Advance
 
 
 def _spans(shapes: Mapping[str, Described]) -> dict[str, list[int]]:
-    """The first byte of each tensor and the one behind its last, one behind the other."""
+    """Return the first and the last + 1 byte of each tensor, in order without gaps."""
     spans, at = {}, 0
     for name, described in shapes.items():
         end = at + num_bytes(described)
@@ -111,7 +111,7 @@ def _spans(shapes: Mapping[str, Described]) -> dict[str, list[int]]:
 
 
 def num_bytes(described: Described) -> int:
-    """The bytes of a tensor."""
+    """Return the number of bytes of a tensor."""
     shape, dtype = described
     return math.prod(shape) * ITEM_BYTES[dtype]
 
@@ -134,7 +134,7 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
 
 @dataclass
 class WrittenShard:
-    """One closed safetensors file under its temporary name."""
+    """Closed safetensors file under its temporary name."""
 
     file: str
     names: list[str]
@@ -143,9 +143,9 @@ class WrittenShard:
 
 @dataclass
 class ShardWriter:
-    """Collects tensors into safetensors files of bounded size, closing each as it fills.
+    """Writer that collects tensors into safetensors files of bounded size and closes each full file.
 
-    Several writers (one for each pipeline stage) may share a folder; ``finish_shards`` then gives the files their
+    Several writers (one per pipeline stage) may share a folder; ``finish_shards`` then gives the files their
     final names and writes the index.
     """
 
@@ -157,22 +157,22 @@ class ShardWriter:
     _pending_bytes: int = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; it may be written later."""
+        """Add a tensor, which may be written later."""
         described = tuple(tensor.shape), OF_TORCH[str(tensor.dtype).removeprefix("torch.")]
         self._make_room(num_bytes(described))
         self._pending[name] = described, tensor.detach().cpu().contiguous()
 
     def add_ranges(self, name: str, shape: Sequence[int], dtype: str, ranges: Sequence[Range]) -> None:
-        """Take a tensor whose bytes are in other files, which stay open; they may be copied later."""
+        """Add a tensor whose bytes are in other files. The files must stay open, because they may be copied later."""
         described = tuple(shape), dtype
         self._make_room(num_bytes(described))
         self._pending[name] = described, ranges
 
     def close(self) -> list[WrittenShard]:
-        """Write what is pending, and return every file so far."""
+        """Write pending tensors, and return all files written so far."""
         if self._pending:
             file = f"part-{self.writer:05d}-{len(self.written):05d}.safetensors"
-            # in the order in which safetensors' own writer puts them
+            # in the order of safetensors' own writer
             names = sorted(self._pending, key=lambda name: (-STORED_ORDER.index(self._pending[name][0][1]), name))
             shapes = {name: self._pending[name][0] for name in names}
             try:
@@ -193,14 +193,14 @@ class ShardWriter:
 def finish_shards(
     folder: Path, shards: list[WrittenShard], layout: StoredLayout = PLAIN, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Name the files as transformers does, and write the index where there are several.
+    """Give the files the names that transformers uses, and write the index if there are several.
 
     Args:
-        layout: its stacks are put together.
-        max_shard_bytes: of the files that this takes.
+        layout: the stored layout; its stacks are assembled.
+        max_shard_bytes: maximum size of the files with assembled stacks.
 
     Raises:
-        MegapruneError: two files hold the same tensor.
+        MegapruneError: two files contain the same tensor.
     """
     if layout.stacks:
         shards = _stack_experts(folder, shards, layout, max_shard_bytes)
@@ -229,10 +229,10 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 
 
 def join_shards(folder: Path, shards: list[WrittenShard], file: str) -> None:
-    """Join the files into one, for readers that know no index, and remove them. Their bytes are copied as they are.
+    """Join the files into one, for readers without support for an index, and remove them. Bytes are copied unchanged.
 
     Raises:
-        MegapruneError: two files hold the same tensor.
+        MegapruneError: two files contain the same tensor.
     """
     parts: dict[str, Path] = {}
     for shard in shards:
@@ -248,11 +248,11 @@ def join_shards(folder: Path, shards: list[WrittenShard], file: str) -> None:
 def _stack_experts(
     folder: Path, shards: Sequence[WrittenShard], layout: StoredLayout, max_shard_bytes: int
 ) -> list[WrittenShard]:
-    """Rewrite the files with each stack of experts in one piece, and remove them. Memory stays that of a block of
-    bytes; the disk holds the model twice meanwhile.
+    """Rewrite the files with the experts of each stack in one tensor, and remove them. Memory is limited to one block
+    of bytes; meanwhile the disk contains the model twice.
 
     Raises:
-        MegapruneError: two files hold the same tensor, or a stack is not whole.
+        MegapruneError: two files contain the same tensor, or a stack is incomplete.
     """
     parts: dict[str, Path] = {}
     sizes: dict[str, int] = {}
@@ -292,12 +292,12 @@ def _runs(groups: Mapping[str, list[str]], sizes: Mapping[str, int], max_bytes: 
 def _write_joined(
     path: Path, groups: Mapping[str, list[str]], parts: Mapping[str, Path], stacked: Sequence[str]
 ) -> None:
-    """Write a file of tensors that other files hold.
+    """Write a file of tensors that other files contain.
 
     Args:
-        groups: the tensors of the file, each with those that it is made of, one behind the other.
-        parts: the file that holds each of these.
-        stacked: of the file's tensors, those that are stacks of experts.
+        groups: the tensors of the file, each with the tensors that it is concatenated from, in order.
+        parts: the file that contains each of these.
+        stacked: shapes and dtypes of the stacks of experts in the file.
     """
     files = TensorFiles()
     names = [name for members in groups.values() for name in members]
@@ -315,14 +315,14 @@ def _write_joined(
 
 
 def stacked_shape(name: str, parts: Sequence[Described]) -> Described:
-    """Shape [experts, rows, columns] and dtype of a stack of experts' matrices.
+    """Return shape [experts, rows, columns] and dtype of a stack of experts' matrices.
 
     Args:
-        name: the stack's.
+        name: the name of the stack.
         parts: its matrices in order, gate before up of each expert.
 
     Raises:
-        MegapruneError: the matrices make no stack.
+        MegapruneError: the matrices can't be stacked.
     """
     if len({(dtype, tuple(shape[1:])) for shape, dtype in parts}) > 1:
         raise MegapruneError(f"the experts of {name} have several dtypes or shapes: one tensor can't hold them")

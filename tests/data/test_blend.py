@@ -196,7 +196,7 @@ def test_one_epoch_holds_every_window_once(data, one_process, tmp_path):
     tokens, loss_mask = windows.window(5)
     assert tokens.dtype == np.int64 and tokens.shape == (9,)
     assert loss_mask.dtype == np.float32 and loss_mask.tolist() == [1] * 8
-    # Documents are shuffled whole; neighbouring windows share one token.
+    # Documents are shuffled whole; neighboring windows share one token.
     assert len({token for window in found for token in window[1:]}) == 37 * 8
     assert found != sorted(found)
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""A cache's files: whole or not at all, and never read unchecked."""
+"""A cache's files: complete or absent, and never read unchecked."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ PLAN = CachePlan(KEY, K, "fp32")
 
 
 def targets_of(windows):
-    """[s, b, ...], other targets for each window."""
+    """Return [s, b, ...], different targets for each window."""
     logits = torch.stack([torch.randn(S, V, generator=torch.Generator().manual_seed(w)) for w in windows], dim=1)
     return teacher_targets(logits, K, VocabShard(0, V, V))
 

@@ -1,4 +1,4 @@
-"""What a cached token keeps of a teacher's targets."""
+"""Precision of a teacher's targets in the cache."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def stored(targets, vocab_size, top_k=None):
 
 
 def random_logits(vocab_size, seed=0):
-    """Rows from flat to all but certain, about a level of their own."""
+    """Return rows from uniform to nearly certain, each around a level of its own."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(-1, 1.5, S)[:, None]
     return torch.randn(S, vocab_size, generator=generator) * scale + 20 * torch.randn(S, 1, generator=generator)
@@ -64,7 +64,7 @@ def test_losses_are_those_of_the_targets_themselves(tail, seed):
 
 
 def test_mass_beyond_the_top_k_is_kept_where_it_is_tiny():
-    """Two tokens of nearly one half each: rounding their logits alone would lose the rest."""
+    """Two tokens have nearly one half each: rounding their logits alone would lose the rest."""
     logits = torch.full((S, 1000), -1e4)
     logits[:, :2] = torch.tensor([3.0, 2.999])
     logits[:, 2:] = 3.0 - 16 - torch.linspace(0, 1, S)[:, None]

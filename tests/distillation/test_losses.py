@@ -22,14 +22,14 @@ TAILS = ["renormalized", "rest", "full"]
 
 
 def random_logits(seed, dtype=torch.float32, scale=3.0):
-    """[S, B, PADDED] logits, the padding columns larger than all others."""
+    """Return [S, B, PADDED] logits whose padding columns are larger than all others."""
     logits = scale * torch.randn(S, B, PADDED, generator=torch.Generator().manual_seed(seed))
     logits[..., VOCAB:] = 100.0
     return logits.to(dtype)
 
 
 def value_and_grad(function, logits):
-    """`function(logits)` and its gradient, weighted so that no two tokens count alike."""
+    """Return `function(logits)` and its gradient, with a different weight for each token."""
     logits = logits.clone().requires_grad_()
     value = function(logits)
     weights = torch.linspace(0.5, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape)
@@ -38,7 +38,7 @@ def value_and_grad(function, logits):
 
 
 def reference_distillation(student, teacher, k, tail):
-    """Straight from the definition, with the whole vocabulary and no care for precision."""
+    """Compute the loss by its definition, with the whole vocabulary and without care for precision."""
     top, indices = teacher.topk(k, dim=-1)
     if tail == "rest":
         p, q = (logits.softmax(-1).gather(-1, indices) for logits in (teacher, student))

@@ -23,7 +23,9 @@ VOCABULARIES = [(21, 24), (15, 24), (11, 24)]
 
 
 def all_losses(student, teacher, labels, shard):
-    """By name: what has to be equal bit for bit, what up to rounding, and the student logits' gradients."""
+    """Return, by name: results that must be equal bit for bit, results equal up to rounding, and the student's
+    gradients.
+    """
     targets = teacher_targets(teacher, K, shard)
     losses = {
         "logsumexp": lambda z: vocab_logsumexp(z, shard),

@@ -1,4 +1,4 @@
-"""Objectives: the weights and losses of each on a micro-batch, and the order in which it asks its teacher."""
+"""Objectives: the weights and losses of each on a micro-batch, and its request to the teacher."""
 
 import pytest
 import torch

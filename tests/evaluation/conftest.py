@@ -11,13 +11,13 @@ VOCAB_SIZE = len(WORDS)
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
-    """Saves a tiny random Qwen3 with a tokenizer of whole words and returns its folder."""
+    """Return a function that saves a tiny random Qwen3 with a tokenizer of whole words and gives its folder."""
 
     def make(seed, vocab_size=VOCAB_SIZE, **config):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        # Wide initial weights: predictions that are far from uniform, so that a wrong window shows.
+        # Large initial weights make predictions far from uniform, so that a wrong window is noticed.
         settings = sizes | heads | {"max_position_embeddings": 64, "initializer_range": 0.5} | config
         folder = tmp_path_factory.mktemp("model")
         Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **settings)).save_pretrained(folder)
@@ -41,7 +41,7 @@ def teacher(make_model):
 
 @pytest.fixture(scope="session")
 def stream():
-    """The token ids that `data` holds: two documents, each with its end-of-text token."""
+    """Token ids of `data`: two documents, each with its end-of-text token."""
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(1, len(WORDS), (length,), generator=generator).tolist() for length in (20, 16)]
     return [token for document in documents for token in [*document, 0]]

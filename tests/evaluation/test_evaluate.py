@@ -1,4 +1,4 @@
-"""Loss, perplexity, KL and agreement against a computation by hand, and the refusals."""
+"""Loss, perplexity, KL and agreement against an independent computation, and the refusals."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SEQ_LENGTH = 8
 
 @torch.no_grad()
 def log_probs_by_hand(folder, stream, seq_length=SEQ_LENGTH):
-    """log p over the vocabulary for every token of the stream but the first, each from its own window."""
+    """Return log p over the vocabulary for every token of the stream except the first, each from its own window."""
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     windows = [stream[start : start + seq_length] for start in range(0, len(stream) - 1, seq_length)]
     log_probs = torch.cat([model(torch.tensor([window])).logits[0].double().log_softmax(-1) for window in windows])
@@ -127,7 +127,7 @@ def test_teacher_with_another_vocabulary(student, data, make_model):
 
 
 def damaged(student, folder, change):
-    """A copy of `student` whose tensors went through `change`."""
+    """Return a copy of `student` with tensors changed by `change`."""
     shutil.copytree(student, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

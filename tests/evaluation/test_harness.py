@@ -16,7 +16,7 @@ RESULTS = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none":
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A stand-in for lm_eval that knows one task; what simple_evaluate was called with."""
+    """Replace lm_eval by a stand-in that has one task; record the arguments of simple_evaluate."""
     calls = []
 
     class TaskManager:

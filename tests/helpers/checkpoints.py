@@ -1,4 +1,4 @@
-"""HF folders of a few kilobytes, made from a config alone."""
+"""HF folders of a few kilobytes, made from a config."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ QWEN2 = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True}
 
 
 def random_tensors(config: dict, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Every tensor of a model with this config, each number another."""
+    """Return every tensor of a model with this config, with random values."""
     family = family_of(config)
     names = [name for rule in family.rules(config) if rule.export for name in rule.hf]
     generator = torch.Generator().manual_seed(3)
@@ -37,7 +37,7 @@ def random_tensors(config: dict, dtype: torch.dtype = torch.float32) -> dict[str
 def write_folder(
     folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = None, num_files: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Writes config.json and the tensors, in one file or in several with an index. Returns the tensors."""
+    """Write config.json and the tensors, in one file or in several with an index. Return the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(config) if tensors is None else tensors
     (folder / "config.json").write_text(json.dumps(config))
@@ -63,5 +63,5 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def layers_in_config(number: int) -> dict:
-    """Return settings that agree on a number of layers, which the weights may not have."""
+    """Return settings that agree on a number of layers, which may differ from that of the weights."""
     return {"num_hidden_layers": number, "layer_types": ["full_attention"] * number}

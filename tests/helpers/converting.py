@@ -1,4 +1,4 @@
-"""What the tests of conversions share: the verb, and models to convert."""
+"""Helpers of the conversion tests: the verb, and models to convert."""
 
 import json
 
@@ -14,7 +14,7 @@ KEY = "model.layers.1.mlp.up_proj.weight"
 
 
 def convert(*words):
-    """Runs the verb here; gives its exit status and the line of its refusal."""
+    """Run the verb in this process; return its exit status and its error line."""
     return cli.attempt("convert", [str(word) for word in words])
 
 
@@ -30,14 +30,14 @@ def write(out, config, tensors):
 
 
 def edited(model, out, edit, config=None):
-    """A copy of a model with other tensors."""
+    """Return a copy of a model with other tensors."""
     tensors = tiny.read_tensors(model)
     edit(tensors)
     return write(out, json.loads((model / "config.json").read_text()) | (config or {}), tensors)
 
 
 def with_mtp(folder, out):
-    """A DeepSeek with a multi-token-prediction layer, its copies of the embedding and output layer among it."""
+    """Return a DeepSeek model with a multi-token-prediction layer and its copies of embedding and output layer."""
     source = HFSource(folder)
     arch = source.family.architecture(source.config)
     last, extra = arch.num_layers - 1, arch.num_layers

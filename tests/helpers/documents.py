@@ -1,4 +1,4 @@
-"""The shell commands of the documentation, and the check that what they name exists."""
+"""Shell commands of the documentation, and a check that everything they name exists."""
 
 import io
 import re
@@ -29,12 +29,12 @@ _NOT_A_FLAG = "--this-is-no-flag"
 
 
 class Wrong(Exception):
-    """A documented command that names something that is not there."""
+    """Error of a documented command that names something nonexistent."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a page, as words."""
+    """Command on a page, as words."""
 
     page: str
     line: int
@@ -42,12 +42,12 @@ class Command:
 
     @property
     def whole(self) -> bool:
-        """Whether no part is left out: neither by an ellipsis nor, where prose names a verb, all of its flags."""
+        """Return whether the command is complete: no ellipsis and, if prose names a verb, flags."""
         return _ELLIPSIS not in self.words and (self.verb is None or self.verb[1] != [])
 
     @property
     def verb(self) -> tuple[str, list[str]] | None:
-        """The verb of the project that the command runs, and the verb's words."""
+        """Return the verb of the project that the command runs, and the verb's words."""
         words = list(self.words)
         if words[0] == "torchrun":
             words = _script_of_torchrun(words[1:])
@@ -63,7 +63,7 @@ class Command:
 
 
 def commands_of(page: str, text: str) -> Iterator[Command]:
-    """Yield the commands of a page: those of shell blocks and, in prose, those that begin with a known program."""
+    """Yield the commands of a page: all in shell blocks and, in prose, those that begin with a known program."""
     for block in _BLOCK.finditer(text):
         yield from _commands_of_block(page, text.count("\n", 0, block.start(2)) + 1, block[2])
     prose = _BLOCK.sub(lambda block: "\n" * block[0].count("\n"), text)
@@ -72,7 +72,7 @@ def commands_of(page: str, text: str) -> Iterator[Command]:
 
 
 def flags_of(text: str) -> set[str]:
-    """Return the flags that stand in a page's code, blocks or inline."""
+    """Return the flags in a page's code, in blocks or inline."""
     code = [block[2] for block in _BLOCK.finditer(text)] + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", _BLOCK.sub("", text))
     return {flag for part in code for flag in _FLAG.findall(part)}
 
@@ -94,10 +94,10 @@ def _commands_of_block(page: str, first: int, block: str) -> Iterator[Command]:
 
 
 def check(command: Command) -> None:
-    """Check that the program, the files, the targets and the flags that a command names exist.
+    """Check that the program, files, targets and flags of a command exist.
 
     Raises:
-        Wrong: one does not.
+        Wrong: one of them does not exist.
     """
     words = list(command.words)
     program = Path(words[0]).name

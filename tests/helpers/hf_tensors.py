@@ -1,12 +1,13 @@
-"""The tensors of real checkpoints, names and shapes, written down family by family from config.json alone: nothing here
-looks at the project's tables."""
+"""Names and shapes of the tensors in real checkpoints, derived family by family from config.json, independently of the
+project's tables.
+"""
 
 
 def expected_tensors(config, mtp=True):
-    """Name to shape of every tensor in a released folder of this config.
+    """Return name and shape of every tensor in a released folder with this config.
 
     Args:
-        mtp: with the multi-token-prediction layers that the config counts.
+        mtp: whether the multi-token-prediction layers of the config are included.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     tensors = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}

@@ -1,7 +1,8 @@
-"""Starts torchrun once for many cases: importing what a process needs takes longer than most cases.
+"""One start of torchrun for many cases, because importing what a process needs takes longer than most cases.
 
-A case that fails takes no other along. If every process comes back from it, the same processes go on with the next
-case; if one fails while others wait for it, or one dies, torchrun is started again for the cases that are left.
+A case that fails does not affect other cases. If every process returns from it, the same processes continue with the
+next case. If one process fails while others wait for it, or one dies, torchrun is started again for the remaining
+cases.
 """
 
 import json
@@ -23,14 +24,14 @@ _GRACE_SECONDS = 45  # torchrun itself kills its processes 30 s after it was ask
 
 @dataclass
 class Launched:
-    """The folder that the cases worked in, their names, and the tracebacks of those that failed."""
+    """Results of a launch: the folder, the names of the cases, and the tracebacks of failed cases."""
 
     folder: Path
     names: frozenset[str]
     failures: dict[str, str]
 
     def path(self, name: str) -> Path:
-        """Return the path that belongs to a case, or fail the test with the case's own traceback."""
+        """Return the path of a case's results, or fail the test with the case's own traceback."""
         self.check(name)
         return self.folder / name
 
@@ -43,15 +44,15 @@ class Launched:
 
 
 def torchrun(num_processes: int, *flags: str) -> list[str]:
-    """Return the words that start a script on processes of this machine; a test that uses them is `parallel`."""
+    """Return the words that start a script on several processes of this machine. Tests that use them are `parallel`."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     return [sys.executable, *words, *flags]
 
 
 def launch(num_processes: int, cases: Sequence[dict[str, Any]], folder: Path, timeout_seconds: int = 900) -> None:
-    """Run functions on processes of their own: each case's ``kind`` names one, the rest are its arguments.
+    """Run functions on new processes. Each case's ``kind`` names a function; the other entries are its arguments.
 
-    The test fails with the tracebacks of all cases that failed.
+    The test fails with the tracebacks of all failed cases.
     """
     names = [f"{case['kind']} (case {number})" for number, case in enumerate(cases)]
     launched = launch_cases(num_processes, dict(zip(names, cases, strict=True)), folder, timeout_seconds)
@@ -61,17 +62,17 @@ def launch(num_processes: int, cases: Sequence[dict[str, Any]], folder: Path, ti
 def launch_cases(
     num_processes: int, cases: Mapping[str, dict[str, Any]], folder: Path, timeout_seconds: int = 900
 ) -> Launched:
-    """Run named cases as `launch` does, and keep what failed apart.
+    """Run named cases as `launch` does, and store failures separately.
 
     Args:
-        timeout_seconds: for each start of torchrun; the case that it interrupts counts as failed.
+        timeout_seconds: limit for each start of torchrun; a case that it interrupts counts as failed.
     """
     launched, left, attempt = Launched(folder, frozenset(cases), {}), dict(cases), 0
     while left:
         notes = folder / f"attempt{attempt}"
         notes.mkdir()
         log = _run(num_processes, list(left.items()), notes, timeout_seconds)
-        if not (notes / "0.begun").exists():  # the processes cannot even start: another attempt would not either
+        if not (notes / "0.begun").exists():  # the processes cannot start at all, so another attempt is useless
             launched.failures |= dict.fromkeys(left, f"{num_processes} processes did not start:\n{log[-_LOG_SHOWN:]}")
             break
         for number, name in enumerate(list(left)):
@@ -87,10 +88,10 @@ def launch_cases(
 
 
 def _run(num_processes: int, cases: list[tuple[str, dict]], notes: Path, timeout_seconds: int) -> str:
-    """Run the worker to its end. Return what it printed."""
+    """Run the worker and wait for it. Return its output."""
     (notes / "cases.json").write_text(json.dumps([case for _, case in cases], default=str))
     log = notes / "log.txt"
-    # To a file: a process that a failed rank leaves behind would keep a pipe open, and the test waiting.
+    # To a file: a process that a failed rank leaves behind would keep a pipe open and block the test.
     with log.open("w") as output:
         process = subprocess.Popen(
             [*torchrun(num_processes), str(_WORKER), str(notes)],
@@ -117,7 +118,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _tracebacks(notes: Path, number: int) -> str:
-    """Return the tracebacks of one case, the first to fail first, each once."""
+    """Return the tracebacks of one case without duplicates, in the order of failure."""
     ranks: dict[str, list[str]] = {}
     for path in sorted(notes.glob(f"{number}.rank*"), key=lambda path: path.stat().st_mtime_ns):
         ranks.setdefault(path.read_text(), []).append(path.suffix.removeprefix(".rank"))

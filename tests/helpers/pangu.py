@@ -1,6 +1,6 @@
-"""openPangu-Ultra-MoE, which transformers has no class for: a tiny random checkpoint and a reference of its own.
+"""openPangu-Ultra-MoE, for which transformers has no class: a tiny random checkpoint and a reference implementation.
 
-The reference is plain PyTorch over a checkpoint's names, written from the published architecture, and shares nothing
+The reference is plain PyTorch on a checkpoint's names, written from the published architecture. It shares nothing
 with the tables and layers under test.
 """
 
@@ -49,7 +49,7 @@ REMOTE_CODE = ("configuration_openpangu_moe.py", "modeling_openpangu_moe.py")
 
 
 def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, config: dict = CONFIG) -> Path:
-    """Saves a random model, with files in the place of its remote code."""
+    """Save a random model, with placeholder files for its remote code."""
     folder.mkdir(parents=True)
     c, generator = config, torch.Generator().manual_seed(0)
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
@@ -96,7 +96,7 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, config: di
 
 @torch.no_grad()
 def logits(folder: Path, tokens: Tensor) -> Tensor:
-    """The logits [b, s, vocab] of tokens [b, s], in fp32."""
+    """Return the logits [b, s, vocab] of tokens [b, s], in fp32."""
     config = json.loads((folder / "config.json").read_text())
     weights: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
@@ -143,7 +143,7 @@ def _attention(x: Tensor, own: dict[str, Tensor], config: dict) -> Tensor:
 
 
 def _rotate(x: Tensor, config: dict) -> Tensor:
-    """Rotates neighbouring pairs of x, [b, s, heads, d], by their positions' angles, as complex numbers."""
+    """Rotate neighboring pairs of x, [b, s, heads, d], by the angles of their positions, as complex numbers."""
     size = x.shape[-1]
     theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
     frequencies = theta ** (-torch.arange(0, size, 2) / size)

@@ -1,4 +1,4 @@
-"""A real checkpoint without its bytes: answers what an import asks, and notes what was read."""
+"""A real checkpoint without its bytes: it answers the requests of an import and records the reads."""
 
 from collections import defaultdict
 
@@ -10,7 +10,7 @@ from tests.helpers.hf_tensors import expected_tensors
 
 
 class PaperSource(HFSource):
-    """The folder of a config. ``reads`` is, by tensor, the slices (dim, start, stop) that were read."""
+    """Folder of a config. ``reads`` lists, for each tensor, the slices (dim, start, stop) that were read."""
 
     def __init__(self, config):
         self.folder = "paper"
@@ -30,7 +30,7 @@ class PaperSource(HFSource):
         return torch.empty(shape, device="meta")
 
     def assert_read_once(self, names):
-        """Every element of these tensors was read once, and nothing else was."""
+        """Assert that every element of these tensors was read once, and nothing else."""
         assert self.reads.keys() == set(names)
         for name in names:
             dims, cuts = {dim for dim, _, _ in self.reads[name]}, sorted(cut[1:] for cut in self.reads[name])

@@ -1,4 +1,4 @@
-"""config.json of released models, as their makers wrote it, and what each model is known to hold."""
+"""config.json of released models as published, and the known properties of each model."""
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

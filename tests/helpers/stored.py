@@ -1,4 +1,4 @@
-"""Models stored in other ways than their families' tables have it: as transformers saves them, or as people do."""
+"""Models in stored layouts that differ from their families' tables, as transformers or users save them."""
 
 import json
 import shutil
@@ -14,20 +14,20 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def stacked(model: Path, out: Path, max_shard_size: str = "5GB") -> Path:
-    """The experts of a layer in two tensors."""
+    """Store the experts of a layer in two tensors."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.save_pretrained(out, save_original_format=False, max_shard_size=max_shard_size)
     return _with_tokenizer(model, out)
 
 
 def bare(model: Path, out: Path) -> Path:
-    """A base model, its names without ``model.``."""
+    """Store a base model, whose names lack ``model.``."""
     AutoModel.from_pretrained(model).save_pretrained(out, max_shard_size="200KB")
     return _with_tokenizer(model, out)
 
 
 def untied(model: Path, out: Path) -> Path:
-    """Tied embeddings by the config, and another output layer."""
+    """Store a different output layer beside embeddings that config.json ties."""
 
     def edit(tensors):
         generator = torch.Generator().manual_seed(11)
@@ -37,17 +37,17 @@ def untied(model: Path, out: Path) -> Path:
 
 
 def twice(model: Path, out: Path) -> Path:
-    """Tied embeddings stored under both names."""
+    """Store tied embeddings under both names."""
     return edited(model, out, lambda tensors: tensors.update({OUTPUT: tensors[EMBEDDING].clone()}))
 
 
 def as_output(model: Path, out: Path) -> Path:
-    """Tied embeddings stored as the output layer alone."""
+    """Store tied embeddings only as the output layer."""
     return edited(model, out, lambda tensors: tensors.update({OUTPUT: tensors.pop(EMBEDDING)}))
 
 
 def edited(model: Path, out: Path, edit) -> Path:
-    """A copy with other tensors, in one file."""
+    """Return a copy with other tensors, in one file."""
     tensors = tiny.read_tensors(model)
     edit(tensors)
     out.mkdir(parents=True)
@@ -56,7 +56,7 @@ def edited(model: Path, out: Path, edit) -> Path:
     return _with_tokenizer(model, out)
 
 
-# Name: the model that it is made of, and how.
+# Name: the original model, and the function that stores it.
 MODELS = {
     "qwen3_moe_stacked": ("qwen3_moe", stacked),
     "deepseek_v3_stacked": ("deepseek_v3", stacked),

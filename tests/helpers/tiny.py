@@ -1,4 +1,4 @@
-"""Tiny random HF checkpoints with a tokenizer and chat data: what the tests of whole runs work on."""
+"""Tiny random HF checkpoints with a tokenizer and chat data, for tests of whole runs."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ VOCAB_SIZE = 331
 SEQ_LENGTH = 32
 
 _ROOT = Path(__file__).parents[2]
-# glibc's defaults make small training steps on CPU spend half their time giving memory back.
+# With glibc's defaults, small training steps on a CPU spend half of their time on returning memory.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -114,7 +114,7 @@ _CHAT_TEMPLATE = (
 
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Saves a random model of a family and its tokenizer. In ``bfloat16`` its norms stay fp32, as some releases' do."""
+    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models."""
     if family == pangu.CONFIG["model_type"]:
         pangu.make_checkpoint(folder, dtype)
         make_tokenizer().save_pretrained(folder)
@@ -140,7 +140,9 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, smaller than the models' vocabulary, whose chat template marks the assistant's tokens."""
+    """Return a byte-level BPE tokenizer, smaller than the models' vocabulary, whose chat template marks the assistant's
+    tokens.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -155,7 +157,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_data(path: Path, rows: int, seed: int) -> Path:
-    """Writes texts and chats, in turn: windows differ in how many of their tokens carry loss."""
+    """Write alternating texts and chats, so that windows differ in the number of tokens with loss."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for row in range(rows):
@@ -177,7 +179,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of an HF folder."""
+    """Return every tensor of an HF folder."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found = load_file(path)
@@ -187,7 +189,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
-    """The folder in transformers, in fp32; fails unless every weight fits."""
+    """Load the folder in transformers, in fp32; fail unless every weight fits."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -197,19 +199,19 @@ def load_hf(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits [b, s, vocab] that transformers, or openPangu's reference, computes for tokens [b, s]."""
+    """Return the logits [b, s, vocab] that transformers, or openPangu's reference, computes for tokens [b, s]."""
     if json.loads((folder / "config.json").read_text())["model_type"] == pangu.CONFIG["model_type"]:
         return pangu.logits(folder, tokens)
     return load_hf(folder)(tokens).logits
 
 
 def random_tokens(batch: int = 2, seq_length: int = 97) -> torch.Tensor:
-    """Tokens [b, s] beyond the original context of llama3's RoPE scaling."""
+    """Return tokens [b, s] beyond the original context of llama3's RoPE scaling."""
     return torch.randint(VOCAB_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(5))
 
 
 def make_batch(tokens: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Batch:
-    """Tokens [b, s + 1] as a micro-batch that predicts each from those before it."""
+    """Return tokens [b, s + 1] as a micro-batch that predicts each token from the previous ones."""
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     loss_mask = torch.ones(labels.shape) if loss_mask is None else loss_mask
     positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
@@ -217,7 +219,7 @@ def make_batch(tokens: torch.Tensor, loss_mask: torch.Tensor | None = None) -> B
 
 
 def uneven_batches(sizes: Sequence[int]) -> list[Batch]:
-    """Four windows of which very different shares carry loss, in micro-batches of these sizes."""
+    """Return four windows with very different shares of tokens with loss, in micro-batches of these sizes."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(VOCAB_SIZE, (4, 21), generator=generator)
     shares = torch.tensor([0.05, 1.0, 0.3, 0.6])[:, None]
@@ -226,7 +228,7 @@ def uneven_batches(sizes: Sequence[int]) -> list[Batch]:
 
 
 class FixedMask:
-    """A selector for models of 7 layers that draws the same mask each time, and keeps the gradient that it gets."""
+    """Selector for models of 7 layers that always returns the same mask and stores the gradient that it receives."""
 
     def mask(self, step: int) -> torch.Tensor:
         return torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
@@ -236,7 +238,7 @@ class FixedMask:
 
 
 def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
-    """Flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages before and after."""
+    """Return the flags of a small E3 run, 10 iterations of search and 10 of recovery, uneven on two stages."""
     flags = {
         "--hf-model": model,
         "--train-data": data / "train.jsonl",
@@ -259,8 +261,9 @@ def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
 
 
 def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
-    """Flags of such a run on `deepseek_v3`, in which a parameter too few is left for a dense and a MoE layer of the
-    three layers that may go, two of them MoE."""
+    """Return the flags of such a run on `deepseek_v3` whose limit is one parameter too small for a dense and a MoE
+    layer of the three layers that may go, two of them MoE.
+    """
     argv = prune_argv(model, data, save, *extra)
     sizes = layer_sizes(json.loads((model / "config.json").read_text()))
     total = inventory(json.loads((model / "config.json").read_text())).size.total
@@ -270,7 +273,7 @@ def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str
 
 
 def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -> list[str]:
-    """Flags of a run that chooses its layers by calibration data, and does not train."""
+    """Return the flags of a run that selects its layers by calibration data and does not train."""
     argv = prune_argv(model, data, save, "--method", method, *extra)
     for flag in ("--search-iters", "--mask-lr", "--lr-warmup-iters"):
         at = argv.index(flag)
@@ -279,17 +282,17 @@ def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -
 
 
 def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
-    """Flags of a short run by CLP, which then trains the two layers beside the cut."""
+    """Return the flags of a short run by CLP, which then trains the two layers next to the cut."""
     return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
 
 
 def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
-    """Flags of a short search by hard concrete gates."""
+    """Return the flags of a short search by hard concrete gates."""
     return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]
 
 
 def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None) -> None:
-    """A run in this process, as the command line would do it; another may follow."""
+    """Run in this process, as the command line does. Other runs may follow."""
     from megaprune import api
     from megaprune.cli.console import console
     from megaprune.cli.prune import parse_config
@@ -304,12 +307,12 @@ def run_here(argv: Sequence[str], should_stop: Callable[[], bool] | None = None)
 
 
 def stop_after(iterations: int | None) -> Callable[[], bool]:
-    """Asks a run to stop when so many iterations of it are done (None: never)."""
-    asked = itertools.count()  # the first time before any iteration
+    """Return a function that asks a run to stop after this number of iterations (None: never)."""
+    asked = itertools.count()  # the first call is before any iteration
     return lambda: next(asked) == iterations
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that runs the project from this source tree."""
+    """Return the environment of a process that runs the project from this source tree."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}

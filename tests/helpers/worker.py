@@ -1,7 +1,7 @@
-"""The program that torchrun starts for `launch`: every case in turn, with process groups of its own.
+"""Program that torchrun starts for `launch`: every case in turn, with process groups of its own.
 
 Beside the cases (``cases.json``) it leaves, for each by its number, ``N.begun``, ``N.rankR`` with the traceback of a
-rank that failed, and ``N.ended`` once all ranks came back from it.
+rank that failed, and ``N.ended`` once all ranks returned from it.
 """
 
 import importlib
@@ -22,14 +22,14 @@ import torch.distributed as dist  # noqa: E402
 
 from megaprune import device  # noqa: E402
 
-# A rank that fails leaves the others waiting: not for the hour that a run would.
+# The other ranks wait for a failed rank; a run would wait for an hour.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=2)
-# How long the others have to come back from a case once one rank failed in it, and once one rank is done with it.
+# Seconds that the others have to return from a case after one rank failed in it, and after one rank finished it.
 _AFTER_FAILURE, _AFTER_SUCCESS = timedelta(seconds=10), timedelta(minutes=3)
 
 
 class _Ranks:
-    """All ranks of this launch: a process group, and an agreement that needs none."""
+    """All ranks of this launch: a process group, and a vote that needs none."""
 
     def __init__(self, notes: Path) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -38,7 +38,7 @@ class _Ranks:
 
     def join(self) -> None:
         """Set up the process group."""
-        # Under a prefix of its own: the addresses of a group that was given up stay in the store.
+        # Under a new prefix, because the addresses of a destroyed group stay in the store.
         store = dist.PrefixStore(f"group{self._groups}", self._store)
         self._groups += 1
         dist.init_process_group(
@@ -46,14 +46,14 @@ class _Ranks:
         )
 
     def leave(self) -> None:
-        """Give up every group, in whatever state a case left it."""
+        """Destroy all groups, in any state that a case left them in."""
         if "megaprune.mcore.parallel" in sys.modules:
             sys.modules["megaprune.mcore.parallel"].leave()
         elif dist.is_initialized():
             dist.destroy_process_group()
 
     def agree(self, number: int, failed: bool) -> bool | None:
-        """Return whether any rank failed in a case, or None if some rank did not come back from it."""
+        """Return whether any rank failed in a case, or None if a rank did not return from it."""
         self._store.set(f"case{number}/{self.rank}", "failed" if failed else "passed")
         keys = [f"case{number}/{rank}" for rank in range(self.size)]
         try:

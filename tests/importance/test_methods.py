@@ -1,4 +1,4 @@
-"""Methods that choose layers by passes over calibration data: what they measure, and what they choose by it."""
+"""Methods that select layers by passes over calibration data: their measurements and their choices."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.selection.auto import num_windows
 from megaprune.selection.budget import Budget
-from megaprune.selection.local_search import neighbours
+from megaprune.selection.local_search import neighbors
 from megaprune.selection.masks import shared_cost
 from megaprune.selection.registry import find
 from megaprune.selection.segments import segments
@@ -29,7 +29,7 @@ THREE = Budget.of_layers(7, 4)
 
 @pytest.fixture(scope="module")
 def gated(tiny_model):
-    """A model of 7 layers behind its gate, the gate, and the shard."""
+    """Model of 7 layers behind its gate, the gate, and the shard."""
     parallel.initialize(ParallelSizes())
     source = HFSource(tiny_model("qwen3_tied"))
     arch, gate = source.family.architecture(source.config), LayerGate()
@@ -41,7 +41,7 @@ def gated(tiny_model):
 
 @pytest.fixture(scope="module")
 def in_transformers(tiny_model):
-    """Gives logits and hidden states of a batch from the model of some layers."""
+    """Return a function that gives logits and hidden states of a batch from the model of some layers."""
     model = tiny.load_hf(tiny_model("qwen3_tied"))
     layers = list(model.model.layers)
 
@@ -58,7 +58,7 @@ def mask_of(kept):
 
 
 def mean(values):
-    """The mean over tokens that carry loss, of what `values` gives for a batch, [b, s]."""
+    """Return the mean, over tokens with loss, of the result of `values` for a batch, [b, s]."""
     total = sum((values(batch) * batch.loss_mask).sum() for batch in BATCHES)
     return (total / sum(batch.loss_mask.sum() for batch in BATCHES)).item()
 
@@ -145,7 +145,7 @@ def evaluator_of(gated, batches=BATCHES, budget=THREE):
 
 
 def choose_layers(name, evaluator, budget, protected=PROTECTED, **flags):
-    """The choice of a method, with these flags or its usual ones."""
+    """Return the choice of a method, with these flags or its default ones."""
     usual = {"mask_init_scale": 1.0, "seed": 0, "search_iters": 60, "criterion": "perplexity"}
     method = find(name)
     return method.choose(budget, protected, method.options(usual | flags), evaluator)
@@ -181,7 +181,7 @@ def test_shortened_keeps_the_first_four_and_the_last_two(gated):
 
 
 def test_shortened_weighs_what_is_lost_against_price():
-    """Not the loss itself, which hardly differs: the layer that costs most would always be the one to go."""
+    """Losses hardly differ; without weighing, the most expensive layer would always be removed."""
     budget, harm = Budget((*[10] * 6, *[100] * 6), 650), [0.5] * 12
     harm[4] = 0.0
 
@@ -237,13 +237,13 @@ def test_auto_takes_the_best_of_its_candidates(gated):
     assert held_out.losses([choice.kept_layers])[0] == chosen[0]["kl"]
     # with all the swaps it can pay, no single swap is better on the text that it looked at
     for swapped in (candidate["kept_layers"] for candidate in choice.candidates[5:]):
-        around = evaluator.losses([swapped, *neighbours(swapped, THREE, PROTECTED)])
+        around = evaluator.losses([swapped, *neighbors(swapped, THREE, PROTECTED)])
         assert around[0] == min(around)
 
 
 @pytest.mark.parametrize("tokens", [1, 3_000, 6_000, 20_000])
 def test_auto_stays_within_its_budget(gated, tokens):
-    """Unless it is less than what the candidates cost on one window: then swaps and search are left out."""
+    """A budget below the cost of the candidates on one window leaves out swaps and search."""
     evaluator, held_out = auto_evaluators(gated)
     choice = find("auto").choose(THREE, PROTECTED, {"selection_budget": tokens, "seed": 0}, evaluator, held_out)
     if tokens == 1:

@@ -1,4 +1,4 @@
-"""Methods registered outside of the package, from the command line to the report."""
+"""Methods registered outside the package, from the command line to the report."""
 
 import json
 import subprocess

@@ -117,7 +117,7 @@ def test_a_stitch_eases_recovery_and_is_gone_at_its_end(tiny_model, tiny_data, t
     assert reports["plain"]["kept_layers"] == reports["stitched"]["kept_layers"]
     assert reports["plain"]["valid"]["pruned"] == reports["stitched"]["valid"]["pruned"]
     assert losses["plain"][0] != losses["stitched"][0]
-    # the export knows nothing of it, and is what was measured last
+    # the export does not contain it, and is the model that was measured last
     found = evaluate_model(
         str(tmp_path / "stitched" / "hf"), [str(tiny_data / "valid.jsonl")], seq_length=tiny.SEQ_LENGTH
     )

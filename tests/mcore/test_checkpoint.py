@@ -24,7 +24,7 @@ def source(tiny_model):
 
 @pytest.fixture(params=["plain", "distributed", "bf16"])
 def make_trainer(request, source):
-    """Makes a trainer of the model or of its kept layers, of one kind of optimizer."""
+    """Return a function that makes a trainer of the model or of its kept layers, with one kind of optimizer."""
 
     def make(kept=None):
         arch = source.family.architecture(source.config)
@@ -48,7 +48,7 @@ def make_trainer(request, source):
 
 
 def parameters(trainer, kept=None):
-    """Parameters under the names that they have in the source model."""
+    """Return the parameters under their names in the source model."""
     for name, parameter in trainer.model.named_parameters():
         if kept is not None and name.startswith("decoder.layers."):
             words = name.split(".")
@@ -58,7 +58,7 @@ def parameters(trainer, kept=None):
 
 
 def step(trainer, iteration, kept=None):
-    """A step on gradients that are made up, the same for a parameter of the source in any model."""
+    """Take a step on artificial gradients, which are the same for a parameter of the source in any model."""
     trainer.zero_grad()
     for name, parameter in parameters(trainer, kept):
         seed = int.from_bytes(hashlib.sha256(f"{name} {iteration}".encode()).digest()[:4], "little")
@@ -74,7 +74,7 @@ def assert_same_weights(trainer, other, kept=None):
 
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["whole", "pruned"])
 def test_loaded_model_trains_on_as_the_saved_one(make_trainer, tmp_path, kept):
-    """Adam's next step depends on every part of its state: from the same gradients come the same weights."""
+    """Adam's next step depends on its whole state: equal gradients give equal weights."""
     saved = make_trainer()
     for iteration in range(3):
         step(saved, iteration)

@@ -1,4 +1,4 @@
-"""A block-FP8 checkpoint gives the model that its bf16 dequantisation gives."""
+"""A block-FP8 checkpoint gives the model that its bf16 dequantization gives."""
 
 import json
 
@@ -29,18 +29,18 @@ def folders(tmp_path_factory):
     AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **settings | SIZES), dtype=torch.bfloat16
     ).save_pretrained(both[0])
-    plain, quantised, scales = tiny.read_tensors(both[0]), {}, {}
+    plain, quantized, scales = tiny.read_tensors(both[0]), {}, {}
     for name, tensor in plain.items():
         if "_proj" not in name:
-            quantised[name] = tensor
+            quantized[name] = tensor
             continue
         scale = torch.rand(scale_shape(tensor.shape), generator=generator) + 0.5
         of_each = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: tensor.shape[0], : tensor.shape[1]]
-        quantised[name] = torch.randn(tensor.shape, generator=generator).to(torch.float8_e4m3fn)
-        plain[name] = (quantised[name].float() * of_each).to(torch.bfloat16)
+        quantized[name] = torch.randn(tensor.shape, generator=generator).to(torch.float8_e4m3fn)
+        plain[name] = (quantized[name].float() * of_each).to(torch.bfloat16)
         scales[name + SCALE_SUFFIX] = scale
     save_file(plain, both[0] / "model.safetensors", metadata={"format": "pt"})
-    files = {"model-00001-of-00002.safetensors": quantised, "model-00002-of-00002.safetensors": scales}
+    files = {"model-00001-of-00002.safetensors": quantized, "model-00002-of-00002.safetensors": scales}
     for file, tensors in files.items():
         save_file(tensors, both[1] / file, metadata={"format": "pt"})
     weight_map = {name: file for file, tensors in files.items() for name in tensors}

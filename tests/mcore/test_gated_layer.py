@@ -1,4 +1,4 @@
-"""The gate on the layers of a model: against its formula left to autograd, and against the model without the layers."""
+"""The gate on the layers of a model, against its formula under autograd and against the model without the layers."""
 
 import pytest
 import torch
@@ -39,7 +39,9 @@ def build(source, gate=None, kept=None, recompute=None):
 
 
 def gradients(source, mask, gate, recompute=None, trainable=""):
-    """Gradients of the parameters whose names hold ``trainable``, and of the mask, over two micro-batches."""
+    """Return the gradients of the parameters whose names contain ``trainable``, and of the mask, over two
+    micro-batches.
+    """
     model = build(source, gate, recompute=recompute)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable in name)
@@ -59,7 +61,7 @@ def forward_by_formula(self, hidden_states, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def expected_gradients(source):
-    """Gives the gradients by the formula."""
+    """Return a function that computes the gradients by the formula."""
     computed = {}
 
     def get(mask, trainable=""):
@@ -91,7 +93,7 @@ def test_gradients_are_those_of_the_formula(source, expected_gradients, mask, re
 
 @pytest.mark.parametrize("recompute", [None, "selective"])
 def test_gradients_pass_layers_that_nothing_before_needs(source, expected_gradients, recompute):
-    """The embedding is frozen, and the first layers, masked or not, come to no weight's gradient."""
+    """Frozen embedding and first layers, masked or not, need no gradient."""
     trainable = "layers.5.mlp"
     found = gradients(source, MASKS["hard"], LayerGate(), recompute, trainable)
     assert_same_gradients(found, expected_gradients("hard", trainable))
@@ -106,7 +108,7 @@ def test_masked_backward_is_skipped(source):
 
 
 def logits(model):
-    """[s, b, vocab] by the forward schedule, and again with a graph."""
+    """Return [s, b, vocab] by the forward schedule, and again with a graph."""
     batch = tiny.make_batch(tiny.random_tokens())
     (by_schedule,) = schedule.forward(model, [batch], lambda logits, _: logits)
     with_graph = model(batch.tokens, batch.position_ids, None, labels=batch.labels)

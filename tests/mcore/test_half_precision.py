@@ -1,4 +1,4 @@
-"""bf16 runs: what stays fp32 (routers' biases), from the import to the export, as transformers keeps it."""
+"""bf16 runs: routers' biases stay in fp32 from the import to the export, as in transformers."""
 
 import json
 import re
@@ -22,7 +22,7 @@ BIAS = "mlp.gate.e_score_correction_bias"
 
 @pytest.fixture(scope="module")
 def biased_model(tiny_model, tmp_path_factory):
-    """DeepSeek's shape in bf16, its routers' biases fp32 numbers that are closer to each other than bf16 resolves."""
+    """Save a DeepSeek model in bf16 whose fp32 router biases are closer to each other than bf16 resolves."""
     folder = tmp_path_factory.mktemp("biased") / "model"
     tiny.make_model(folder, "deepseek_v3", torch.bfloat16)
     generator = torch.Generator().manual_seed(11)
@@ -38,7 +38,7 @@ def biased_model(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def groups():
-    """Megatron's groups for one test, for runs in others set up their own."""
+    """Megatron's groups for one test. Runs in other tests set up their own."""
     parallel.initialize(ParallelSizes())
     yield
     parallel.finish()
@@ -49,7 +49,7 @@ def biases(tensors):
 
 
 def rounded(folder, out):
-    """The model with its routers' biases rounded to bf16."""
+    """Return the model with its routers' biases rounded to bf16."""
     out.mkdir()
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
@@ -85,7 +85,7 @@ def losses_of(folder, tokens):
 
 @pytest.mark.usefixtures("groups")
 def test_bf16_routes_as_transformers_does(biased_model, tmp_path):
-    """Token by token, for what rounding does to the routing is as good as it is bad for the mean."""
+    """Compare token by token, because in the mean the effects of rounding on the routing cancel."""
     tokens = tiny.random_tokens(batch=16)
     expected = losses_of_transformers(biased_model, tokens)
     other = losses_of_transformers(rounded(biased_model, tmp_path / "rounded"), tokens)

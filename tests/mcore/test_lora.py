@@ -1,4 +1,4 @@
-"""Adapters on one process: what they change and what not, and every way in which they leave the model."""
+"""Adapters on one process: their effect, and every form in which they are exported."""
 
 import re
 from dataclasses import replace
@@ -40,7 +40,7 @@ def source(tiny_model, family):
 
 
 def build(source, targets=TARGETS, kept=None, gate=None, seed=1):
-    """A model of the kept layers (None: all) with adapters that do something."""
+    """Return a model of the kept layers (None: all) with adapters that are not zero."""
     arch = source.family.architecture(source.config)
     arch = arch if kept is None else arch.pruned(kept)
     model = build_model(arch, [arch.num_layers], EngineOptions(ParallelSizes()), gate)
@@ -53,7 +53,7 @@ def build(source, targets=TARGETS, kept=None, gate=None, seed=1):
 
 
 def logits(model):
-    """[b, s, vocab]"""
+    """Return [b, s, vocab]."""
     return schedule.forward(model, [BATCH], lambda logits, _: logits.transpose(0, 1).clone())[0][..., : tiny.VOCAB_SIZE]
 
 
@@ -161,7 +161,7 @@ def test_merged_export_and_peft_give_the_logits_of_the_model_in_training(source,
 
 @torch.no_grad()
 def peft_logits(folder):
-    """The logits of the base with its adapter, which must be all that PEFT looks for."""
+    """Return the logits of the base with its adapter. PEFT must find exactly the adapter's tensors."""
     model = PeftModel.from_pretrained(tiny.load_hf(folder / "base"), folder / "adapter").eval()
     wanted = {name.replace(".default", "") for name, _ in model.named_parameters() if ".lora_" in name}
     assert wanted == tiny.read_tensors(folder / "adapter").keys()

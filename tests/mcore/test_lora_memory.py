@@ -1,6 +1,6 @@
-"""The memory of training steps with and without LoRA, of the same model in one run.
+"""Memory of training steps with and without LoRA, of the same model in one run.
 
-Run as a script, prints the table of docs/lora.md.
+Run as a script, this prints the tables of docs/lora.md.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,8 +59,8 @@ class Memory:
     """Bytes in a training step.
 
     Args:
-        activations: the most that autograd held for the backward pass.
-        step: the most that tensors took beyond weights, gradients, optimizer and teacher; activations among it.
+        activations: maximum that autograd held for the backward pass.
+        step: maximum of tensors besides weights, gradients, optimizer and teacher; includes activations.
     """
 
     weights: int
@@ -77,22 +77,22 @@ class Memory:
 
 
 def measure(lora: bool, teacher: str | None, bf16: bool) -> Memory:
-    """The memory of a step of a new model."""
+    """Return the memory of a step of a new model."""
     engine = EngineOptions(ParallelSizes(), bf16=bf16, seq_length=SEQ_LENGTH)
     arch, gate = family_of(CONFIG).architecture(CONFIG), LayerGate()
     shard = vocab_shard(arch)
-    model = initialised(build_model(arch, [arch.num_layers], engine, gate))
+    model = initialized(build_model(arch, [arch.num_layers], engine, gate))
     if lora:
         attach_adapters(model, LoRAOptions(RANK, 2.0 * RANK), seed=1)
     trainer = Trainer(model, engine, OptimizerOptions(1e-4, 1e-4, "constant", 0, 10, 0.0, 1.0))
     beside, teaches = None, None
     if teacher == "online":
-        beside = in_half_precision(initialised(build_model(arch, [arch.num_layers], engine)), engine)
+        beside = in_half_precision(initialized(build_model(arch, [arch.num_layers], engine)), engine)
         teaches = OnlineTeacher(beside, shard, top_k=10)
     elif teacher == "self":
         teaches = SelfTeacher(trainer.ddp, gate, shard, top_k=10)
     objective = make_objective("adaptive" if teaches else "ce", "rest", shard, teaches)
-    train_step(trainer, [batch(arch.vocab_size)], objective, 0)  # makes the optimizer's state
+    train_step(trainer, [batch(arch.vocab_size)], objective, 0)  # creates the optimizer's state
     activations = SavedActivations(model.parameters())
 
     def step() -> None:
@@ -121,7 +121,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def initialised(model: torch.nn.Module) -> torch.nn.Module:
+def initialized(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
@@ -136,7 +136,7 @@ def batch(vocab_size: int) -> Batch:
 
 
 def peak_of(run: Callable[[], None]) -> int:
-    """The most bytes that tensors took at once beyond those that were there before."""
+    """Return the maximum number of bytes in tensors during a call, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""LinearPatch: its transform, its fading, and that it undoes a jump which it was measured on."""
+"""LinearPatch: its transform, its fading, and that it reverses a jump that it was measured on."""
 
 import pytest
 import torch

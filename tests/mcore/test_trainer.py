@@ -16,7 +16,7 @@ PEAK = 1e-2
 
 @pytest.fixture(scope="module")
 def rates(tiny_model):
-    """Gives the rates of iterations, by default of all of them, one after the other."""
+    """Return a function that gives the learning rates of iterations, by default of all of them in order."""
     source = HFSource(tiny_model("llama2"))
     arch = source.family.architecture(source.config)
 
@@ -49,7 +49,7 @@ def cosine(share, lowest=0.0):
     ],
 )
 def test_each_iteration_has_the_value_at_its_beginning(rates, style, decay):
-    """As in Megatron-LM; the last one is a step of use, though the schedule ends at 0."""
+    """Match Megatron-LM. The last iteration has an effect although the schedule ends at 0."""
     assert rates(style) == pytest.approx(decay)
     assert min(rates(style)) > 0
 

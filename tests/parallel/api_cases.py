@@ -1,4 +1,4 @@
-"""The Python API on several processes: every rank calls, and every rank gets the same."""
+"""The Python API on several processes: every rank calls, and every rank gets the same result."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from megaprune.utils.files import write_json
 
 
 def calls(flags: dict[str, Any], scoring: dict[str, Any], folder: str) -> None:
-    """Calls each function twice or more in one process group; to ``folder/reports.json``, what rank 0 got."""
+    """Call each function at least twice in one process group; write rank 0's results to ``folder/reports.json``."""
     out = Path(folder)
     megatron, hf, cut = (out / name for name in ("megatron", "hf", "cut"))
     wrong = flags | {"num_layers_to_prune": 99}

@@ -1,4 +1,4 @@
-"""Caching a teacher, and runs that learn from a cache, on any number of processes."""
+"""Teacher caching, and runs that learn from a cache, on any number of processes."""
 
 from megaprune.cli.cache_teacher import cache_from_flags
 from megaprune.mcore import parallel
@@ -7,14 +7,14 @@ from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
 
 _TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
-# Family and flags of each cache that 2 processes make.
+# Family and flags of each cache that 2 processes write.
 CACHE_LAYOUTS = {
     "tp2": ("qwen3_tied", (*_TP2, "--sequence-parallel")),
     "pp2": ("qwen3_tied", _PP2),
     "dp2": ("qwen3_tied", ()),
     "moe_ep2": ("deepseek_v3", ("--expert-model-parallel-size", "2")),
 }
-# Flags of each run on 2 processes that learns from the cache that one process made; not as the cache was made, either.
+# Flags of each run on 2 processes that learns from the cache of one process, with another layout than the cache's.
 RUN_LAYOUTS = {
     "tp2": (*_TP2, "--seed", "5"),
     "pp2": (*_PP2, "--micro-batch-size", "1", "--seed", "6"),
@@ -26,13 +26,13 @@ RUN_LAYOUTS = {
 
 
 def argv(model, data, output, *extra):
-    """Flags of a cache of the tests' data."""
+    """Return the flags of a cache of the tests' data."""
     flags = ["--hf-model", model, "--train-data", data / "train.jsonl", "--seq-length", tiny.SEQ_LENGTH]
     return [str(word) for word in (*flags, "--micro-batch-size", 2, "--output", output, *extra)]
 
 
 def run_argv(model, data, save, cache, *extra):
-    """Flags of a short recovery, from a cache or (None) from the teacher itself."""
+    """Return the flags of a short recovery, from a cache or (None) from the online teacher."""
     taught = ("--teacher", "cached", "--teacher-logits", str(cache)) if cache else ()
     argv = tiny.prune_argv(model, data, save, "--method", "random", "--train-iters", "4", *taught, *extra)
     for flag in ("--search-iters", "--valid-data"):
@@ -42,7 +42,7 @@ def run_argv(model, data, save, cache, *extra):
 
 
 def cache(argv):
-    """A cache, made to its end."""
+    """Write a complete cache."""
     try:
         cache_from_flags(argv)
     finally:
@@ -50,7 +50,7 @@ def cache(argv):
 
 
 def interrupted_cache(argv, rounds):
-    """A cache that is stopped when so many rounds of shards are done, and then gone on with."""
+    """Stop a cache after a number of rounds of shards, and resume it."""
 
     class Stopped(Exception):
         pass
@@ -75,7 +75,7 @@ def interrupted_cache(argv, rounds):
 
 
 def refused_run(argv, said):
-    """A run that every process refuses, whichever of them meets the reason."""
+    """Check that every process refuses a run, whichever of them finds the reason."""
     try:
         tiny.run_here(argv)
     except MegapruneError as refused:
@@ -85,5 +85,5 @@ def refused_run(argv, said):
 
 
 def prune(argv):
-    """A run to its end."""
+    """Complete a run."""
     tiny.run_here(argv)

@@ -1,4 +1,4 @@
-"""What can be run on any number of processes, under torchrun or alone."""
+"""Cases for any number of processes, under torchrun or alone."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tests.helpers import tiny
 
 
 def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
-    """Imports a model, computes logits, and exports it again in several files: ``out/logits.pt`` and ``out/hf``."""
+    """Import a model, compute logits, and export it again in several files: ``out/logits.pt`` and ``out/hf``."""
     sizes, source, folder = ParallelSizes(**sizes), HFSource(hf_model), Path(out)
     arch = source.family.architecture(source.config)
     parallel.initialize(sizes)
@@ -53,7 +53,7 @@ def model(hf_model: str, sizes: dict[str, Any], out: str) -> None:
 
 
 def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -> None:
-    """Has Megatron-Core load an imported checkpoint at a layout, and compares with the import of its source."""
+    """Load an imported checkpoint by Megatron-Core at a layout, and compare it with the import of its source."""
     sizes, source = ParallelSizes(**sizes), HFSource(hf_model)
     arch = source.family.architecture(source.config)
     parallel.initialize(sizes)
@@ -64,8 +64,7 @@ def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -
     wanted = {}
     for name, entry in loaded.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
         if not name.endswith("_extra_state"):
-            # These layers are the local ones; the checkpoint has the keys of Transformer Engine's. The experts' are
-            # the same.
+            # The model has local layers, the checkpoint the keys of Transformer Engine's. Keys of experts are equal.
             entry.key = keys.get(global_name(name, loaded), entry.key) if ".experts." not in name else entry.key
             wanted[name] = entry
     loaded.load_state_dict(dist_checkpointing.load(wanted, megatron_path), strict=False)
@@ -82,8 +81,9 @@ def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -
 
 
 def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
-    """One step of search on a fixed mask, each replica with its share of four uneven windows: to ``out``, its loss and
-    its gradients' norm and of the mask; and the layers' Taylor importance before it."""
+    """Run one step of search on a fixed mask, each replica with its share of four uneven windows. Write to ``out`` its
+    loss, gradient norm and mask gradient, and the layers' Taylor importance before the step.
+    """
     sizes, source = ParallelSizes(**sizes), HFSource(hf_model)
     arch, engine = source.family.architecture(source.config), EngineOptions(sizes)
     gate, selector = LayerGate(), tiny.FixedMask()
@@ -103,13 +103,14 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
 
 
 def prune(argv: list[str]) -> None:
-    """A run to its end."""
+    """Complete a run."""
     tiny.run_here(argv)
 
 
 def interrupted_prune(stops: list[list[Any]]) -> None:
-    """A run in several goes, each with flags of its own, stopped when this many iterations of it are done (None: at
-    the end)."""
+    """Execute a run in several parts, each with its own flags, stopped after this number of its iterations (None: at
+    the end).
+    """
     for argv, iterations in stops:
         try:
             tiny.run_here(argv, tiny.stop_after(iterations))
@@ -120,5 +121,5 @@ def interrupted_prune(stops: list[list[Any]]) -> None:
 
 
 def whole_vocabulary(logits: torch.Tensor, tokens: schedule.LossTokens) -> torch.Tensor:
-    """The logits [s, b, padded vocab] from each rank's [s, b, vocab / tp]."""
+    """Return the logits [s, b, padded vocab] from each rank's [s, b, vocab / tp]."""
     return torch.cat(gather_over_tensor_parallel(logits), dim=-1)

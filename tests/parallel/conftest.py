@@ -1,4 +1,4 @@
-"""The cases of all parallel tests, run once for each number of processes."""
+"""Cases of all parallel tests, run once for each number of processes."""
 
 import pytest
 import torch
@@ -21,20 +21,20 @@ from tests.parallel.layouts import (
     model_layouts,
 )
 
-# runs that begin with an imported checkpoint
+# runs that start from an imported checkpoint
 LOADED = ("moe_tp2_sp", "moe_pp2")
 IN_BF16 = ("llama3", "qwen3_moe")
 
 
 @pytest.fixture(scope="session")
 def source(tiny_model):
-    """Gives a family's model; most in several files, some stored in bf16, the others in fp32."""
+    """Return a function that gives a family's model, most in several files, some in bf16, others in fp32."""
     return lambda family: tiny_model(family, torch.bfloat16 if family in IN_BF16 else torch.float32, "200KB")
 
 
 @pytest.fixture(scope="session")
 def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
-    """Gives the results of a number of processes; a case's path fails the test with the traceback of that case."""
+    """Return a function that gives the results for a number of processes. A failed case fails only its own tests."""
     launched = {}
 
     def get(num_processes) -> Launched:
@@ -48,7 +48,7 @@ def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
 
 
 def _imported(model, folder):
-    """The checkpoint of a model."""
+    """Return the checkpoint of a model."""
     out = folder / "-".join(["imported", model.parent.name])
     if not out.exists():
         assert cli.attempt("convert", ["import", "--hf-model", str(model), "--megatron-path", str(out)]) == (0, None)
@@ -56,7 +56,7 @@ def _imported(model, folder):
 
 
 def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
-    """The cases of one number of processes, each named as what it leaves in the folder."""
+    """Return the cases for a number of processes, each named after its output in the folder."""
 
     def argv(name, flags):
         return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, folder / name, *flags)
@@ -93,7 +93,7 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
 
 
 def _cases_of_two(folder, argv, tiny_model, tiny_data):
-    """The cases that run on two processes alone."""
+    """Return the cases that run only on two processes."""
     model, cases = tiny_model("qwen3_tied"), {}
     for method in SELECTING:
         for layout, flags in SELECT_LAYOUTS.items():

@@ -1,4 +1,4 @@
-"""prune.py with a fault on one rank, while the others do something that nobody but the fault's rank could end."""
+"""prune.py with a fault on one rank while the other ranks do something that they cannot end themselves."""
 
 import os
 import sys

@@ -16,20 +16,20 @@ def add(out: str) -> None:
 
 
 def fail_together(why: str) -> None:
-    """Fail on every rank, after a step in which all take part."""
+    """Fail on every rank, after a collective step."""
     dist.barrier()
     raise ValueError(why)
 
 
 def fail_alone(why: str) -> None:
-    """Fail on rank 1, for which the others wait."""
+    """Fail on rank 1 while the others wait for it."""
     if dist.get_rank() == 1:
         raise ValueError(why)
     dist.barrier()
 
 
 def fail_after_the_others(why: str) -> None:
-    """Fail on rank 1, for which nobody waits."""
+    """Fail on rank 1 when no rank waits for it."""
     if dist.get_rank() == 1:
         raise ValueError(why)
 

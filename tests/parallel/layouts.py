@@ -19,7 +19,7 @@ MOE_LAYOUTS = {
     "pp2": (2, PP2),
     "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2),
 }
-# of models that are stored in another way than the tables have it
+# of models with another stored layout than the tables
 STORED_LAYOUTS = {
     "deepseek_v3_stacked": {name: MOE_LAYOUTS[name] for name in ("tp2_sp_ep2", "pp2")},
     "qwen3_moe_stacked": {name: MOE_LAYOUTS[name] for name in ("ep2", "tp2_etp2")},
@@ -28,7 +28,7 @@ STORED_LAYOUTS = {
     "llama_tied_twice": {"tp2": MODEL_LAYOUTS["tp2"]},
     "qwen2_as_output": {"pp2": MODEL_LAYOUTS["pp2"]},
 }
-# data parallelism takes what is left of the processes
+# data parallelism uses the remaining processes
 STEP_LAYOUTS = MODEL_LAYOUTS | {
     "dp2": (2, {}),
     "tp2_dp2": (4, TP2),
@@ -42,7 +42,7 @@ _SP, _DISTRIBUTED = "--sequence-parallel", "--use-distributed-optimizer"
 
 
 def model_layouts(family: str) -> dict[str, tuple[int, dict]]:
-    """The layouts, and their processes, at which a family's model is computed."""
+    """Return the layouts, with their numbers of processes, at which a family's model is computed."""
     return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
 
 
@@ -55,10 +55,10 @@ RUN_LAYOUTS = {
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
-# methods that pass over calibration data, and the run on one process
+# calibrated methods, and the run on one process
 SELECTING = ("auto", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
-# endpoint tuning behind CLP's search; at PP 2 a stage may hold nothing that trains
+# endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
 SHEARED_LAYOUTS = {"sheared_tp2_sp": (*_TP2, _SP)}
 # at which Megatron-Core loads an imported checkpoint
@@ -74,7 +74,7 @@ MOE_RUN_LAYOUTS = {
     "moe_tp2_sp": (2, (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
     "moe_pp2": (2, _PP2),
 }
-# Each go's flags, and after how many of its iterations it is stopped: in the search, in recovery, and not at all.
+# Each part's flags, and its number of iterations: it stops in the search, in recovery, and not at all.
 INTERRUPTED_RUNS = {
     "same_layout": [((_DISTRIBUTED,), 4), ((_DISTRIBUTED,), 9), ((_DISTRIBUTED,), None)],
     "other_layouts": [(_TP2, 4), ((), 9), (_PP2, None)],

@@ -16,7 +16,7 @@ _TP2, _PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-
 _TP2_SP, _EP2 = (*_TP2, "--sequence-parallel"), ("--expert-model-parallel-size", "2")
 _ETP1, _ETP2 = (("--expert-tensor-parallel-size", size) for size in "12")
 _DISTRIBUTED = "--use-distributed-optimizer"
-# Family, processes and flags of each run; the same run on one process is what it is compared with.
+# Family, processes and flags of each run, which is compared with the same run on one process.
 LAYOUTS = {
     "dense_tp2": ("qwen3_tied", 2, _TP2),
     "dense_pp2": ("qwen3_tied", 2, _PP2),
@@ -32,13 +32,13 @@ LAYOUTS = {
 
 
 def argv(model: Any, data: Any, save: Any, *extra: str) -> list[str]:
-    """Flags of a small run with LoRA and the self teacher, half search and half recovery."""
+    """Return the flags of a small run with LoRA and the self teacher, half search and half recovery."""
     flags = ("--train-iters", "6", "--search-iters", "3", "--lr", "1e-2", "--lr-warmup-iters", "1", "--teacher", "self")
     return tiny.prune_argv(model, data, save, *flags, "--lora-rank", "4", "--lora-alpha", "8", *extra)
 
 
 def prune(argv: list[str]) -> None:
-    """A run to its end. Fails where ranks differ in what they both hold of the adapters after a step."""
+    """Complete a run. Fail if ranks differ after a step in a value of the adapters that they share."""
     step = Trainer.step
 
     def checked_step(self: Trainer, iteration: int) -> Any:
@@ -54,7 +54,7 @@ def prune(argv: list[str]) -> None:
 
 
 def _check_copies(model: torch.nn.Module) -> None:
-    """Ranks that hold the same adapter, or the same shard of it, hold the same bits."""
+    """Check that ranks that hold the same adapter, or the same shard of it, hold the same bits."""
     held = {}
     for name, layer in adapted_layers(model).items():
         for which, cut in (("lora_a", layer.cut_a), ("lora_b", not layer.cut_a)):

@@ -1,4 +1,4 @@
-"""Models with every form of RoPE that is accepted: their configs, and what a layout computes of them."""
+"""Models with every accepted form of RoPE: their configs, and their logits at a layout."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ PANGU: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def make_model(folder: Path, weights: Path, settings: dict[str, Any]) -> Path:
-    """A model with the weights of another, and these settings in place of its RoPE's."""
+    """Save a model with the weights of another model and these RoPE settings."""
     shutil.copytree(weights, folder)
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("rope_")} | settings
@@ -65,7 +65,7 @@ def make_model(folder: Path, weights: Path, settings: dict[str, Any]) -> Path:
 
 
 def logits(hf_model: str, sizes: dict[str, Any], out: str) -> None:
-    """Computes a model's logits in fp32, ``out/fp32.pt``, and in bf16, ``out/bf16.pt``."""
+    """Compute a model's logits in fp32, ``out/fp32.pt``, and in bf16, ``out/bf16.pt``."""
     sizes, source, folder = ParallelSizes(**sizes), HFSource(hf_model), Path(out)
     arch = source.family.architecture(source.config)
     parallel.initialize(sizes)

@@ -1,4 +1,4 @@
-"""A teacher is cached at any layout, and learned from at any other."""
+"""Caches made at any layout, and runs that learn from them at any other."""
 
 import shutil
 
@@ -21,13 +21,13 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
-    """Fewer windows than other tests take."""
+    """Write fewer windows than other tests use."""
     return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=40, valid_rows=2)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, tiny_data, tmp_path_factory):
-    """The caches that one process makes, by family."""
+    """Caches that one process makes, by family."""
     folder = tmp_path_factory.mktemp("alone")
     for family in (DENSE, MOE):
         cache(argv(tiny_model(family), tiny_data, folder / family))
@@ -36,7 +36,7 @@ def alone(tiny_model, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(alone, tiny_model, tiny_data, tmp_path_factory):
-    """What 2 processes make."""
+    """Results of two processes."""
     folder = tmp_path_factory.mktemp("together")
     damaged = shutil.copytree(alone / DENSE, folder / "damaged")
     for shard in damaged.glob("shard-*.bin"):
@@ -72,7 +72,7 @@ def test_cache_is_the_same_at_every_layout(alone, together, layout):
     plan, _ = read_manifest(expected, "")
     assert read_manifest(found, "")[0] == plan
     wanted, targets = (TeacherCache(path, plan.key, 10).windows(range(plan.key.windows)) for path in (expected, found))
-    same = (targets.indices == wanted.indices).all(-1)  # all but ties up to rounding
+    same = (targets.indices == wanted.indices).all(-1)  # except for ties within rounding
     assert same.float().mean() > 0.99, family
     for name in ("logits", "logsumexp", "entropy"):
         torch.testing.assert_close(getattr(targets, name), getattr(wanted, name), atol=4e-3, rtol=2e-3, msg=name)

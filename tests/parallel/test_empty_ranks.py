@@ -1,4 +1,4 @@
-"""Runs in which a rank's optimizer holds nothing, or no expert: saved, resumed and finished like any other."""
+"""Runs in which a rank's optimizer holds nothing, or no expert, can be saved, resumed and finished like any other."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def argv(model, data, save, flags):
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, tiny_data, tmp_path_factory):
-    """The runs, each whole and in two goes."""
+    """Runs, each uninterrupted and in two parts."""
     folder = tmp_path_factory.mktemp("empty")
     cases = {}
     for name, (family, flags) in EMPTY.items():

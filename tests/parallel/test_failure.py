@@ -1,4 +1,4 @@
-"""A rank that fails ends the run: within seconds, and with one line that says why."""
+"""A rank that fails ends the run within seconds, with one line that gives the reason."""
 
 import subprocess
 import time

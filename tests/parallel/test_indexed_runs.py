@@ -22,7 +22,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(tiny_model, tiny_data, folder):
-    """Gives the flags of a short E3 run on a blend of two datasets, some epochs of the smaller."""
+    """Return a function that gives the flags of a short E3 run on a blend of two datasets, with several epochs of the
+    smaller.
+    """
     model, before = tiny_model("qwen3_tied"), signal.getsignal(signal.SIGTERM)
     for name in ("train", "valid"):
         words = ["--input", tiny_data / f"{name}.jsonl", "--tokenizer", model, "--output-prefix", folder / name]
@@ -50,7 +52,7 @@ def alone(argv, folder):
 
 @pytest.fixture(scope="module")
 def at_two(argv, folder):
-    """The runs on two processes, which are launched once."""
+    """Runs on two processes, in one launch."""
     cases = {name: dict(kind="prune", argv=argv(name, *flags)) for name, flags in LAYOUTS.items()}
     stops = [(argv("resumed", *_TP2), 3), (argv("resumed"), None)]
     return launch_cases(2, cases | {"resumed": dict(kind="interrupted_prune", stops=stops)}, folder)
@@ -65,7 +67,7 @@ def test_run_is_the_same(name, alone, at_two):
     assert len(records) == len(expected) == 8
     for record, other in zip(records, expected, strict=True):
         for key in ("loss", "grad_norm"):
-            # the first step is from the original model to itself: its loss is rounding alone
+            # the first step distills the original model from itself, so its loss is rounding noise
             assert record[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), (key, record["iteration"])
     tensors = tiny.read_tensors(run / "hf")
     for tensor, weight in tiny.read_tensors(alone / "hf").items():

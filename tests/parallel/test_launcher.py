@@ -1,4 +1,4 @@
-"""Cases that share a launch fail by themselves: each test sees the traceback of its own case."""
+"""Cases that share a launch fail separately: each test sees the traceback of its own case."""
 
 import pytest
 
@@ -15,7 +15,7 @@ FAILURES = {
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Cases that pass before, between and after cases that fail."""
+    """Cases that pass before, between and after failing cases."""
     folder = tmp_path_factory.mktemp("launched")
     cases = {"before": dict(kind="launcher_cases.add", out=folder / "before")}
     for name, (function, why) in FAILURES.items():

@@ -1,5 +1,6 @@
-"""A run with LoRA gives the same model at every layout, from either teacher, stopped or not; its checkpoints hold
-adapters and nothing else."""
+"""A run with LoRA gives the same model at every layout, with either teacher, stopped or not; its checkpoints contain
+only adapters.
+"""
 
 import json
 import math
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, tiny_data, folder):
-    """Gives a run on this process, once for each family and its flags."""
+    """Return a function that gives a run on this process, once per family and flags."""
 
     def get(family, *flags):
         save = folder / "-".join(["alone", family, *flags])
@@ -36,7 +37,7 @@ def alone(tiny_model, tiny_data, folder):
 
 @pytest.fixture(scope="module")
 def at_layout(tiny_model, tiny_data, folder):
-    """Gives the run at a layout, of those of one number of processes that run together."""
+    """Return a function that gives the run at a layout, from one launch per number of processes."""
     launched = {}
 
     def get(layout):
@@ -67,12 +68,12 @@ def assert_same_course(run, other, rel):
     for record, wanted in zip(read_metrics(run), read_metrics(other), strict=True):
         assert record.get("mask") == wanted.get("mask")
         for key in ("loss", "grad_norm", "lr"):
-            # the first step is from the original model to itself: its loss is rounding alone
+            # the first step distills the original model from itself, so its loss is rounding noise
             assert record[key] == pytest.approx(wanted[key], rel=rel, abs=1e-5), (key, record["iteration"])
 
 
 def with_adapter(run):
-    """The weights of the pruned model, its experts apart, and its adapter merged into them."""
+    """Return the weights of the pruned model, with separate experts, and its adapter merged into them."""
     weights, adapter = tiny.read_tensors(run / "hf"), tiny.read_tensors(run / "adapter")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     for name in [name for name in adapter if name.endswith("lora_A.weight") and "mlp.experts." not in name]:
@@ -95,7 +96,7 @@ def test_run_is_the_same_at_every_layout(at_layout, alone, layout):
 
 @pytest.mark.parametrize("family", ["qwen3_tied", "deepseek_v3"])
 def test_run_moves_what_it_should(alone, family, tiny_model):
-    """Guards the comparisons of this file against runs in which nothing happens."""
+    """Ensure that the comparisons of this file would notice a run in which nothing changes."""
     run = alone(family)
     losses = [record["loss"] for record in read_metrics(run)]
     assert max(losses) > 1.2 * min(losses) > 0.1
@@ -120,13 +121,13 @@ def test_exported_base_is_the_pruned_source(at_layout, tiny_model):
 
 
 def test_online_and_self_teachers_give_the_same_run(alone):
-    """The one trains the pruned model, the other bypasses the pruned layers of the whole one."""
+    """One trains the pruned model, the other bypasses the pruned layers of the whole model."""
     assert_same_course(alone("deepseek_v3", "--teacher", "online"), alone("deepseek_v3"), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_model, tiny_data, folder):
-    """A run that was stopped in the search and in recovery."""
+    """Run that was stopped in the search and in recovery."""
     save = folder / "interrupted"
     arguments = argv(tiny_model("deepseek_v3"), tiny_data, save)
     cases.interrupted_prune([[arguments, 2], [arguments, 2], [arguments, None]])

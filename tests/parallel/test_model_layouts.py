@@ -1,4 +1,4 @@
-"""Every family at every layout: the logits of transformers, and back to HF bit for bit."""
+"""Every family at every layout: the logits of transformers, and an export that is bit-identical to the source."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.parallel.layouts import LOAD_LAYOUTS, MOE_FAMILIES, model_layouts
 
 @pytest.fixture(scope="session")
 def alone(source, tmp_path_factory):
-    """Gives the results of a family on this process."""
+    """Return a function that gives the results of a family on this process."""
     made = {}
 
     def get(family):
@@ -43,7 +43,7 @@ def family(case):
 
 @pytest.fixture
 def computed(request, case):
-    """What one family came to at one layout."""
+    """Results of one family at one layout."""
     family, layout = case
     if layout == "alone":
         return request.getfixturevalue("alone")(family)
@@ -52,7 +52,7 @@ def computed(request, case):
 
 @pytest.fixture(scope="session")
 def expected_logits(source):
-    """Gives what transformers computes for a family."""
+    """Return a function that gives the logits of transformers for a family."""
     made = {}
 
     def get(family):
@@ -85,7 +85,7 @@ def test_exported_folder_is_a_model_for_transformers(computed, family, source):
     if family != "pangu_ultra_moe":
         tiny.load_hf(computed / "hf")
         return
-    # transformers has no class of its own for it: the export carries the source's code along, and nobody runs it
+    # transformers has no class for it: the export contains the source's code, which no test executes
     assert json.loads((computed / "hf" / "config.json").read_text())["auto_map"] == pangu.CONFIG["auto_map"]
     for name in pangu.REMOTE_CODE:
         assert (computed / "hf" / name).read_text() == (source(family) / name).read_text()

@@ -1,6 +1,6 @@
-"""Every form of RoPE that is accepted, on one process and on two: the logits of transformers, in fp32 and bf16.
+"""Every accepted form of RoPE, on one process and on two: the logits of transformers, in fp32 and bf16.
 
-Likewise every form of openPangu's layers, against its reference.
+Also every form of openPangu's layers, against its reference.
 """
 
 import json
@@ -32,7 +32,7 @@ def models(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def computed(models, tmp_path_factory):
-    """Gives the folder of a form's logits, at one process or at the form's layout of two."""
+    """Return a function that gives the folder of a form's logits, on one process or at the form's layout of two."""
     folder = tmp_path_factory.mktemp("rope_logits")
     for name, model in models.items():
         rope_cases.logits(model, {}, folder / f"{name}-alone")
@@ -46,7 +46,7 @@ def computed(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(models):
-    """Gives what transformers computes for a form, in fp32 or bf16."""
+    """Return a function that gives the logits of transformers for a form, in fp32 or bf16."""
     made = {}
 
     def get(name, dtype):
@@ -70,8 +70,9 @@ def test_fp32_logits(name, layout, computed, expected):
 @pytest.mark.parametrize("layout", ["alone", "two"])
 @pytest.mark.parametrize("name", FORMS)
 def test_bf16_logits(name, layout, computed, expected):
-    """bf16 is as far from fp32 as transformers' own. The median, since a token whose experts are nearly tied may go to
-    others in one of the two."""
+    """Compare the distance of bf16 from fp32 with that of transformers, in the median, because a token whose experts
+    are nearly tied may be routed differently in one of the two.
+    """
     reference = expected(name, torch.float32)
     ours = (torch.load(computed(name, layout) / "bf16.pt") - reference).abs().median()
     theirs = (expected(name, torch.bfloat16) - reference).abs().median()
@@ -86,7 +87,7 @@ def test_openpangu(name, layout, computed, models):
 
 
 def test_the_expert_bias_of_openpangu_is_carried(models, tmp_path):
-    """It stands beside the gate: pruning renames it, conversion to a Megatron-Core checkpoint and back keeps it."""
+    """Pruning renames the bias, and conversion to a Megatron-Core checkpoint and back keeps it."""
     name, source = "model.layers.{}.mlp.e_score_correction_bias", HFSource(models["pangu_expert_bias"])
     original = tiny.read_tensors(source.folder)
     (tmp_path / "pruned").mkdir()
@@ -105,7 +106,7 @@ def test_the_expert_bias_of_openpangu_is_carried(models, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, (_, settings, _) in FORMS.items() if "type" in str(settings)])
 def test_the_form_matters(name, models, expected, tmp_path):
-    """The logits of plain RoPE are far from those of every scaled form: the tests above can fail."""
+    """Ensure that the tests above can fail: the logits of plain RoPE differ clearly from those of every scaled form."""
     plain = rope_cases.make_model(tmp_path / "plain", models[name], {})
     difference = tiny.load_hf(plain)(tiny.random_tokens()[:, :-1]).logits - expected(name, torch.float32)
     assert difference.abs().max() > 0.1

@@ -34,7 +34,7 @@ def assert_same_up_to_rounding(run, other, iterations=20):
         assert record["iteration"] == wanted["iteration"]
         assert record.get("mask") == wanted.get("mask")
         for key in ("loss", "grad_norm", "lr"):
-            # the first step is from the original model to itself: its loss is rounding alone
+            # the first step distills the original model from itself, so its loss is rounding noise
             assert record[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (key, record["iteration"])
     tensors, wanted = tiny.read_tensors(run / "hf"), tiny.read_tensors(other / "hf")
     assert tensors.keys() == wanted.keys()
@@ -60,7 +60,7 @@ def test_moe_run_is_the_same_at_every_layout(results, whole_moe_run, layout):
 
 
 def test_moe_run_prunes_to_its_parameters(whole_moe_run, tiny_model):
-    """Dense and MoE layers are priced apart: the model is within the limit, and no layer more would be."""
+    """Dense and MoE layers have different sizes. The model is within the limit, and no removed layer would fit."""
     argv, found = json.loads((whole_moe_run / "run.json").read_text()), report(whole_moe_run)
     sizes = [size.total for size in layer_sizes(json.loads((tiny_model("deepseek_v3") / "config.json").read_text()))]
     limit, after = argv["target_params"], found["params_after"]
@@ -80,7 +80,7 @@ def test_moe_run_prunes_to_its_parameters(whole_moe_run, tiny_model):
 
 @pytest.fixture(scope="module")
 def selecting_alone(tiny_model, tiny_data, tmp_path_factory):
-    """Gives the report of a method's choice on one process."""
+    """Return a function that gives the report of a method's choice on one process."""
     made = {}
 
     def get(method):
@@ -137,7 +137,7 @@ def test_hard_concrete_gates_are_the_same_at_every_layout(results, sheared_alone
 
 
 def test_run_moves_what_it_should(whole_run, tiny_model):
-    """Guards the comparisons above against a run in which nothing happens."""
+    """Ensure that the comparisons above would notice a run in which nothing changes."""
     losses = [record["loss"] for record in read_metrics(whole_run)]
     assert max(losses) > 2 * min(losses[3:]) > 0.1
     valid = report(whole_run)["valid"]

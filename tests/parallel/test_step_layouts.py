@@ -9,7 +9,7 @@ from tests.parallel.layouts import STEP_LAYOUTS
 
 @pytest.fixture(scope="module")
 def alone(source, tmp_path_factory):
-    """The step on one process."""
+    """Step on one process."""
     out = tmp_path_factory.mktemp("step") / "step"
     cases.mask_gradient(source("qwen3_tied"), {}, out)
     return torch.load(f"{out}.0")
@@ -27,5 +27,5 @@ def test_step_is_the_same_at_every_layout(results, alone, layout):
     torch.testing.assert_close(found[0]["taylor"], alone["taylor"], atol=0, rtol=1e-4)
     for other in found[1:]:
         assert torch.equal(other["taylor"], found[0]["taylor"])
-        assert torch.equal(other["mask"], found[0]["mask"])  # the scores must never drift apart
+        assert torch.equal(other["mask"], found[0]["mask"])  # the scores must be identical on all ranks
         assert (other["loss"], other["norm"]) == (found[0]["loss"], found[0]["norm"])

@@ -1,4 +1,4 @@
-"""Models stored in other ways than the tables have it: transformers' logits, and given back as they were stored."""
+"""Models in other stored layouts than the tables: logits of transformers, and an export in the stored layout."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def case(request):
 
 @pytest.fixture
 def computed(request, case, stored_model, tmp_path):
-    """What one model came to at one layout."""
+    """Results of one model at one layout."""
     name, layout = case
     if layout == "alone":
         cases.model(stored_model(name), {}, tmp_path / "alone")
@@ -40,7 +40,7 @@ def test_computed_and_exported_as_transformers_has_it(computed, case, stored_mod
 
 
 def test_an_untied_output_layer_is_another(stored_model, tiny_model):
-    """The test above would not fail otherwise."""
+    """Ensure that the test above can fail."""
     tokens = tiny.random_tokens()[:, :-1]
     tied, untied = (tiny.hf_logits(folder, tokens) for folder in (tiny_model("qwen3_tied"), _untied(stored_model)))
     assert (tied - untied).abs().mean() > 1

@@ -1,4 +1,4 @@
-"""Released models at full size: every stage of real layouts is built, and reads its part of the real checkpoint."""
+"""Released models at full size: every stage of real layouts is built and reads its part of the real checkpoint."""
 
 import math
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ OPENPANGU_VLLM_SPELLING = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a cluster, stage by stage; with `kept`, the model of these layers."""
+    """Model on a cluster, stage by stage; with `kept`, the model of these layers."""
 
     config: dict
     world_size: int
@@ -94,7 +94,7 @@ TOTALS = {
 
 @pytest.fixture(scope="module", params=CASES)
 def built(request):
-    """A case, its source as all ranks read it, and the parameters that all of them hold, each once."""
+    """Case, its source as all ranks read it, and the parameters that all of them hold, each once."""
     parallel.leave()
     case = CASES[request.param]
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def read_on_every_rank(case):
 
 
 def read_on_holders(rule, weight, source, arch, sizes):
-    """Reads the parts of a parameter as all ranks do that share it, and returns how many elements they hold."""
+    """Read the parts of a parameter as all ranks that share it do, and return the number of elements that they hold."""
     size = sizes.expert_tensor if rule.expert else sizes.tensor
     holders = 1 if rule.shard is COPY else size
     for rank in range(holders):

@@ -1,4 +1,4 @@
-"""The memory model against steps of small models: exact bytes of what stays, measured peaks of what passes."""
+"""The memory model against steps of small models: exact bytes of persistent tensors, measured peaks of others."""
 
 from dataclasses import dataclass, field
 
@@ -48,7 +48,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A step of one rank: the first of its pipeline stage."""
+    """Step of one rank: the first of its pipeline stage."""
 
     model: str
     bf16: bool = False
@@ -95,7 +95,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def compared(request):
-    """What the model of memory says of a case, and what was measured: bytes of each kind, and the peak beyond them."""
+    """Estimated and measured memory of a case: bytes of each kind, and the peak beyond them."""
     parallel.leave()
     case = CASES[request.param]
     with pytest.MonkeyPatch.context() as patch:
@@ -104,8 +104,7 @@ def compared(request):
 
 
 def without_gloo(patch):
-    """A cluster on paper has no groups on the CPU beside its own; the optimizer asks for them, and uses them only to
-    save itself."""
+    """Remove CPU groups, which a simulated cluster does not have. The optimizer uses them only to save itself."""
     for name in ("get_data_parallel_group", "get_expert_data_parallel_group"):
         patch.setattr(parallel_state, f"{name}_gloo", getattr(parallel_state, name))
 
@@ -145,7 +144,7 @@ def measured(case):
         model = build_model(arch, stages, engine)
         if case.lora is not None:
             add_adapters(model, case.lora)
-        initialise(model)
+        initialize(model)
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         trainer = Trainer(model, engine, OptimizerOptions(1e-5, 1e-5, "constant", 0, 10, 0.0, 1.0, case.distributed))
         step = Step(trainer, arch, case.micro_batches)
@@ -181,7 +180,7 @@ class Step:
 
 
 @torch.no_grad()
-def initialise(model):
+def initialize(model):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -195,7 +194,7 @@ def gradient_bytes(trainer):
 
 
 def optimizer_bytes(trainer):
-    """Moments, and the copies of weights that the optimizer steps in the weights' stead."""
+    """Return the bytes of the moments, and of the copies of weights that the optimizer updates in their place."""
     own = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
     total = 0
     for optimizer in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
@@ -207,7 +206,7 @@ def optimizer_bytes(trainer):
 
 
 def peak_of(run):
-    """The most bytes that the allocator had given out at once beyond those before."""
+    """Return the maximum number of bytes that the allocator held during a call, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def plan(folders, tmp_path, capsys):
-    """Runs the verb; gives what it printed and the JSON that it wrote."""
+    """Return a function that runs the verb and gives its output and the JSON that it wrote."""
 
     def run(model, *flags):
         output = tmp_path / "plan.json"
@@ -43,7 +43,7 @@ def plan(folders, tmp_path, capsys):
 
 @pytest.fixture
 def refusal(folders):
-    """Runs the verb, which refuses; gives its line."""
+    """Return a function that runs the verb, which refuses, and gives its error line."""
 
     def run(model, *flags):
         status, line = attempt("plan", ["--hf-model", str(folders[model]), *flags])

@@ -1,6 +1,7 @@
-"""tools/prune.py as on a machine that fails: kills itself, without a word, at a moment that the first two arguments
-name: ``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place.
-With ``holding N`` it stops there instead, says so, and waits to be killed."""
+"""tools/prune.py on a failing machine: it kills itself without a message at a moment that the first two arguments name:
+``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place. With
+``holding N`` it stops there instead, prints a line, and waits to be killed.
+"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Caching a teacher, and learning from what was cached, on one process."""
+"""Teacher caching, and learning from a cache, on one process."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ def cache_argv(model, data, output, *extra):
 
 
 def cache(*argv):
-    """The status and the line of a refusal."""
+    """Return the status and the error line of the command."""
     try:
         return cli.attempt("cache-teacher", cache_argv(*argv))
     finally:
@@ -41,7 +41,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
-    """Fewer windows than other tests take."""
+    """Write fewer windows than other tests use."""
     return tiny.make_data_folder(tmp_path_factory.mktemp("data"), train_rows=40, valid_rows=8)
 
 
@@ -53,7 +53,7 @@ def cached(model, tiny_data, tmp_path_factory):
 
 
 def prune_argv(model, data, save, *extra):
-    """A short search and recovery."""
+    """Return the flags of a short search and recovery."""
     return tiny.prune_argv(
         model, data, save, "--train-iters", "4", "--search-iters", "2", "--lr-warmup-iters", "1", *extra
     )
@@ -163,7 +163,7 @@ def test_size_and_time_are_told_before(model, tiny_data, cached, tmp_path, capsy
 
 @pytest.mark.parametrize("moment", [0, 5, 12])
 def test_killed_and_resumed(cached, model, tiny_data, tmp_path, monkeypatch, capsys, moment):
-    """After so many micro-batches; in the last case a shard is damaged before it goes on."""
+    """Stop after a number of micro-batches; in the last case, damage a shard before resuming."""
     count = iter(range(1000))
     add = ShardFile.add
 

@@ -1,6 +1,6 @@
-"""Disks that take no more: one line with the path and the room that is needed, nothing half written, and the same
-command goes on. A limit on the size of files stands for the full disk: writers and their children meet it as they would
-meet that."""
+"""Full disks: one line with the path and the needed space, no incomplete files, and the same command continues. A limit
+on the size of files stands for the full disk, because writers and their child processes get the same error.
+"""
 
 import errno
 import resource
@@ -55,7 +55,7 @@ def model(tiny_model):
 
 
 class Wrapped(BaseException):
-    """As the core's writer wraps what its workers met."""
+    """Exception in the form in which Megatron-Core's writer wraps the errors of its workers."""
 
     def __init__(self, error):
         self.failures = {0: (error, "a trace")}
@@ -114,7 +114,7 @@ def argv(model, tiny_data, tmp_path):
 
 
 def fills_at(monkeypatch, iteration):
-    """The disk is full once an iteration is logged. Gives the way to make room."""
+    """Make the disk full once an iteration is logged. Return a function that frees space."""
     log, full = MetricsLogger.log, full_disk()
 
     def logged(self, record):
@@ -164,7 +164,7 @@ def test_room_is_looked_for_before_a_checkpoint(argv, tmp_path, monkeypatch):
 @pytest.mark.parallel
 @pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 300)])
 def test_both_ranks_end(argv, tmp_path, rank, largest_file):
-    """Whether a worker of the second one fails, or the first in what it alone writes."""
+    """The fault is in a worker of the second rank, or in a file that only the first rank writes."""
     script = (
         "import os, resource, sys, warnings\n"
         "warnings.filterwarnings('ignore')\n"

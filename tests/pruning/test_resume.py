@@ -1,4 +1,4 @@
-"""A run that was stopped, however, ends in the bits of one that never was."""
+"""A run that was stopped, by any means, ends with the same bits as an uninterrupted run."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def test_killed_run_goes_on(argv, whole_run, tmp_path):
 
 
 def sent_at(iteration):
-    """Sends SIGTERM to this process when an iteration is logged, in the midst of its step."""
+    """Send SIGTERM to this process when an iteration is logged, in the middle of its step."""
     log = MetricsLogger.log
 
     def logged(self, record):

@@ -1,4 +1,4 @@
-"""Whose run a folder is, and what is left of one that was refused."""
+"""Ownership of a run folder, and the remains of a refused run."""
 
 import json
 
@@ -37,8 +37,8 @@ def test_free_folders(run_dir):
 def test_goes_on_with_its_own_run(run_dir):
     run_dir.begin(config())
     run_dir.check(config())
-    run_dir.begin(config())  # again, by a process that goes on
-    # what spreads, computes and watches a run may change
+    run_dir.begin(config())  # again, by a process that resumes
+    # layout, engine and logging may change
     may = "--save-interval 3 --log-interval 5 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"
     run_dir.check(config(*may.split(), "--recompute-granularity", "full", "--data-cache-path", "c", "--dry-run"))
 
@@ -90,7 +90,7 @@ def test_folder_that_cannot_be_made(run_dir):
 
 
 def fill(run_dir):
-    """What a run does before its first checkpoint."""
+    """Do what a run does before its first checkpoint."""
     run_dir.begin(config())
     (run_dir.data_cache / "key").mkdir(parents=True, exist_ok=True)
     (run_dir.data_cache / "key" / "tokens.bin").write_bytes(b"1")

@@ -1,4 +1,4 @@
-"""A training step: the loss and gradients of the global batch, however it is cut, and those of transformers."""
+"""A training step: the loss and gradients of the global batch, for any division of it, equal those of transformers."""
 
 from contextlib import contextmanager
 
@@ -38,7 +38,7 @@ def trainer_of(model):
 
 
 def step(source, kind, sizes, searching):
-    """The step's result, and its gradients: of the parameters and, where it searches, of the mask."""
+    """Return the step's result, and its gradients: of the parameters and, in a search, of the mask."""
     gate, selector = LayerGate(), tiny.FixedMask()
     trainer = trainer_of(build(source, gate))
     shard = vocab_shard(source.family.architecture(source.config))
@@ -91,7 +91,7 @@ def test_a_teacher_teaches_nothing_to_itself(source):
 
 
 class Mixture(Objective):
-    """Half of each of two objectives; hooks count the layers' passes while a step runs."""
+    """Objective made of half of each of two objectives; hooks count the passes of layers while a step runs."""
 
     def __init__(self, *parts):
         self.parts, self.passes = parts, 0

@@ -1,4 +1,4 @@
-"""``--method manual --train-iters 0``: layers go, and no bit of what stays changes."""
+"""``--method manual --train-iters 0``: layers are removed, and no bit of the remaining weights changes."""
 
 import json
 import math
@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def pruned(request, tiny_model, tiny_data, tmp_path_factory):
-    """A source and its run."""
+    """Source model and its run."""
     family, dtype, max_shard_size, flags = CASES[request.param]
     source, run = tiny_model(family, dtype, max_shard_size), tmp_path_factory.mktemp("surgery") / "run"
     layers = ",".join(map(str, sorted(PRUNED, reverse=True)))
@@ -111,7 +111,7 @@ def test_validation_losses_are_those_of_transformers(pruned, tolerance, tiny_dat
 
 
 def mean_loss(folder, tiny_data, cache):
-    """Mean cross-entropy over the validation windows, by transformers."""
+    """Return the mean cross-entropy over the validation windows, by transformers."""
     from transformers import AutoTokenizer
 
     from megaprune.data.batches import eval_batches

@@ -17,7 +17,7 @@ def cost(layers):
 
 
 def is_exact(layers, limit):
-    """Within the limit, and no layer that is left out would still fit."""
+    """Return whether layers are within the limit, and no layer that is left out would still fit."""
     left_out = set(range(12)) - set(layers)
     return cost(layers) <= limit and all(cost(layers) + COSTS[layer] > limit for layer in left_out)
 
@@ -106,7 +106,7 @@ def test_initial_scores_are_harm_per_parameter():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_search_weighs_harm_against_price(seed):
-    """Each dense layer does less than any MoE layer, one of them more than its price; the rest goes."""
+    """Each dense layer matters less than any MoE layer, but one of them more per parameter."""
     harm = torch.tensor([9.0, 0.0, 0.8, *[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0], 9.0])
     limit = 10 + 100 + 4 * 100 + 10
     search = GumbelTopK(torch.zeros(12), Budget(COSTS, limit), PROTECTED, 150, seed=seed)

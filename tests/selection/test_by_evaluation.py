@@ -1,4 +1,4 @@
-"""Methods that compare sets of layers by a loss, on losses whose best set is known."""
+"""Methods that compare sets of layers by a loss, on losses with a known best set."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ import pytest
 from megaprune.selection.budget import Budget
 from megaprune.selection.evolution import SIFTINGS, evolve
 from megaprune.selection.greedy import greedy_layers, num_layers_run
-from megaprune.selection.local_search import best_of, improve, neighbours
+from megaprune.selection.local_search import best_of, improve, neighbors
 from megaprune.selection.masks import masks_of, shared_cost
 from megaprune.selection.segments import best_segment, segments
 
@@ -20,7 +20,7 @@ USEFUL = (2, 5, 6, 9)
 
 
 class Planted:
-    """What is lost is the useful layers that are gone; counts how many sets it was shown."""
+    """Loss by the number of useful layers that are removed; counts the sets that were evaluated."""
 
     def __init__(self, useful=USEFUL):
         self.useful, self.seen, self.shares = useful, [], []
@@ -32,7 +32,7 @@ class Planted:
 
 
 def redundant(sets):
-    """Layers come in pairs that give the same: of each, one must stay."""
+    """Loss under which layers come in redundant pairs: of each pair, one must stay."""
     return [sum(not {layer, layer + 1} & set(kept) for layer in range(2, 10, 2)) for kept in sets]
 
 
@@ -95,7 +95,7 @@ def test_evolution_finds_planted_layers(seed):
 
 @pytest.mark.parametrize("first_useless", [1, 3, 5])
 def test_evolution_finds_a_planted_segment(first_useless):
-    """Only whole does the segment go without harm: each of its layers undoes what the others do."""
+    """Only the whole segment can be removed without harm: each of its layers undoes the others' effect."""
     segment = set(range(first_useless, first_useless + 6))
 
     def evaluate(sets, share=1.0):
@@ -119,12 +119,12 @@ def test_evolution_is_elitist_and_repeatable():
     assert is_exact(evolve(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED, Planted(), 20), PRICED)
 
 
-def test_neighbours_are_the_single_swaps():
+def test_neighbors_are_the_single_swaps():
     kept = [0, 1, 2, 3, 4, 11]
-    found = list(neighbours(kept, SIX, PROTECTED))
+    found = list(neighbors(kept, SIX, PROTECTED))
     assert len(found) == len({tuple(other) for other in found}) == 4 * 6
     assert all(len(set(kept) - set(other)) == 1 and is_exact(other, SIX) for other in found)
-    assert all(is_exact(other, PRICED) for other in neighbours(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED))
+    assert all(is_exact(other, PRICED) for other in neighbors(PRICED.fewest_layers(PROTECTED), PRICED, PROTECTED))
 
 
 def test_swaps_descend_to_the_best_set_within_their_number():
@@ -142,7 +142,7 @@ def test_swaps_descend_to_the_best_set_within_their_number():
 
 
 def test_greedy_and_swaps_reach_the_best_of_all_sets():
-    """By enumeration, on a loss in which layers depend on each other."""
+    """Compare with an enumeration, on a loss in which layers depend on each other."""
 
     def loss(sets):
         def one(kept):

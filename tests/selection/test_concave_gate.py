@@ -1,4 +1,4 @@
-"""CLP's notch finds the planted segment by gradient alone."""
+"""CLP's gate finds the planted segment by gradient alone."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_notch_is_a_segment_when_cold_and_concave_when_warm():
 
 
 def searched(harm, num_steps=60, budget=FIVE, protected=PROTECTED):
-    """The search on a loss to which each layer adds its harm as its gate closes."""
+    """Return a finished search on a loss to which each layer adds its harm as its gate closes."""
     gate = ConcaveGate(budget, protected, num_steps)
     for step in range(num_steps):
         mask = gate.mask(step).requires_grad_()

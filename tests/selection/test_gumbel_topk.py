@@ -127,7 +127,7 @@ def test_protected_layers_are_never_dropped():
 
 
 def search_planted(loss_of, init_scores, num_steps, **settings):
-    """Runs a search against `loss_of(mask)` and returns the 6 of 12 layers that it keeps."""
+    """Run a search against `loss_of(mask)` and return the 6 of 12 layers that it keeps."""
     search = GumbelTopK(init_scores, Budget.of_layers(12, 6), PROTECTED, num_steps, **settings)
     for step in range(num_steps):
         mask = search.mask(step).requires_grad_()

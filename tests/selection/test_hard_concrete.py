@@ -45,7 +45,7 @@ def test_gates_are_closed_by_a_layer_in_all(gates, expected):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_step_of_a_search_is_the_whole_model(seed):
-    """The model would be its own teacher: rounding noise, and no gradient."""
+    """Such a model would be its own teacher, and its gradient rounding noise."""
     search = HardConcrete(SIX, PROTECTED, 40, seed=seed)
     for step in range(40):
         assert (1 - search.mask(step)).sum() > 0.999

@@ -9,10 +9,10 @@ from megaprune.utils.errors import MegapruneError
 PROTECTED = frozenset({0, 5})
 
 
-def test_scores_are_standardised_logarithms_of_the_free_layers():
+def test_scores_are_standardized_logarithms_of_the_free_layers():
     kl = torch.tensor([50.0, 0.01, 0.1, 1.0, 10.0, 50.0])
     scores = scores_from_kl(kl, PROTECTED)
-    # The logarithms are evenly spaced: standardised, four such are -3, -1, 1, 3 over sqrt(5).
+    # The logarithms are evenly spaced: standardized, four such are -3, -1, 1, 3 over sqrt(5).
     expected = torch.tensor([3.0, -3.0, -1.0, 1.0, 3.0, 3.0]) / math.sqrt(5)
     torch.testing.assert_close(scores, expected)
     torch.testing.assert_close(scores_from_kl(kl, PROTECTED, scale=2.0), 2 * expected)

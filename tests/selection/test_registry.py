@@ -1,4 +1,4 @@
-"""The registry of methods: traits, refusals, and what follows from them."""
+"""Registry of methods: traits, refusals, and everything that follows from them."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ USUAL = {
 
 @pytest.fixture
 def registered():
-    """Undoes what a test registers."""
+    """Remove the methods that a test registers."""
     names()  # the built-in methods are loaded
     before = dict(registry._methods)
     yield
@@ -80,7 +80,7 @@ def test_searches_give_selectors(method):
 
 
 def test_methods_are_listed_without_torch():
-    """`--help`, and a wrong flag, do not wait for it."""
+    """`--help`, and a wrong flag, must not wait for it."""
     code = (
         "import sys, megaprune.selection; from megaprune.selection import names, register\n"
         "assert 'e3' in names(); register('mine')(lambda budget, protected: [0])\n"
@@ -206,7 +206,7 @@ def test_modules_that_cannot_be_loaded_are_named(tmp_path, registered):
 
 
 def test_installed_packages_may_bring_methods(tmp_path):
-    """Through the entry points `megaprune.methods`."""
+    """Methods come through the entry points `megaprune.methods`."""
     (tmp_path / "brought.py").write_text(
         "from megaprune.selection import register\n@register('brought')\ndef brought(budget, protected): return [0]\n"
     )

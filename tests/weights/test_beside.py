@@ -1,4 +1,4 @@
-"""The files beside the weights: what is true of the result comes along, what is not stays behind."""
+"""Files beside the weights: those that are valid for the result are copied, the others are not."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_configs_that_name_no_code(tmp_path, config):
 
 @pytest.fixture
 def littered(tiny_model, tmp_path):
-    """A model whose folder holds what others left there, an adapter's settings among it."""
+    """Model whose folder contains unrelated files, including an adapter's settings."""
     model = stored.edited(tiny_model("qwen3"), tmp_path / "model", lambda tensors: None)
     fill(model, [name for name in STAYS if not name.endswith(("index.json", ".safetensors")) and "quant" not in name])
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing", "target_modules": ["q_proj"], "r": 2}

@@ -1,4 +1,4 @@
-"""A model's fingerprint is its own, whatever files hold it."""
+"""A model's fingerprint identifies the model, however its files are divided."""
 
 import json
 import shutil

@@ -13,7 +13,7 @@ SHAPES = [(128, 128), (256, 384), (300, 130), (64, 576), (129, 1)]
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
-def quantised(rows, columns, seed=0):
+def quantized(rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape((rows, columns)), generator=generator) + 0.1
@@ -31,14 +31,14 @@ def by_loop(weight, scale):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantized_equals_a_loop_over_blocks(shape):
-    weight, scale = quantised(*shape)
+    weight, scale = quantized(*shape)
     assert torch.equal(dequantize(weight, scale), by_loop(weight, scale))
 
 
 @pytest.mark.parametrize("start, stop", [(0, 1), (5, 200), (127, 129), (128, 256), (250, 300)])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_slice_is_the_slice_of_the_whole(start, stop, dim):
-    weight, scale = quantised(300, 300)
+    weight, scale = quantized(300, 300)
     part = weight[start:stop] if dim == 0 else weight[:, start:stop]
     whole = by_loop(weight, scale)
     expected = whole[start:stop] if dim == 0 else whole[:, start:stop]
@@ -57,12 +57,12 @@ def test_every_number_of_the_format():
 
 @pytest.fixture
 def fp8_folder(tmp_path):
-    """A LLaMA whose matrices in the layers are FP8, with the scales in another file than their weights."""
+    """Save a LLaMA whose layer matrices are FP8, with the scales in another file than their weights."""
     tensors, scales, expected = random_tensors(LLAMA), {}, {}
     for name, tensor in tensors.items():
         expected[name] = tensor
         if "proj" in name:
-            tensors[name], scales[name + SCALE_SUFFIX] = quantised(*tensor.shape, seed=len(scales))
+            tensors[name], scales[name + SCALE_SUFFIX] = quantized(*tensor.shape, seed=len(scales))
             expected[name] = by_loop(tensors[name], scales[name + SCALE_SUFFIX])
     folder = tmp_path / "fp8"
     write_folder(folder, LLAMA | {"quantization_config": FP8}, tensors | scales, num_files=3)

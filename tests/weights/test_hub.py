@@ -1,4 +1,4 @@
-"""Folders, hub ids, and links to nothing."""
+"""Folders, Hub ids, and broken links."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.helpers import tiny
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub, which has Qwen/Qwen3-8B alone; the folder that a user works in; what was asked for."""
+    """Stand-in for the Hub, which has only Qwen/Qwen3-8B; the user's folder; and the recorded requests."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "config.json").write_text("{}")
     asked = []

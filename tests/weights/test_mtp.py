@@ -1,4 +1,4 @@
-"""Multi-token-prediction layers move up behind the kept layers, or go; names, counts and copies stay consistent."""
+"""Multi-token-prediction layers follow the kept layers, or are removed; names, counts and copies stay consistent."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""HF folders as they come: whole, sharded, and damaged in each way that a download can be."""
+"""HF folders: complete, sharded, and damaged in each way that a download can be."""
 
 import json
 
@@ -15,7 +15,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 def refusal(folder):
-    """The one line that a folder is refused with, on opening it or on checking what it holds."""
+    """Return the error line for a folder, from opening it or from checking its contents."""
     with pytest.raises(MegapruneError) as caught:
         HFSource(folder).check_tensors()
     message = str(caught.value)
@@ -196,7 +196,7 @@ def test_weights_of_another_shape_than_the_config(tmp_path, name, shape, expecte
     assert f"{name} is stored as {list(shape)}, where config.json makes it {expected}" in refusal(tmp_path)
 
 
-# Folders that are none
+# Folders without a model
 
 
 def test_no_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Stored dtypes: those that are read everywhere, and the others, refused everywhere in the same line."""
+"""Stored dtypes: supported ones are read everywhere, others are refused everywhere with the same line."""
 
 import json
 
@@ -25,13 +25,13 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_p
 
 
 def powers_of_two(shape, seed):
-    """Scales as F8_E8M0 has them, and what they are."""
+    """Return scales as F8_E8M0 stores them, and their values."""
     exponents = torch.randint(-20, 21, shape, generator=torch.Generator().manual_seed(seed))
     return torch.ldexp(torch.ones(shape), exponents).to(torch.float8_e8m0fnu), exponents
 
 
 def by_element(weight, exponents):
-    """Each number by itself, from its bits."""
+    """Return each number, decoded separately from its bits."""
     rows, columns = torch.arange(weight.shape[0]) // BLOCK, torch.arange(weight.shape[1]) // BLOCK
     return torch.ldexp(weight.double(), exponents[rows][:, columns]).to(torch.bfloat16)
 
@@ -50,7 +50,7 @@ def quantized(config):
 
 
 def stacked(tensors, layers, experts):
-    """The same with each layer's experts in two tensors, scales likewise."""
+    """Return the same tensors with each layer's experts in two tensors, scales likewise."""
     tensors = dict(tensors)
     for layer in range(layers):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -107,7 +107,7 @@ def test_stacks_whose_blocks_reach_over_gate_and_up(tmp_path):
 
 
 def refused(tmp_path, folder, *said):
-    """`convert`, surgery and a run refuse in the same line, and write nothing. Gives the line."""
+    """Check that `convert`, surgery and a run refuse with the same line and write nothing. Return the line."""
     common = ["--hf-model", folder, "--seq-length", "32", "--save", tmp_path / "run"]
     manual, e3 = ["--method", "manual", "--prune-layers", "1"], ["--num-layers-to-prune", "1"]
     data = tmp_path / "data.jsonl"

@@ -1,4 +1,4 @@
-"""Pruning without training: tensors are renamed, and what belongs beside them comes along."""
+"""Pruning without training: tensors are renamed, and valid files beside them are copied."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_index_is_that_of_the_result(tmp_path):
 
 
 def test_bytes_are_copied_from_file_to_file(tmp_path, monkeypatch):
-    """No tensor is in memory, however large a shard may be."""
+    """No tensor is loaded into memory, however large a shard is."""
     write_folder(tmp_path / "source", LLAMA, num_files=2)
     monkeypatch.setattr(HFSource, "read", lambda *args: pytest.fail("a tensor was read"))
     assert len(prune(tmp_path / "source", tmp_path / "pruned")) == 30

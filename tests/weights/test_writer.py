@@ -1,4 +1,4 @@
-"""Folders of safetensors: files of bounded size, an index that tells the truth, nothing half-written."""
+"""Folders of safetensors: files of bounded size, a correct index, no incomplete files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_one_file_has_no_index(tmp_path):
     assert stored.keys() == TENSORS.keys()
     assert all(torch.equal(stored[name], TENSORS[name]) for name in TENSORS)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
-        assert handle.metadata() == {"format": "pt"}  # without it transformers refuses the file
+        assert handle.metadata() == {"format": "pt"}  # transformers refuses a file without it
 
 
 @pytest.mark.parametrize("size, files", [(999, 2), (500, 2), (499, 3), (300, 4), (100, 10), (1, 10)])

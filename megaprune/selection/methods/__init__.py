@@ -1,4 +1,4 @@
-"""The built-in methods, a module each. All modules here are imported to list the methods: one more file adds a method.
+"""Built-in methods, one module each. All modules in this folder are imported, so a new file adds a method.
 
-Modules import torch, and what needs it, in their functions, so that `--help` does not wait for it.
+Modules import torch, and modules that need torch, inside their functions, so that `--help` does not wait for them.
 """

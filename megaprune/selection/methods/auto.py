@@ -31,7 +31,7 @@ def auto(
     selection_budget: int,
     seed: int,
 ) -> Choice:
-    """Compare the candidates of several methods by KL on windows that none of them saw."""
+    """Compare the choices of several methods by KL on windows that none of them used."""
     from megaprune.selection.auto import choose_automatically
 
     return choose_automatically(evaluator, held_out, budget, protected, selection_budget, seed)

@@ -37,7 +37,7 @@ def _check(budget: Budget, protected: Set[int]) -> None:
     description="a contiguous segment, by the gradient of a concave gate (CLP)",
 )
 def clp(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, search_iters: int) -> list[int]:
-    """Remove the best of the segments at which the gate ends, and of those one layer before and behind, by KL."""
+    """Find a segment by the gradient of a gate; compare the final segments and those one layer away by KL."""
     gate = _gate(budget, protected, search_iters)
     for step in range(search_iters):
         gate.update(evaluator.mask_gradient(gate.mask(step), step), step)

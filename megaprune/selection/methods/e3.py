@@ -25,7 +25,7 @@ def e3(
     mask_ramp: float,
     seed: int,
 ) -> "Selector":
-    """Learn one score per layer, from one Gumbel-TopK mask per step."""
+    """Learn one score per layer, with one Gumbel-TopK mask per step."""
     from megaprune.selection.gumbel_topk import GumbelTopK
 
     return GumbelTopK(

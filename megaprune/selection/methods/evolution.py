@@ -15,7 +15,7 @@ _GENERATIONS = 40
 
 @register("evolution", calibrated=True, description="mutations that swap layers, sifted by KL (DarwinLM, EvoPress)")
 def evolution(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, seed: int) -> list[int]:
-    """Start from the choice by block influence, and swap layers as long as that lowers the KL."""
+    """Start from the choice by block influence, and swap layers as long as this lowers the KL."""
     from megaprune.selection.one_shot import top_layers
 
     start = top_layers(evaluator.block_influence(), budget, protected)

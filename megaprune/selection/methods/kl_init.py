@@ -1,4 +1,4 @@
-"""E3-Pruner's first scores, without its search."""
+"""E3-Pruner's initial scores, without its search."""
 
 from collections.abc import Set
 from typing import TYPE_CHECKING

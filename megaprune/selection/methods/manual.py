@@ -1,4 +1,4 @@
-"""The user's own choice."""
+"""Layers given by the user."""
 
 from collections.abc import Sequence, Set
 
@@ -8,7 +8,7 @@ from megaprune.selection.registry import register
 
 @register("manual", budgets=["list"], description="the layers that --prune-layers names")
 def manual(budget: Budget, protected: Set[int], *, prune_layers: Sequence[int]) -> list[int]:
-    """Keep all layers but those that the user names, protected or not."""
+    """Keep all layers except those that the user names, protected or not."""
     from megaprune.selection.one_shot import manual_layers
 
     return manual_layers(budget.num_layers, prune_layers)

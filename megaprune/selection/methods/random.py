@@ -1,4 +1,4 @@
-"""The control: layers drawn at random."""
+"""Control method: layers drawn at random."""
 
 from collections.abc import Set
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @register("sheared", searches=True, description="hard concrete gates, learned with the weights (Sheared-LLaMA)")
 def sheared(budget: Budget, protected: Set[int], num_steps: int, *, seed: int) -> "Selector":
-    """Learn hard concrete gates under a Lagrangian that drives the share that is gone to its target."""
+    """Learn hard concrete gates under a Lagrangian that drives the removed share to its target."""
     from megaprune.selection.hard_concrete import HardConcrete
 
     return HardConcrete(budget, protected, num_steps, seed=seed)

@@ -36,7 +36,7 @@ def _check(budget: Budget, protected: Set[int]) -> None:
     description="cross-entropy without each layer, or its first-order estimate (Shortened LLaMA)",
 )
 def shortened(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, criterion: str = "perplexity") -> Choice:
-    """Keep the layers whose removal raises the loss most, by what they cost; `criterion` is perplexity or taylor."""
+    """Keep the layers whose removal raises the loss most per cost; `criterion` is perplexity or taylor."""
     import torch
 
     from megaprune.selection.one_shot import top_layers

@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 
 @register("sleb", calibrated=True, description="greedy removal by cross-entropy (SLEB)")
 def sleb(evaluator: "Evaluator", budget: Budget, protected: Set[int]) -> list[int]:
-    """Remove layer after layer, each time the one whose removal leaves the lowest cross-entropy."""
+    """Remove one layer at a time, always the one whose removal leaves the lowest cross-entropy."""
     return greedy_layers(budget, protected, lambda sets: evaluator.losses(sets, "ce"))

@@ -1,7 +1,7 @@
-"""The tensor files of a `torch_dist` checkpoint: torch's distributed-checkpoint format as Megatron-Core reads it.
+"""Tensor files of a `torch_dist` checkpoint: torch's distributed-checkpoint format as Megatron-Core reads it.
 
-Tensors lie in `.distcp` files, each as `torch.save` writes it, one behind the other; `.metadata` says which chunk of
-which tensor lies where. Writing and reading here go tensor by tensor, so that memory does not grow with the model.
+`.distcp` files contain tensors one after the other, each as `torch.save` writes it. `.metadata` records the location
+of each chunk of each tensor. Writing and reading go tensor by tensor, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A chunk's place: a file of the checkpoint, and the bytes of it that `torch.save` wrote."""
+    """Location of a chunk: a file of the checkpoint, and the byte range that `torch.save` wrote."""
 
     file: str
     offset: int
@@ -33,7 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangular part of a tensor."""
+    """Rectangular part of a tensor."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor of a checkpoint; its dtype as safetensors names it, or as torch does where that has none."""
+    """Whole tensor of a checkpoint; its dtype has its safetensors name, or torch's name if there is none."""
 
     size: tuple[int, ...]
     dtype: str
@@ -50,7 +50,7 @@ class StoredTensor:
 
 
 def append_tensor(file: FileIO, tensor: torch.Tensor, name: str) -> Place:
-    """Write a tensor at the end of an unbuffered file."""
+    """Append a tensor to an unbuffered file."""
     offset = file.tell()
     before, behind = around(tensor.shape, OF_TORCH[str(tensor.dtype).removeprefix("torch.")])
     for content in (memoryview(before), as_bytes(tensor.contiguous()), memoryview(behind)):
@@ -66,13 +66,13 @@ def append_ranges(
     content: Iterable[tuple[Range, int]],
     advance: Advance,
 ) -> Place:
-    """Write a tensor whose bytes are in other files, and copied from there, at the end of an unbuffered file.
+    """Append a tensor to an unbuffered file, copying its bytes from other files.
 
     Args:
-        content: the ranges, each with its place among the tensor's bytes.
+        content: the ranges, each with its position among the tensor's bytes.
 
     Raises:
-        MegapruneError: another file ends before they do.
+        MegapruneError: a source file ends before its range does.
     """
     offset = file.tell()
     before, behind = around(shape, dtype)
@@ -94,26 +94,26 @@ class ChunkReader:
         self._files: dict[str, FileIO] = {}
 
     def read(self, chunk: Chunk, dtype: str, into: torch.Tensor, skip: int = 0) -> None:
-        """Fill `into`, a contiguous tensor, with the chunk's numbers in their order, from behind the first `skip` on.
+        """Fill `into`, a contiguous tensor, with the chunk's values in order, after the first `skip` ones.
 
         Raises:
-            MegapruneError: the file is missing, truncated, or holds something else there.
+            MegapruneError: the file is missing, truncated, or contains something else at this location.
         """
         found = self.where(chunk, dtype, into.numel(), skip)
         if not read_into(found, as_bytes(into)):
             raise self._damaged(chunk.place.file, "it is truncated")
 
     def where(self, chunk: Chunk, dtype: str, count: int, skip: int = 0) -> Range:
-        """The range of so many of the chunk's numbers, behind the first `skip`.
+        """Return the range of `count` values of a chunk, after the first `skip` ones.
 
         Raises:
-            MegapruneError: the file is missing or holds something else there.
+            MegapruneError: the file is missing or contains something else at this location.
         """
         file, place = self._file(chunk.place.file), chunk.place
         num_bytes = math.prod(chunk.shape) * ITEM_BYTES[dtype]
         try:
             offset = place.offset + data_offset(file, place.offset, place.length, chunk.shape, num_bytes)
-        except Exception as error:  # what damaged bytes are taken for is beyond listing
+        except Exception as error:  # damaged bytes may raise anything
             raise self._damaged(place.file, error) from error
         return Range(file, offset + skip * ITEM_BYTES[dtype], count * ITEM_BYTES[dtype])
 
@@ -137,7 +137,7 @@ class ChunkReader:
 
 
 def stored_tensors(chunks: Iterable[tuple[str, tuple[int, ...], str, Chunk]]) -> dict[str, StoredTensor]:
-    """Chunks of many tensors, each with its key, whole size and dtype, gathered by tensor."""
+    """Group the chunks of many tensors by tensor, given each chunk with its key, whole size and dtype."""
     gathered: dict[str, tuple[tuple[int, ...], str, list[Chunk]]] = {}
     for key, size, dtype, chunk in chunks:
         gathered.setdefault(key, (size, dtype, []))[2].append(chunk)

@@ -1,7 +1,7 @@
-"""The engine of a conversion: independent parts, each a file that is written aside and named when it is whole.
+"""Engine of a conversion: independent parts, each a file that gets its name when it is complete.
 
-The parts depend on the input alone. Ranks and workers only share them out, so the result does not depend on how many
-there are, and what an interrupted conversion has finished need not be done again.
+The parts depend on the input alone. Ranks and workers only share them, so the result does not depend on their number,
+and parts that an interrupted conversion has finished are not written again.
 """
 
 import json
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part(Generic[T]):
-    """One output file, and what goes into it in order."""
+    """Output file, and its contents in order."""
 
     file: str
     items: tuple[T, ...]
@@ -41,21 +41,21 @@ Write = Callable[[Part[T], Path, Advance], Any]
 
 
 @dataclass(frozen=True)
-class Labour:
-    """The sharing of the work: threads of each process, and whether to go on with earlier work."""
+class WorkOptions:
+    """Number of threads per process, and whether to resume unfinished work."""
 
     workers: int | None = None
     resume: bool = False
 
     @property
     def threads(self) -> int:
-        """Two for a process alone: one reads while the other writes."""
+        """Number of threads: 2 for a single process, so that one reads while the other writes."""
         return self.workers or (2 if world_size() == 1 else 1)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion: the number of HF tensors, and what became what."""
+    """Finished conversion: the number of HF tensors, and the paths of input and output."""
 
     tensors: int
     source: Path
@@ -67,7 +67,9 @@ class Conversion:
 
 
 def cut(items: Iterable[tuple[T, int]], max_bytes: int) -> list[tuple[tuple[T, ...], int]]:
-    """Cut items, each with its bytes, into runs of at most so many bytes; a larger item is a run of its own."""
+    """Divide items, each with its size in bytes, into runs of at most `max_bytes` bytes; a larger item is a run of its
+    own.
+    """
     runs: list[list[T]] = []
     totals: list[int] = []
     for item, num_bytes in items:
@@ -86,32 +88,32 @@ def convert(
     write: Write[T],
     finish: Callable[[Path, dict[str, Any]], None],
     plan: dict[str, Any],
-    labour: Labour,
+    options: WorkOptions,
 ) -> None:
-    """Make the folder `final`, whole or not at all. Collective where a launcher started several processes.
+    """Create the folder `final`, completely or not at all. Collective if a launcher started several processes.
 
     Args:
-        flag: what the user calls the folder.
-        write: writes one part to a path and tells how many bytes it has done; gives a record of it, for JSON.
-        finish: completes the folder, still aside, from the records by the parts' files.
-        plan: what the parts follow from, for JSON; earlier work is gone on with only where it had the same.
+        flag: the flag that names the folder.
+        write: writes one part to a path and reports the written bytes; returns a record of the part, for JSON.
+        finish: completes the folder, still under its temporary name, from the records of the parts' files.
+        plan: the input of the parts, for JSON; unfinished work is resumed only if its plan is equal.
 
     Raises:
-        MegapruneError: the input can't be read or the output not be written; on every process.
-        UsageError: the output exists, or holds earlier work that was not asked for.
+        MegapruneError: the input can't be read or the output can't be written; raised on every process.
+        UsageError: the output exists, or there is unfinished work and `resume` is not given.
     """
     with _processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_folder(final))
-        _together(lambda: _prepare(work, final, flag, plan, labour.resume) if is_first() else None)
-        if final.exists():  # earlier work was cut short behind its last step
+        _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
+        if final.exists():  # an earlier process was interrupted after the last step
             return
-        _together(lambda: _write_parts(work, parts, write, labour.threads))
+        _together(lambda: _write_parts(work, parts, write, options.threads))
         _together(lambda: _finish(work, final, parts, finish) if is_first() else None)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The folder of unfinished work: the result as far as it has come, and beside it what is needed to go on."""
+    """Folder of unfinished work: the incomplete result, and the records that resuming needs."""
 
     folder: Path
 
@@ -127,7 +129,7 @@ class _Work:
         return self.folder / f"{part.file}.json"
 
     def clear(self) -> None:
-        """Remove the folder, the plan last: by it a removal that was cut short is known."""
+        """Remove the folder, the plan last, so that an interrupted removal can be detected."""
         for path in self.folder.iterdir():
             if path != self.plan:
                 path.unlink()
@@ -140,7 +142,7 @@ class _Work:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Load torch, and have it compute on one thread: the parts are what runs in parallel."""
+    """Import torch and limit it to one thread, because the parts run in parallel."""
     import torch
 
     before = torch.get_num_threads()
@@ -183,7 +185,7 @@ def _write_parts(work: _Work, parts: Sequence[Part[T]], write: Write[T], num_thr
         futures: list[Future] = [pool.submit(_write_part, work, part, write, bar.update) for part in left]
         try:
             failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
-        finally:  # also when the user has had enough
+        finally:  # also on Ctrl-C
             pool.shutdown(cancel_futures=True)
     for future in failed:
         future.result()
@@ -196,10 +198,10 @@ def _write_part(work: _Work, part: Part[T], write: Write[T], advance: Advance) -
     except OSError as error:
         if disk_error(error) is None:
             raise
-        work.unfinished(part).unlink(missing_ok=True)  # half of it is of no use, and in the way of others
+        work.unfinished(part).unlink(missing_ok=True)  # a partial file is useless and takes space
         line = explain(error, work.unfinished(part), "go on with --resume", part.num_bytes)
         raise MegapruneError(line) from error
-    work.unfinished(part).rename(work.result / part.file)  # last: a part that is there has its record
+    work.unfinished(part).rename(work.result / part.file)  # last, so that every finished part has a record
 
 
 def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable[[Path, dict[str, Any]], None]) -> None:
@@ -225,21 +227,21 @@ def _processes() -> Any:
         yield
     finally:
         dist.destroy_process_group()
-    failure.stop()  # not where this rank fails, which the others have yet to be told
+    failure.stop()  # not if this rank fails: the others must be told first
 
 
 def on_rank0(work: Callable[[], None]) -> None:
-    """Have rank 0 do something while the others wait. Collective where a launcher started several processes.
+    """Run a function on rank 0 while the other ranks wait. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: rank 0 met it; on every process.
+        MegapruneError: the function failed on rank 0; raised on every process.
     """
     with _processes():
         _together(lambda: work() if is_first() else None)
 
 
 def _together(work: Callable[[], None]) -> None:
-    """Do this process's share, then raise on all what any met."""
+    """Do this process's share, then raise the error of any process on all of them."""
     error = None
     try:
         work()
@@ -251,5 +253,5 @@ def _together(work: Callable[[], None]) -> None:
 
 
 def is_first() -> bool:
-    """Return whether this is the process that speaks."""
+    """Return whether this is rank 0, which prints."""
     return rank() == 0

@@ -1,4 +1,4 @@
-"""A Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
+"""Conversion of a Megatron-Core checkpoint to an HF folder, tensor by tensor, without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaprune.weights.byte_ranges import Advance, Buffer, Range
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import ChunkReader
-from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Part, WorkOptions, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.source import CheckpointSource
 from megaprune.weights.writer import Described, num_bytes, stacked_shape, write_index, write_safetensors
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, labour: Labour) -> None:
-    """Write the HF folder. Collective where a launcher started several processes.
+def export_checkpoint(source: CheckpointSource, folder: Path, max_shard_bytes: int, options: WorkOptions) -> None:
+    """Write the HF folder. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: the checkpoint is damaged or of another model than its config, or the disk is full.
+        MegapruneError: the checkpoint is damaged or does not match its config, or the disk is full.
         UsageError: the folder exists.
     """
     source.check_tensors()
-    work = _Export(source, max_shard_bytes, labour)
-    if not labour.resume:
+    work = _Export(source, max_shard_bytes, options)
+    if not options.resume:
         check_room(folder, sum(part.num_bytes for part in work.parts))
     moved = all(source.lies_in_one_chunk(name) for name in source.names)
     with nullcontext() if moved else one_torch_thread():
-        convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), labour)
+        convert(folder, "--hf-path", work.parts, work.write, work.finish, work.plan(), options)
 
 
 class _Export:
-    def __init__(self, source: CheckpointSource, max_shard_bytes: int, labour: Labour) -> None:
-        self._source, self._threads = source, labour.threads
+    def __init__(self, source: CheckpointSource, max_shard_bytes: int, options: WorkOptions) -> None:
+        self._source, self._threads = source, options.threads
         self._shapes: dict[str, Described] = {
             name: (source.shape(name), source.dtype_name(name)) for name in source.names
         }
@@ -52,14 +52,14 @@ class _Export:
         self.parts = [Part(file, *run) for file, run in zip(files, runs, strict=True)]
 
     def _stored_as(self, stored: str) -> Described:
-        """Shape and dtype of a tensor of the output."""
+        """Return shape and dtype of a tensor of the output."""
         parts = [self._shapes[name] for name in self._groups[stored]]
         if self._source.layout.stack_of(self._groups[stored][0]) is None:
             return parts[0]
         return stacked_shape(stored, parts)
 
     def plan(self) -> dict[str, Any]:
-        """The input that the parts follow from."""
+        """Return the input that the parts depend on."""
         metadata = (self._source.folder.parent / ".metadata").stat()
         return {
             "checkpoint": [str(self._source.folder.parent.resolve()), metadata.st_size, metadata.st_mtime_ns],
@@ -82,7 +82,7 @@ class _Export:
         reader.close()
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
-        """Write the index and the HF model's own files; then check the folder as a reader would."""
+        """Write the index and the HF model's own files, and check the folder by reading it."""
         if len(self.parts) > 1:
             weight_map = {name: part.file for part in self.parts for name in part.items}
             total = sum(part.num_bytes for part in self.parts)

@@ -1,4 +1,4 @@
-"""HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
+"""Conversion of HF safetensors to a Megatron-Core `torch_dist` checkpoint, tensor by tensor, without a model."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from megaprune.weights.source import HFSource
 from megaprune.weights.stored_layout import PLAIN
 from megaprune.weights.surgery import copy_beside, write_config
 from megaprune.weights.torch_dist.chunks import Chunk, Place, append_ranges, append_tensor, stored_tensors
-from megaprune.weights.torch_dist.engine import Labour, Part, convert, cut, one_torch_thread
+from megaprune.weights.torch_dist.engine import Part, WorkOptions, convert, cut, one_torch_thread
 from megaprune.weights.torch_dist.layout import Piece, pieces
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The folder of a checkpoint in which config, tokenizer and code of the HF model lie.
+# The folder in a checkpoint that contains config, tokenizer and code of the HF model.
 HF_FOLDER = "hf"
-# Beside them, how the HF model stores its tensors, if not as the families' tables name them.
+# The file beside them with the HF model's stored layout, if it differs from the families' tables.
 LAYOUT_FILE = "stored_layout.json"
 _PART_BYTES = 2 * 10**9
 
 
-def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, labour: Labour) -> None:
-    """Write the checkpoint `folder`. Collective where a launcher started several processes.
+def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, options: WorkOptions) -> None:
+    """Write the checkpoint `folder`. Collective if a launcher started several processes.
 
     Args:
-        dtype: of the weights, as safetensors names it; None keeps each as it is stored (block FP8 becomes bf16).
-            Routers' biases stay fp32.
+        dtype: dtype of the weights, by its safetensors name; None keeps the stored dtypes (block FP8 becomes bf16).
+            Router biases stay in fp32.
 
     Raises:
-        MegapruneError: a tensor is missing, unknown, of another shape or damaged, or the disk is full.
+        MegapruneError: a tensor is missing, unknown, damaged or has another shape, or the disk is full.
         UsageError: the folder exists.
     """
     source.check_tensors()
     work = _Import(source, dtype)
     room = sum(part.num_bytes for part in work.parts)
-    if not labour.resume:
+    if not options.resume:
         check_room(folder, room)
     with one_torch_thread() if work.computes() else nullcontext():
-        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), labour)
+        convert(folder, "--megatron-path", work.parts, work.write, work.finish, work.plan(), options)
 
 
 class _Import:
@@ -67,14 +67,14 @@ class _Import:
         ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
         places.close()
         runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), _PART_BYTES)
-        # the names that torch gives its own files: rank, number
+        # torch's own file names: rank, number
         self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
 
     def _check_tensors(self) -> None:
-        """Check that each Megatron tensor is whole, and of one dtype.
+        """Check that each Megatron tensor is complete and has one dtype.
 
         Raises:
-            MegapruneError: HF tensors that belong together don't fit each other, or one of them is missing.
+            MegapruneError: HF tensors of one Megatron tensor do not fit each other, or one of them is missing.
         """
         by_key: dict[str, list[Piece]] = {}
         for piece in self._pieces:
@@ -94,7 +94,7 @@ class _Import:
                 )
 
     def computes(self) -> bool:
-        """Return whether there is a number to compute, not only bytes to move."""
+        """Return whether any value must be computed, instead of only copied."""
         return not all(self._is_moved(piece) for piece in self._pieces)
 
     def _is_moved(self, piece: Piece) -> bool:
@@ -102,7 +102,7 @@ class _Import:
         return all(self._source.stored_dtype_name(name) == final for name in piece.hf)
 
     def plan(self) -> dict[str, Any]:
-        """The input that the parts follow from."""
+        """Return the input that the parts depend on."""
         config = json.dumps(self._source.config, sort_keys=True).encode()
         files = sorted({self._source.file(name) for name in self._source.names})
         stats = [path.stat() for path in files]
@@ -114,7 +114,7 @@ class _Import:
         }
 
     def write(self, part: Part[Piece], path: Path, advance: Advance) -> list[Any]:
-        """Write one file. Gives offset and length of each of its pieces."""
+        """Write one file. Return offset and length of each of its pieces."""
         files, buffer, record = TensorFiles(), Buffer(), []
         with FileIO(path, "w+") as out:
             for piece, following in zip(part.items, (*part.items[1:], None), strict=True):
@@ -140,7 +140,7 @@ class _Import:
         return place
 
     def _ranges(self, piece: Piece, files: TensorFiles, dtype: str) -> Iterator[tuple[Range, int]]:
-        """The bytes of a piece, each run with its place in the piece."""
+        """Return the bytes of a piece as ranges, each with its position in the piece."""
         for number, name in enumerate(piece.hf):
             whole, done = files.where(self._source.file(name), self._source.place(name)), 0
             for at, num_bytes in piece.runs(number, self._arch, ITEM_BYTES[dtype]):
@@ -148,7 +148,7 @@ class _Import:
                 done += num_bytes
 
     def finish(self, folder: Path, records: dict[str, Any]) -> None:
-        """Metadata, and the HF model's own files."""
+        """Write the metadata and the HF model's own files."""
         placed = [
             (piece.key, piece.size, self._final_dtype(piece), Chunk(piece.offset, piece.shape, Place(part.file, *at)))
             for part in self.parts
@@ -203,10 +203,10 @@ def _check_covered(found: Sequence[Piece], names: Sequence[str]) -> None:
 
 
 def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
-    """Read back every chunk, within its file, as a loader would see it.
+    """Read back every chunk, within its file, as a loader would.
 
     Raises:
-        MegapruneError: something is not there.
+        MegapruneError: a chunk is missing.
     """
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
     stored = read_metadata(folder)

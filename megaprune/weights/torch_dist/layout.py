@@ -1,4 +1,4 @@
-"""The layout of a Megatron-Core checkpoint: keys, sizes and offsets of its HF tensors, from the families' tables."""
+"""Layout of a Megatron-Core checkpoint: keys, sizes and offsets of its HF tensors, from the families' tables."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from megaprune.models.shards import COPY, ShardKind
 if TYPE_CHECKING:
     import torch
 
-# Tensors of an MTP layer that are not its transformer layer's.
+# Tensors of an MTP layer outside its transformer layer.
 _MTP = {
     "enorm.weight": "enorm.weight",
     "hnorm.weight": "hnorm.weight",
     "eh_proj.weight": "eh_proj.weight",
     "shared_head.norm.weight": "final_layernorm.weight",
 }
-# HF tensors that no Megatron model reads, kept as they are so that an export gives them back.
+# HF tensors that no Megatron model reads. They are stored unchanged, so that an export can restore them.
 UNREAD = "hf."
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk of a Megatron tensor, and the HF tensors whose numbers it holds.
+    """Chunk of a Megatron tensor, and the HF tensors that it consists of.
 
-    One HF tensor is one chunk, as it is stored; but tensors that a shard kind interleaves make one together.
+    Usually one HF tensor is one chunk. Tensors that a shard kind interleaves form one chunk together.
 
     Args:
-        kind: how the HF tensors lie in the chunk.
+        kind: the arrangement of the HF tensors in the chunk.
     """
 
     key: str
@@ -42,26 +42,26 @@ class Piece:
     kind: ShardKind = COPY
 
     def runs(self, number: int, arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
-        """The runs of bytes, in its order, that one of its HF tensors takes in the chunk: first byte and length."""
+        """Return the byte runs of one HF tensor in the chunk, in the tensor's order: first byte and length."""
         return self.kind.runs(number, self.shape, arch, item_bytes)
 
     def join(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
-        """The chunk, from its HF tensors."""
+        """Return the chunk made of its HF tensors."""
         return self.kind.fuse(tensors, arch).reshape(self.shape)
 
     def split(self, chunk: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
-        """The HF tensors, of their own shapes but for a leading expert dimension, from the chunk."""
+        """Return the HF tensors in the chunk, with their own shapes except for a leading expert dimension."""
         return self.kind.merge([chunk], arch)
 
 
 def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
-    """Every chunk of a model's checkpoint; each of the tensors is in exactly one.
+    """Return every chunk of a model's checkpoint. Each tensor is in exactly one chunk.
 
-    Keys are those of a GPTModel with Transformer Engine's layers, every layer under its own number. The vocabulary is
-    not padded: Megatron-Core pads as it loads.
+    Keys are those of a GPTModel with Transformer Engine's layers. Each layer has its own number. The vocabulary is
+    not padded: Megatron-Core pads it when it loads the checkpoint.
 
     Args:
-        shapes: of every HF tensor that the model is stored in.
+        shapes: shapes of all HF tensors of the model.
     """
     arch = family.architecture(config)
     rules = [(checkpoint_key(rule), rule) for rule in family.rules(config) if rule.export]
@@ -78,13 +78,13 @@ def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...
 
 
 def checkpoint_key(rule: WeightRule) -> str:
-    """The key of a rule's parameter; a layer's routed experts share one."""
+    """Return the key of a rule's parameter; the routed experts of a layer share one key."""
     expert = expert_key(rule.megatron)
     return expert[0] if expert else rule.te or rule.megatron
 
 
 def mtp_rules(family: Family, arch: Architecture, num_mtp: int) -> Iterator[tuple[str, WeightRule]]:
-    """The rules of so many MTP layers behind the model's own, each with its key."""
+    """Return the rules of `num_mtp` MTP layers after the model's own layers, each with its key."""
     for number in range(num_mtp if family.mtp_keys else 0):
         layer, prefix = arch.num_layers + number, mtp_prefix(number)
         for theirs, ours in _MTP.items():

@@ -108,10 +108,10 @@ def _plain(value: str | int) -> bytes:
 
 
 def read_metadata(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint.
+    """Return the tensors of a checkpoint.
 
     Raises:
-        MegapruneError: the folder is no `torch_dist` checkpoint, is damaged, or would run code.
+        MegapruneError: the folder is not a `torch_dist` checkpoint, is damaged, or its metadata would run code.
     """
     path = folder / ".metadata"
     if not path.is_file():
@@ -135,12 +135,12 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
             for key, described in metadata.state_dict_metadata.items()
             if key in chunks
         }
-    except Exception as error:  # pickle and what it restores raise of every kind
+    except Exception as error:  # pickle, and the objects that it restores, may raise anything
         raise MegapruneError(f"{path} is damaged, or no checkpoint's metadata ({error}): save it again") from error
 
 
 class _Plain:
-    """Stands for any of the format's classes: its fields, or what else it was pickled as."""
+    """Stand-in for any of the format's classes: its fields, or the other state that was pickled."""
 
     def __init__(self, *state: Any) -> None:
         self.state = state

@@ -1,7 +1,7 @@
-"""A single tensor as `torch.save` writes it: a zip of its description and its numbers, uncompressed.
+"""Single tensor as `torch.save` writes it: an uncompressed zip of its description and its values.
 
-Written and read here without torch, which takes a second to load: what goes around the numbers follows from shape and
-dtype. Like `torch.save` under `skip_data`, this takes no checksum of the numbers, and readers look for none.
+It is written and read here without torch, whose import takes a second: the bytes around the values follow from shape
+and dtype. Like `torch.save` under `skip_data`, this computes no checksum of the values, and readers expect none.
 """
 
 import io
@@ -32,10 +32,10 @@ _LARGE = 0xFFFFFFFF  # from here on a size has its place in the extra field of z
 
 
 def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
-    """The bytes that `torch.save` writes before and behind the numbers of a contiguous tensor.
+    """Return the bytes that `torch.save` writes before and after the values of a contiguous tensor.
 
     Args:
-        dtype: as safetensors names it.
+        dtype: name of the dtype in safetensors.
     """
     before, directory, count = _begun(_description(shape, dtype))
     # last, so that no other entry lies behind 4 GB
@@ -46,13 +46,13 @@ def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
 
 
 def saved_plain(value: Any) -> bytes:
-    """The bytes that `torch.save` makes of numbers, strings and dicts of them."""
+    """Return the bytes that `torch.save` writes for numbers, strings and dicts of them."""
     content, directory, count = _begun(pickle.dumps(value, 2))
     return content + directory + _end(len(content), len(directory), count)
 
 
 def _begun(description: bytes) -> tuple[bytes, bytes, int]:
-    """The entries that come first, their directory, and how many they are."""
+    """Return the first entries, their directory, and their number."""
     entries = {"data.pkl": description, "version": b"3\n", "byteorder": b"little"}
     entries[".storage_alignment"] = str(_ALIGNMENT).encode()
     content, directory = b"", b""
@@ -64,7 +64,7 @@ def _begun(description: bytes) -> tuple[bytes, bytes, int]:
 
 
 def _end(start: int, length: int, count: int) -> bytes:
-    """The end of a zip, whose directory of so many entries lies at `start`."""
+    """Return the end of a zip whose directory of `count` entries starts at `start`."""
     end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
     end += struct.pack("<4sIQI", b"PK\6\7", 0, start + length, 1)
     end += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, length, min(start, _LARGE), 0)
@@ -72,13 +72,13 @@ def _end(start: int, length: int, count: int) -> bytes:
 
 
 def data_offset(file: FileIO, start: int, length: int, shape: tuple[int, ...], num_bytes: int) -> int:
-    """The beginning of a tensor's numbers, counted from the first byte of what `torch.save` wrote.
+    """Return the offset of a tensor's values from the first byte that `torch.save` wrote.
 
     Args:
-        start: of what `torch.save` wrote in the file; it has `length` bytes.
+        start: position in the file of the first of the `length` bytes that `torch.save` wrote.
 
     Raises:
-        Exception: of any kind, where something else lies there.
+        Exception: of any kind, if the bytes are something else.
     """
     window = _Window(file, start, length)
     with zipfile.ZipFile(window) as saved:
@@ -94,7 +94,7 @@ def data_offset(file: FileIO, start: int, length: int, shape: tuple[int, ...], n
 
 
 def _description(shape: Sequence[int], dtype: str) -> bytes:
-    """The pickle of a call to torch's `_rebuild_tensor_v2`."""
+    """Return the pickle of a call to torch's `_rebuild_tensor_v2`."""
     storage = f"(X\7\0\0\0storagectorch\n{_STORAGES[dtype]}\nX\1\0\0\x000X\3\0\0\0cpu".encode()
     storage += _int(math.prod(shape)) + b"tQ"
     arguments = storage + _int(0) + _ints(shape) + _ints(_strides(shape)) + b"\x89ccollections\nOrderedDict\n)R"
@@ -132,14 +132,14 @@ def _listed(name: str, checksum: int, size: int, offset: int) -> bytes:
 
 
 def _entry_offset(window: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
-    """The beginning of an entry's bytes, behind its header, its name and what pads them."""
+    """Return the offset of an entry's bytes, after its header, name and padding."""
     window.seek(entry.header_offset)
     header = window.read(30)
     return entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles offset, shape and strides of the one tensor that `torch.save` wrote, without its numbers."""
+    """Unpickler of offset, shape and strides of the one tensor that `torch.save` wrote, without its values."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -155,7 +155,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """Part of a file as a file object."""
 
     def __init__(self, file: FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

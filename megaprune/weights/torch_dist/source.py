@@ -1,4 +1,4 @@
-"""The HF tensors of a Megatron-Core checkpoint, under the names that an HF folder would have them under."""
+"""HF tensors of a Megatron-Core checkpoint, under the names of an HF folder."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", UNREAD)
 OUTPUT_KEY = "output_layer.weight"
 _PADDED_KEYS = ("embedding.word_embeddings.weight", OUTPUT_KEY)
-_MOST_PADDING = 128 * 1024  # of the vocabulary: Megatron pads to a multiple of 128 times the tensor-parallel size
+_MOST_PADDING = 128 * 1024  # vocabulary padding: Megatron pads to a multiple of 128 times the tensor-parallel size
 
 
 class CheckpointSource(TensorSource):
-    """A checkpoint in the place of an HF folder: every name, shape, dtype and number that the export of it would have.
+    """Checkpoint with the interface of an HF folder: the names, shapes, dtypes and values that its export would have.
 
-    The checkpoint may have been saved at any layout: chunks are put together as they are read.
+    The checkpoint may have been saved at any layout: chunks are assembled while they are read.
 
     Raises:
-        MegapruneError: the folder is no checkpoint with an HF model's config, or lacks a tensor.
+        MegapruneError: the folder is not a checkpoint with an HF model's config, or lacks a tensor.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,11 +81,11 @@ class CheckpointSource(TensorSource):
         self._fused: tuple[str, list[Tensor]] = "", []
 
     def lies_in_one_chunk(self, name: str) -> bool:
-        """Return whether its bytes need only be moved."""
+        """Return whether a tensor's bytes can be copied from one chunk."""
         return self._found_in(self._pieces[name][0]) is not None
 
     def ranges_of(self, reader: ChunkReader, name: str) -> list[Range] | None:
-        """The tensor's byte ranges as `ranges` gives them, in files that the caller's own reader has open."""
+        """Return the tensor's byte ranges as `ranges` does, in files that the given reader has open."""
         piece, number = self._pieces[name]
         found, dtype = self._found_in(piece), self._stored[piece.key].dtype
         if found is None:
@@ -94,34 +94,34 @@ class CheckpointSource(TensorSource):
         return [whole.part(*run) for run in piece.runs(number, self._arch, ITEM_BYTES[dtype])]
 
     def read_from(self, reader: ChunkReader, name: str, buffer: Buffer) -> Tensor:
-        """A whole tensor, through a reader of the caller's own and in its memory."""
+        """Return a whole tensor, read by the given reader into the given memory."""
         piece, number = self._pieces[name]
         chunk = self._read_piece(piece, reader, buffer)
         return piece.split(chunk, self._arch)[number].reshape(self._shapes[name])
 
     @property
     def all_names(self) -> Collection[str]:
-        """Every tensor's name, in the checkpoint's order."""
+        """Return the names of all tensors, in the checkpoint's order."""
         return self._pieces.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the tensor has in an HF folder."""
+        """Return the shape of a tensor in an HF folder."""
         self.file(name)
         return self._shapes[name]
 
     def stored_dtype_name(self, name: str) -> str:
-        """The stored dtype as safetensors names it."""
+        """Return the stored dtype by its safetensors name."""
         self.file(name)
         return self._stored[self._pieces[name][0].key].dtype
 
     def file(self, name: str) -> Path:
-        """The checkpoint, which holds every tensor."""
+        """Return the checkpoint, which contains every tensor."""
         if name not in self._pieces:
             raise MegapruneError(f"{self.folder} lacks the tensor {self.shown(name)}: the checkpoint is incomplete")
         return self._folder
 
     def ranges(self, name: str) -> list[Range] | None:
-        """The byte ranges of a tensor, one behind the other; None where they lie in several chunks."""
+        """Return the byte ranges that make up a tensor, in order; None if they are scattered over several chunks."""
         return self.ranges_of(self._reader, name)
 
     def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
@@ -133,25 +133,25 @@ class CheckpointSource(TensorSource):
 
     def _whole(self, name: str) -> Tensor:
         piece, number = self._pieces[name]
-        if len(piece.hf) > 1:  # query, key and value are asked for one after the other
+        if len(piece.hf) > 1:  # query, key and value are requested one after the other
             if self._fused[0] != piece.key:
                 self._fused = piece.key, piece.split(self._read_piece(piece, self._reader, Buffer()), self._arch)
             return self._fused[1][number]
         return self._read_piece(piece, self._reader, Buffer()).reshape(self._shapes[name])
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor; where it has a chunk of its own, no others are read."""
+        """Return rows of a tensor. If it has its own chunk, only these rows are read."""
         piece, _ = self._pieces[name]
         if len(piece.hf) > 1:
             return self._whole(name)[start:stop]
-        row = len(piece.shape) - len(self._shapes[name])  # behind the dimension of the experts
+        row = len(piece.shape) - len(self._shapes[name])  # after the dimension of the experts
         offset, shape = list(piece.offset), list(piece.shape)
         offset[row], shape[row] = offset[row] + start, stop - start
         rows = replace(piece, offset=tuple(offset), shape=tuple(shape))
         return self._read_piece(rows, self._reader, Buffer()).reshape(stop - start, *self._shapes[name][1:])
 
     def _hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all HF tensors that the checkpoint holds."""
+        """Return the shapes of all HF tensors in the checkpoint."""
         names = [name for rule in self.family.rules(self.config) for name in rule.hf]
         shapes = hf_shapes(names, self._arch)
         num_mtp = sum(key.startswith("mtp.") and key.endswith(".eh_proj.weight") for key in self._stored)
@@ -163,7 +163,7 @@ class CheckpointSource(TensorSource):
         return shapes | raw
 
     def _holds(self, piece: Piece) -> bool:
-        """Return whether the checkpoint has the piece's tensor. Its vocabulary may be padded."""
+        """Return whether the checkpoint contains the piece's tensor, whose vocabulary may be padded."""
         stored = self._stored.get(piece.key)
         if stored is None or stored.size == piece.size:
             return stored is not None
@@ -171,8 +171,8 @@ class CheckpointSource(TensorSource):
         return padded and 0 < stored.size[0] - piece.size[0] < _MOST_PADDING
 
     def _found_in(self, piece: Piece) -> tuple[Chunk, int] | None:
-        """The chunk that holds the piece's numbers one behind the other, and their beginning in its order."""
-        # as a rule the piece is a chunk itself; a look at each of hundreds of experts' would cost their square
+        """Return the chunk that contains the piece's values contiguously, and their offset in it."""
+        # usually the piece is a chunk itself; comparing all pairs of hundreds of experts would be quadratic
         same = self._chunks.get((piece.key, piece.offset))
         for chunk in (same,) if same else self._stored[piece.key].chunks:
             start = _start_in(chunk, piece)
@@ -206,7 +206,7 @@ class CheckpointSource(TensorSource):
 
 
 def _start_in(chunk: Chunk, piece: Piece) -> int | None:
-    """The beginning of the piece's numbers in the chunk's order; None unless all lie there, one behind the other."""
+    """Return the offset of the piece's values in the chunk; None unless the chunk contains all of them contiguously."""
     start, stride, cut = 0, 1, False
     for axis in reversed(range(len(piece.shape))):
         length, skipped = piece.shape[axis], piece.offset[axis] - chunk.offset[axis]

@@ -1,4 +1,4 @@
-"""Models to convert, in parts so small that there are several."""
+"""Models to convert, in parts small enough that there are several."""
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ def small_parts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
-    """Gives a model's folder: of the families, or with MTP, and in several files where that matters."""
+    """Return a function that gives a model's folder: a family's model, or one with MTP, in several files if that
+    matters.
+    """
     made = {}
 
     def get(name):

@@ -1,5 +1,6 @@
-"""Runs a conversion to OUT, and others that kill themselves to OUT-SHARE, when such a share of their steps is done:
-`kill_worker.py VERB IN OUT SHARE...`."""
+"""Conversion to OUT, and others that kill themselves to OUT-SHARE when this share of their steps is done:
+`kill_worker.py VERB IN OUT SHARE...`.
+"""
 
 import os
 import signal
@@ -16,14 +17,14 @@ FLAGS = {"import": ("--hf-model", "--megatron-path"), "export": ("--megatron-pat
 
 
 def convert(verb: str, given: str, out: str, extra: tuple[str, ...] = ()) -> tuple[int, str | None]:
-    """A conversion in parts small enough that there are several."""
+    """Run a conversion in parts small enough that there are several."""
     import_hf._PART_BYTES = 30_000
     size = ("--max-shard-size", "30KB") if verb == "export" else ()
     return cli.attempt("convert", [verb, FLAGS[verb][0], given, FLAGS[verb][1], out, "--workers", "1", *size, *extra])
 
 
 def count_steps(die_at: int | None = None) -> list[int]:
-    """Counts steps of a conversion: a tensor is written, or a file gets its name. Has this process die at one."""
+    """Count the steps of a conversion: each written tensor and each renamed file. Kill this process at one of them."""
     done = [0]
 
     def counted(function):
@@ -53,7 +54,7 @@ def in_a_process(work) -> int:
 
 
 def whole(verb: str, given: str, out: str) -> None:
-    """Writes the number of steps beside the result."""
+    """Write the number of steps beside the result."""
     steps = count_steps()
     assert convert(verb, given, out) == (0, None)
     Path(out + ".steps").write_text(str(steps[0]))

@@ -1,4 +1,4 @@
-"""HF to a Megatron-Core checkpoint and back: the same bits, whoever does the work and however often it is cut short."""
+"""HF to a Megatron-Core checkpoint and back: the same bits for any number of workers and interruptions."""
 
 import errno
 import json
@@ -81,7 +81,7 @@ def test_dtype(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def fp8(models, tmp_path_factory):
-    """An FP8 model whose scales lie in another file than their weights, and what its weights are in bf16."""
+    """FP8 model whose scales are in another file than their weights, and its weights in bf16."""
     model, out = models("deepseek_v3"), tmp_path_factory.mktemp("fp8") / "model"
     generator = torch.Generator().manual_seed(2)
     tensors, scales, expected = tiny.read_tensors(model), {}, {}
@@ -169,7 +169,7 @@ def test_verify_tells_what_differs(models, tmp_path, capsys):
 
 
 def test_chunks_of_any_layout_are_put_together(models, tmp_path):
-    """As a checkpoint that Megatron-Core saved at TP 2, its vocabulary padded."""
+    """The checkpoint looks like one that Megatron-Core saved at TP 2, with a padded vocabulary."""
     model, out = models("qwen3"), tmp_path / "m"
     done("import", "--hf-model", model, "--megatron-path", out)
     source = CheckpointSource(out)

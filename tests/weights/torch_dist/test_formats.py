@@ -1,4 +1,4 @@
-"""What is written without torch is what torch writes and reads."""
+"""Files written without torch equal those that torch writes, and torch reads them."""
 
 import io
 import pickle

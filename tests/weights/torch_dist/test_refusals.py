@@ -1,4 +1,4 @@
-"""Conversions of what can't be converted: refused in one line, with nothing left behind and nothing lost."""
+"""Impossible conversions are refused with one line; nothing is left behind and nothing is lost."""
 
 import json
 import os

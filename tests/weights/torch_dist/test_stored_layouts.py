@@ -1,5 +1,6 @@
-"""Experts in stacks, names without a prefix, embeddings tied or not: read as transformers reads them, by `convert` and
-by surgery, and given back as they were stored."""
+"""Stacked experts, names without a prefix, embeddings tied or not: read as in transformers, by `convert` and by
+surgery, and written in the same layout.
+"""
 
 import json
 import tracemalloc
@@ -35,7 +36,7 @@ def surgery(model, run, layers="1,3", *flags):
 
 
 def without(model, layers):
-    """What surgery by hand leaves of a model's tensors."""
+    """Return the expected tensors of a model without some layers."""
     kept = [n for n in range(stored.config_of(model)["num_hidden_layers"]) if n not in layers]
     found = {}
     for name, tensor in tiny.read_tensors(model).items():
@@ -140,7 +141,7 @@ def test_plan_counts_what_is_stored(stored_model, tmp_path):
 
 
 def refused(model, said, tmp_path):
-    """Import and surgery refuse in the same line, and write nothing."""
+    """Check that import and surgery refuse with the same line and write nothing."""
     status, line = convert("import", "--hf-model", model, "--megatron-path", tmp_path / "m")
     assert status == 1 and said in line and "\n" not in line, line
     words = ["--hf-model", model, "--save", tmp_path / "run", "--method", "manual", "--prune-layers", "1"]
@@ -201,7 +202,7 @@ def test_names_of_another_scheme_are_shown(tiny_model, tmp_path):
 
 
 def test_a_stack_is_read_by_slices(stored_model, monkeypatch):
-    """One expert is asked for, and no more is read."""
+    """Reading one expert must not read others."""
     source = HFSource(stored_model("qwen3_moe_stacked"))
     whole = tiny.read_tensors(source.folder)["model.layers.2.mlp.experts.gate_up_proj"]
     read, plain = [], reader.read_into
@@ -214,7 +215,7 @@ def test_a_stack_is_read_by_slices(stored_model, monkeypatch):
 
 
 def test_memory_of_surgery_does_not_grow_with_a_stack(tmp_path):
-    """Experts are written one by one, and stacks put together by blocks of bytes."""
+    """Experts are written one by one, and stacks are assembled from blocks of bytes."""
     experts, layout = {}, StoredLayout(stacks=frozenset({STACK}))
     for expert in range(4):
         for half in ("gate", "up"):
