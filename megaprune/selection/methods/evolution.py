@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _GENERATIONS = 40
 
 
-@register("evolution", calibrated=True, description="mutations that swap layers, sifted by KL (DarwinLM, EvoPress)")
+@register("evolution", calibrated=True, description="mutations that swap layers, selected by KL (DarwinLM, EvoPress)")
 def evolution(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, seed: int) -> list[int]:
     """Start from the choice by block influence, and swap layers as long as this lowers the KL."""
     from megaprune.selection.one_shot import top_layers

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megaprune.selection.evaluator import Evaluator
 
 
-@register("kl-init", calibrated=True, description="KL without each layer: the scores that e3 starts from")
+@register("kl-init", calibrated=True, description="KL without each layer: the initial scores of e3")
 def kl_init(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, mask_init_scale: float) -> Choice:
     """Keep the layers whose removal, one at a time, changes the model's predictions most."""
     from megaprune.selection.initial_scores import scores_from_kl

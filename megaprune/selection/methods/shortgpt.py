@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     "shortgpt",
     aliases=["minitron"],
     calibrated=True,
-    description="block influence: how much a layer turns the hidden states (ShortGPT, Minitron)",
+    description="block influence: 1 - cos(input, output) of each layer (ShortGPT, Minitron)",
 )
 def shortgpt(evaluator: "Evaluator", budget: Budget, protected: Set[int]) -> Choice:
     """Keep the layers with the highest mean over tokens of 1 - cos(input, output)."""
