@@ -54,7 +54,7 @@ def taylor_importance(
         for parameter in model.parameters():
             parameter.__dict__.pop("main_grad", None)
             parameter.grad = None
-        del wrappers
+        del wrapper, wrappers
     return parallel.sum_over_all(sums).float()
 
 

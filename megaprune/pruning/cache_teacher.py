@@ -194,11 +194,11 @@ class _Caching:
 
                 def keep(targets: TeacherTargets, number: int) -> None:
                     windows = [window for window in batches[number].sample_ids if window != PADDING_ID]
-                    if writes and windows:
+                    if file is not None and windows:
                         file.add(windows, _on_cpu(targets, len(windows)))
 
                 self._forward(batches, keep, advance)
-                if writes:
+                if file is not None:
                     file.close()
         except MegapruneError as met:
             error = met
