@@ -53,7 +53,7 @@ def measure(options: InferenceOptions) -> Result:
     return {
         "benchmark": "inference",
         "settings": asdict(options),
-        "environment": environment(device.NAME, 1),
+        "environment": environment(device.model_name(), 1),
         "cases": _cases(options),
     }
 

@@ -75,7 +75,7 @@ def measure(options: TeacherCacheOptions) -> Result:
     return {
         "benchmark": "teacher-cache",
         "settings": asdict(options),
-        "environment": environment(device.NAME, 1),
+        "environment": environment(device.model_name(), 1),
         **measured,
     }
 

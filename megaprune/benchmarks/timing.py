@@ -19,7 +19,7 @@ Result = dict[str, Any]
 def environment(device_name: str, processes: int) -> dict[str, Any]:
     """Return the device, processes, threads and versions behind a result."""
     return {
-        "device": torch.cuda.get_device_name() if device_name == "cuda" else device_name,
+        "device": device_name,
         "processes": processes,
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -33,7 +33,7 @@ def measure(options: TrainStepOptions) -> Result:
     result: Result = {
         "benchmark": "train-step",
         "settings": asdict(options),
-        "environment": environment(device.NAME, parallel.world_size()),
+        "environment": environment(device.model_name(), parallel.world_size()),
         "cases": records,
     }
     parallel.finish()

@@ -67,6 +67,8 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
             module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except RunStopped:
         return 0, None
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT, f"{verb}: interrupted; the same command continues a run from its last checkpoint"
     except MegapruneError as error:
         return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
     except Exception as error:

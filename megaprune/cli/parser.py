@@ -15,7 +15,8 @@ from megaprune.utils.errors import UsageError
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    # argparse overloads by namespace, which no caller here gives.
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse words that must all be known; suggest the flag that an unknown one resembles."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:

@@ -56,7 +56,7 @@ def _hf_config(config: Config) -> dict[str, Any]:
     from megaprune.weights.torch_dist.source import CheckpointSource
 
     model = config.model
-    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.hf_model, config_only=True)
+    folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.given, config_only=True)
     found = read_hf_config(folder)
     if not found.get("tie_word_embeddings"):
         return found

@@ -26,6 +26,11 @@ _FACTORIES = [
 ]
 
 
+def model_name() -> str:
+    """Return the name of the device."""
+    return NAME
+
+
 def bind_local_device(local_rank: int) -> None:
     """Do nothing: all processes of a host share its CPU."""
 

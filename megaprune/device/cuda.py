@@ -12,6 +12,11 @@ def prepare_megatron() -> None:
     """Do nothing: Megatron-Core runs on CUDA without patches."""
 
 
+def model_name() -> str:
+    """Return the name of the GPU model."""
+    return torch.cuda.get_device_name()
+
+
 def bind_local_device(local_rank: int) -> None:
     """Make ``cuda:local_rank`` the device of this process."""
     torch.cuda.set_device(local_rank)

@@ -278,7 +278,10 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
         )
     plan = CachePlan(CacheKey(**record["key"]), record["top_k"], record["computed_in"])
     if record["windows_per_shard"] != plan.windows_per_shard or record["block_bytes"] != plan.layout.num_bytes:
-        raise MegapruneError(f"{path} describes other shards than are made here: make the cache anew")
+        raise MegapruneError(
+            f"{path} was written with other shards ({record['windows_per_shard']} windows of {record['block_bytes']} "
+            f"bytes each, now {plan.windows_per_shard} of {plan.layout.num_bytes}): make the cache again"
+        )
     return plan, [shard["checksum"] for shard in record["shards"]]
 
 

@@ -98,7 +98,7 @@ def _report(run: RunContext) -> Report:
         tokens_seen=run.progress.iteration * options.tokens_per_iteration,
         seed=options.training.seed,
         stages=run.progress.stages,
-        valid=run.progress.valid,
+        valid={model: dict(measured) for model, measured in run.progress.valid.items()},
         seq_length=options.data.seq_length,
         candidates=run.progress.candidates,
     )

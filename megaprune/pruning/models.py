@@ -83,7 +83,7 @@ class Models:
         if distillation.loss == "ce":
             return None
         if self.student_stays_whole:
-            assert student is not None, "a student that teaches itself comes before its teacher"
+            assert student is not None  # the teacher is made of it
             return SelfTeacher(student.ddp, self.gate, self.shard, distillation.top_k)
         if self._teacher_cache is not None:
             return CachedTeacher(self._teacher_cache)

@@ -43,7 +43,7 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
     return LayerScores(
         method=options.selection.name,
         num_layers=num_layers,
-        scores=scores,
+        scores=None if scores is None else list(scores),
         kept_layers=kept if chooses else None,
         pruned_layers=sorted(set(range(num_layers)) - set(kept)) if chooses else None,
         candidates=candidates if chooses else [],

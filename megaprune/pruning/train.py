@@ -24,6 +24,7 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         selection.budget, selection.protected, training.search_iters, selection.method_options, scores
     )
     if run.resume_from is not None:
+        assert progress.selector is not None  # every checkpoint of a search holds it
         selector.load_state_dict(progress.selector)
     objective = _objective(run, teacher)
     for iteration in range(progress.iteration, training.search_iters):

@@ -46,7 +46,8 @@ def gumbel_topk_mask(
         return hard, hard.clone()
 
     largest = max(budget.costs)
-    prices, room = torch.tensor(budget.costs, dtype=dtype) / largest, limit / largest
+    prices = torch.tensor(budget.costs, dtype=dtype) / largest
+    room: Tensor | float = limit / largest
     soft = torch.zeros_like(perturbed)
     while True:
         share = torch.softmax(perturbed / temperature, dim=0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.progress import say
 from megaprune.utils.ranks import raise_together, rank
 
 LOCK_NAME = ".lock"  # in an output folder that exists during the work
@@ -134,7 +135,7 @@ class _Lock:
                 return mine  # flocks work within one kernel, including its containers
             if holder.get("namespace") == _namespace():
                 return holder.get("started") != _start_of(holder.get("pid"))
-        print(f"{self._what}: watching for {WATCH_SECONDS:.0f} s whether {_who(holder)} still runs", flush=True)
+        say(f"{self._what}: watching for {WATCH_SECONDS:.0f} s whether {_who(holder)} still runs")
         return not self._beats()
 
     def _beats(self) -> bool:

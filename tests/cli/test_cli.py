@@ -113,6 +113,13 @@ def test_verbs_get_their_words_and_the_command_line(main, monkeypatch):
     assert got == [["--save", "a folder"], "megaprune prune --save 'a folder'"]
 
 
+def test_ctrl_c_ends_in_one_line(main, monkeypatch):
+    monkeypatch.setattr(prune, "run", verb_that_raises(KeyboardInterrupt()))
+    status, out, err = main("prune", [])
+    assert (status, out, err.count("\n")) == (130, "", 1)
+    assert err.startswith("prune: interrupted")
+
+
 def test_other_exceptions_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(prune, "run", verb_that_raises(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
