@@ -11,6 +11,7 @@ RULES = {
     # what is looked for, where it may stand, and exceptions: scripts that a benchmark hands to another process
     "command-line words": (r"\bsys\.argv\b", ("cli",), ("benchmarks/convert.py",)),
     "which device this is": (r"\btorch\.cuda\b|\bis_available\(", ("device",), ()),
+    "how a model is made of chunks and layers": (r"\.decoder\.|\blayer_number\b|\.scheduled\b", ("mcore",), ()),
     "printing": (r"(?<![\w.\"'])print\(", ("cli",), ("utils/failure.py", "benchmarks/convert.py")),
     "ending the process": (
         r"\bsys\.exit\b|\bos\._exit\b|\bSystemExit\b",

@@ -25,6 +25,7 @@ from megaprune.mcore.builder import EngineOptions, build_model, in_half_precisio
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import Architecture
 from megaprune.pruning.step import search_step, train_step
 from megaprune.selection.budget import Budget
@@ -133,7 +134,7 @@ class StepCases:
             self._trainers[case.kind] = _TimedTrainer(model, self._engine, _optimizer_options(self._rounds))
         return self._trainers[case.kind]
 
-    def _model(self, arch: Architecture, gate: LayerGate | None) -> torch.nn.Module:
+    def _model(self, arch: Architecture, gate: LayerGate | None) -> PipelineModel:
         model = build_model(arch, [arch.num_layers], self._engine, gate)
         _initialize(model)
         return model
@@ -268,7 +269,7 @@ def _random_batch(vocab_size: int, micro_batch_size: int, seq_length: int) -> Ba
 
 
 @torch.no_grad()
-def _initialize(model: torch.nn.Module) -> None:
+def _initialize(model: PipelineModel) -> None:
     """Initialize weights as of a new model: normal(0, 0.02), norms 1."""
     generator = torch.Generator().manual_seed(parallel.tensor_parallel().rank)
     for parameter in model.parameters():

@@ -27,6 +27,7 @@ from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.utils.errors import UsageError
 from megaprune.utils.text import aligned
 from megaprune.weights.hub import resolve_hf_model
@@ -174,7 +175,7 @@ def _read(folder: Path, plan: CachePlan, micro_batch_size: int) -> float:
     return time.perf_counter() - start
 
 
-def _encodings(teacher: torch.nn.Module, batches: list, plan: CachePlan, shard: VocabShard) -> list[dict[str, Any]]:
+def _encodings(teacher: PipelineModel, batches: list, plan: CachePlan, shard: VocabShard) -> list[dict[str, Any]]:
     """Return the error of the loss per encoding and student: the maximum over tokens, and of the mean."""
     errors: dict[tuple[str, str], list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from megaprune.distillation.losses import (
@@ -16,6 +15,7 @@ from megaprune.distillation.losses import (
     distillation_loss,
 )
 from megaprune.distillation.teachers import Teacher
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.schedule import LossTokens, MicroBatch
 from megaprune.utils.errors import MegapruneError
 
@@ -37,7 +37,7 @@ class Objective(Protocol):
     def token_losses(self, logits: Tensor, tokens: LossTokens, targets: Any) -> Tensor:
         """Return the losses [s, b] of the logits [s, b, vocab / tp]; differentiable."""
 
-    def watching(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+    def watching(self, model: PipelineModel) -> AbstractContextManager[None]:
         """Return the block in which the step's passes run; losses on hidden states hook the layers in it."""
         return nullcontext()
 

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
 from megaprune import device
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import TeacherTargets, VocabShard, teacher_targets
 from megaprune.mcore import parallel
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import adapters_off
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.schedule import MicroBatch, forward
 from megaprune.models import Architecture
 from megaprune.models.shards import padded_vocab_size
@@ -40,7 +39,7 @@ class OnlineTeacher:
     Its pass is forward only, and keeps the top k, the logsumexp and the entropy of its logits.
     """
 
-    def __init__(self, model: torch.nn.Module, shard: VocabShard, top_k: int) -> None:
+    def __init__(self, model: PipelineModel, shard: VocabShard, top_k: int) -> None:
         self._model = model.requires_grad_(False)
         self._shard = shard
         self._top_k = top_k
@@ -56,7 +55,7 @@ class SelfTeacher:
     For a student that trains adapters only and whose pruned layers stay in memory.
     """
 
-    def __init__(self, student: torch.nn.Module, gate: LayerGate, shard: VocabShard, top_k: int) -> None:
+    def __init__(self, student: PipelineModel, gate: LayerGate, shard: VocabShard, top_k: int) -> None:
         self._student = student
         self._gate = gate
         self._shard = shard

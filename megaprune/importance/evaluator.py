@@ -13,6 +13,7 @@ from megaprune.distillation.losses import VocabShard, cross_entropy
 from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
 from megaprune.mcore.gradients import taylor_importance
 from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.selection.budget import Budget
 from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import masks_of, sets_without_each, shared_cost
@@ -38,7 +39,7 @@ class LayerEvaluator:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PipelineModel,
         gate: LayerGate,
         windows: Callable[[int, int], Sequence[Batch]],
         num_windows: int,

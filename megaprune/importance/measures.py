@@ -1,7 +1,6 @@
 """Forward passes that measure a model without changing it: validation loss, and losses with some layers masked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,14 +8,15 @@ from torch import Tensor
 from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import LayerGate, frozen, transformer_layers
+from megaprune.mcore.layers.gated import LayerGate, frozen
 from megaprune.mcore.layers.linear_patch import hadamard
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import shared_order
 from megaprune.utils.errors import MegapruneError
 
 
-def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> float:
+def mean_loss(model: PipelineModel, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> float:
     """Mean next-token cross-entropy in nats over the tokens that the batches' loss masks count. Collective.
 
     Args:
@@ -38,7 +38,7 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], sh
 
 
 def mask_losses(
-    model: torch.nn.Module,
+    model: PipelineModel,
     gate: LayerGate,
     batches: Sequence[schedule.MicroBatch],
     masks: Tensor,
@@ -86,7 +86,7 @@ def mask_losses(
 
 
 def mask_gradient(
-    model: torch.nn.Module,
+    model: PipelineModel,
     gate: LayerGate,
     batches: Sequence[schedule.MicroBatch],
     mask: Tensor,
@@ -113,7 +113,7 @@ def mask_gradient(
     return mean, grad
 
 
-def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], num_layers: int) -> Tensor:
+def block_influence(model: PipelineModel, batches: Sequence[schedule.MicroBatch], num_layers: int) -> Tensor:
     """Return ShortGPT's block influence (Men et al., 2024): the mean over tokens of 1 - cos(input, output) of each
     layer, in fp32, [num_layers] on the CPU. Collective; the result has the same bits on every rank.
 
@@ -126,20 +126,19 @@ def block_influence(model: torch.nn.Module, batches: Sequence[schedule.MicroBatc
     def before(tokens: schedule.LossTokens) -> None:
         weights[0] = _own_share(tokens.loss_mask, model)
 
-    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        similarity = torch.cosine_similarity(entered.float(), output[0].float(), dim=-1)
-        sums[0, layer.layer_number - 1] += ((1 - similarity) * weights[0]).sum()
-        sums[1, layer.layer_number - 1] += weights[0].sum()
+    def measure(layer: int, entering: Tensor, leaving: Tensor) -> None:
+        similarity = torch.cosine_similarity(entering.float(), leaving.float(), dim=-1)
+        sums[0, layer] += ((1 - similarity) * weights[0]).sum()
+        sums[1, layer] += weights[0].sum()
 
-    with _hooked(model, measure):
+    with model.watched_layers(measure):
         schedule.forward(model, batches, lambda logits, tokens: None, before)
     total, count = parallel.sum_over_all(sums)
     return (total / count).float()
 
 
 def jump_across(
-    model: torch.nn.Module, batches: Sequence[schedule.MicroBatch], first: int, last: int, hidden_size: int
+    model: PipelineModel, batches: Sequence[schedule.MicroBatch], first: int, last: int, hidden_size: int
 ) -> Tensor:
     """Return LinearPatch's d: the factor by which the layers `first` to `last` change the mean magnitude of the hidden
     states, per channel in the Hadamard basis, [hidden_size] fp32 on the CPU. Collective; the result has the same bits
@@ -157,32 +156,22 @@ def jump_across(
     def add(row: int, hidden: Tensor) -> None:
         sums[row] += (hadamard(hidden.float()).abs() * weights[0].unsqueeze(-1)).sum((0, 1))
 
-    def measure(layer: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        if layer.layer_number - 1 == first:
-            add(0, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        if layer.layer_number - 1 == last:
-            add(1, output[0])
+    def measure(layer: int, before_it: Tensor, behind_it: Tensor) -> None:
+        if layer == first:
+            add(0, before_it)
+        if layer == last:
+            add(1, behind_it)
 
-    with _hooked(model, measure):
+    with model.watched_layers(measure):
         schedule.forward(model, batches, lambda logits, tokens: None, before)
     entering, leaving = parallel.sum_over_all(sums)
     return (leaving / entering.clamp_min(torch.finfo(torch.float32).tiny)).float()
 
 
-def _own_share(weights: Tensor, model: torch.nn.Module) -> Tensor:
+def _own_share(weights: Tensor, model: PipelineModel) -> Tensor:
     """Return the part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
     place = parallel.tensor_parallel()
     return weights.chunk(place.size)[place.rank] if model.config.sequence_parallel else weights
-
-
-@contextmanager
-def _hooked(model: torch.nn.Module, measure: Callable[..., None]) -> Iterator[None]:
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in transformer_layers(model)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _total(collected: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megaprune.mcore.hf_weights import (
     gather_over,
     gather_shards,
-    global_name,
     is_first_holder,
     rules_by_parameter,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
 from megaprune.mcore.parallel import all_gather_objects, on_rank0, raise_together
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import Architecture, WeightRule
 from megaprune.models.names import name_in_layer, source_name, without_expert
 from megaprune.utils.disk import explain, one_line
@@ -35,7 +34,9 @@ _PART_BYTES = 10**9
 _Adapters = dict[str, tuple[Tensor, Tensor]]
 
 
-def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layers: Sequence[int] | None = None) -> None:
+def attach_adapters(
+    model: PipelineModel, options: LoRAOptions, seed: int, kept_layers: Sequence[int] | None = None
+) -> None:
     """Freeze an imported model and attach freshly initialized adapters.
 
     Args:
@@ -47,12 +48,12 @@ def attach_adapters(model: GPTModel, options: LoRAOptions, seed: int, kept_layer
     """
     add_adapters(model, options)
     for name, layer in adapted_layers(model).items():
-        initialize_adapter(layer, source_name(global_name(name, model), kept_layers), seed)
+        initialize_adapter(layer, source_name(name, kept_layers), seed)
 
 
 @torch.no_grad()
 def export_adapter(
-    model: GPTModel,
+    model: PipelineModel,
     source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
@@ -106,13 +107,13 @@ def export_adapter(
 
 
 def _hf_adapters(
-    model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None
+    model: PipelineModel, source: TensorSource, model_layers: Sequence[int] | None
 ) -> Iterator[tuple[_Adapters, bool]]:
     """Yield adapters under their HF names in the source, and whether this rank writes them. Collective."""
     arch, rules = source.family.architecture(source.config), rules_by_parameter(source)
     groups: dict[str, list[tuple[WeightRule, Tensor, Tensor]]] = {}
     for name, layer in adapted_layers(model).items():
-        rule = rules[source_name(global_name(f"{name}.weight", model), model_layers)]
+        rule = rules[source_name(f"{name}.weight", model_layers)]
         group = groups.setdefault(without_expert(name), [])
         group.append((rule, layer.lora_a.detach(), layer.lora_b.detach()))
     for group in groups.values():

@@ -21,6 +21,7 @@ from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProd
 from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.rotary import scale_rope, softmax_scale
 from megaprune.models import Architecture
 from megaprune.models.shards import padded_vocab_size
@@ -181,14 +182,14 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
     )
 
 
-def uses_transformer_engine(model: GPTModel) -> bool:
+def uses_transformer_engine(model: PipelineModel) -> bool:
     """Return whether the model was built from Transformer Engine layers."""
     return model.config.transformer_impl == "transformer_engine"
 
 
 def build_model(
     arch: Architecture, stages: Sequence[int], options: EngineOptions, gate: LayerGate | None = None
-) -> GPTModel:
+) -> PipelineModel:
     """Build this rank's part of the model on the run's device, with uninitialized weights.
 
     Args:
@@ -200,7 +201,17 @@ def build_model(
     Raises:
         MegapruneError: the stages do not add up to the model's layers.
     """
-    config = transformer_config(arch, stages, options)
+    chunk = _build_chunk(arch, transformer_config(arch, stages, options), options, gate)
+    expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
+    if len(chunk.decoder.layers) != expected:
+        raise MegapruneError(f"a pipeline stage was built with {len(chunk.decoder.layers)} layers, not {expected}")
+    return PipelineModel([chunk])
+
+
+def _build_chunk(
+    arch: Architecture, config: TransformerConfig, options: EngineOptions, gate: LayerGate | None
+) -> GPTModel:
+    """Build the chunk of this rank on the run's device, with uninitialized weights."""
     model = LogitsModel(
         config,
         _block_spec(config, options.transformer_engine, _LAYERS[gate is not None, arch.sandwich_norm]),
@@ -216,9 +227,6 @@ def build_model(
     scale_rope(model, arch)
     if arch.latent_norm_epsilon is not None:
         _set_latent_epsilon(model, arch.latent_norm_epsilon)
-    expected = stages[parallel_state.get_pipeline_model_parallel_rank()]
-    if len(model.decoder.layers) != expected:
-        raise MegapruneError(f"a pipeline stage was built with {len(model.decoder.layers)} layers, not {expected}")
     for layer in model.decoder.layers if gate is not None else ():
         layer.gate = gate
     if model.pre_process and config.recompute_granularity == "full":
@@ -249,14 +257,12 @@ def _require_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], hidden_s
         hidden_states.requires_grad_()
 
 
-def train_only(model: GPTModel, layers: Collection[int]) -> None:
+def train_only(model: PipelineModel, layers: Collection[int]) -> None:
     """Freeze all weights except those of the given layers, numbered from 0 over all pipeline stages."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for layer in model.decoder.layers:
-        if layer.layer_number - 1 in layers:
-            for parameter in layer.parameters():
-                parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    for number, layer in model.layers():
+        if number in layers:
+            layer.requires_grad_(True)
 
     def with_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         # The schedule sends gradients back through every stage, including stages without trainable weights.
@@ -264,10 +270,11 @@ def train_only(model: GPTModel, layers: Collection[int]) -> None:
             return output
         return output.detach().requires_grad_().clone()  # not a leaf, so that the schedule can free it after sending
 
-    model.register_forward_hook(with_gradient)
+    for chunk in model.chunks:
+        chunk.register_forward_hook(with_gradient)
 
 
-def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Module:
+def in_half_precision(model: PipelineModel, options: EngineOptions) -> PipelineModel:
     """Return the model in Megatron's bf16 wrapper if the run uses bf16, otherwise the model itself.
 
     Only parameters are converted to bf16. Megatron's wrapper also rounds buffers, among them the routers' biases, which
@@ -278,13 +285,14 @@ def in_half_precision(model: GPTModel, options: EngineOptions) -> torch.nn.Modul
         return model
     buffers = [
         (module, name, buffer)
-        for module in model.modules()
+        for chunk in model.chunks
+        for module in chunk.modules()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    wrapped = Float16Module(model.config, model)
+    wrappers = [Float16Module(model.config, chunk) for chunk in model.chunks]
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
-    return wrapped
+    return PipelineModel(model.chunks, wrappers)
 
 
 # (gated, sandwich norms) -> layer class

@@ -25,9 +25,8 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from torch.distributed.checkpoint import CheckpointException
 
 from megaprune.mcore import optimizer_state, parallel
-from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.optimizer import Trainer
-from megaprune.models.names import source_name
+from megaprune.models.names import is_adapter, source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import aside_folder

@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megaprune import device
 from megaprune.mcore import parallel, schedule
-from megaprune.mcore.layers.gated import transformer_layers
+from megaprune.mcore.pipeline_model import PipelineModel
 
 
 def taylor_importance(
-    model: torch.nn.Module,
+    model: PipelineModel,
     batches: Sequence[schedule.MicroBatch],
     weights: Callable[[schedule.LossTokens], Tensor],
     token_losses: Callable[[Tensor, schedule.LossTokens], Tensor],
@@ -35,28 +34,27 @@ def taylor_importance(
         [num_layers] fp32 on the CPU, bitwise identical on every rank.
     """
     config = model.config
-    assert isinstance(config, TransformerConfig)
     before = config.finalize_model_grads_func
     config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
-    )
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    wrappers = [DistributedDataParallel(config, ddp_config, chunk) for chunk in model.scheduled]
     sums = torch.zeros(num_layers, dtype=torch.float64, device=device.torch_device())
     try:
-        wrapped.zero_grad_buffer()
-        schedule.mean_token_loss(wrapped, batches, weights, token_losses)
+        for wrapper in wrappers:
+            wrapper.zero_grad_buffer()
+        schedule.mean_token_loss(PipelineModel(model.chunks, wrappers), batches, weights, token_losses)
         with torch.no_grad():
-            for layer in transformer_layers(model):
+            for number, layer in model.layers():
                 for name, parameter in layer.named_parameters():
                     change = (parameter.float() * parameter.main_grad).abs().sum(dtype=torch.float64)
-                    sums[layer.layer_number - 1] += change / _holders(name, parameter)
+                    sums[number] += change / _holders(name, parameter)
     finally:
         config.finalize_model_grads_func = before
-        # Remove every reference to the wrapper, so that its hooks and gradient buffers are freed.
+        # Remove every reference to the wrappers, so that their hooks and gradient buffers are freed.
         for parameter in model.parameters():
             parameter.__dict__.pop("main_grad", None)
             parameter.grad = None
-        del wrapped
+        del wrapper, wrappers
     return parallel.sum_over_all(sums).float()
 
 

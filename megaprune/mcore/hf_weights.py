@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from megaprune.mcore.builder import uses_transformer_engine
-from megaprune.mcore.layers.lora import is_adapter
 from megaprune.mcore.parallel import (
     all_gather_objects,
     expert_tensor_parallel,
@@ -19,32 +16,14 @@ from megaprune.mcore.parallel import (
     raise_together,
     tensor_parallel,
 )
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import WeightRule
-from megaprune.models.names import source_name, with_expert, with_layer
+from megaprune.models.names import source_name
 from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, WrittenShard, finish_shards
-
-
-def global_weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield this rank's parameters and router biases with their names in the whole model; adapters are left out."""
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
-    for name, weight in chain(model.named_parameters(), buffers):
-        if not is_adapter(name):
-            yield global_name(name, model), weight
-
-
-def global_name(name: str, model: GPTModel) -> str:
-    """Return the name in the whole model of a parameter or module of this rank's part."""
-
-    def first_expert() -> int:
-        local = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        return local * parallel_state.get_expert_model_parallel_rank()
-
-    name = with_layer(name, lambda layer: model.decoder.layers[layer].layer_number - 1)
-    return with_expert(name, lambda expert: first_expert() + expert)
 
 
 def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
@@ -68,7 +47,7 @@ def _tensor_parallel(rule: WeightRule) -> TensorParallel:
 
 
 @torch.no_grad()
-def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[int] | None = None) -> None:
+def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequence[int] | None = None) -> None:
     """Load this rank's parameters from the HF checkpoint; only its slices are read. Collective.
 
     Args:
@@ -83,7 +62,7 @@ def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error = None
     try:
-        for name, parameter in global_weights(model):
+        for name, parameter in model.named_weights():
             rule = rules[source_name(name, kept_layers)]
             shard, hf_name = rule.read(source, arch, _tensor_parallel(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
@@ -102,7 +81,7 @@ def import_weights(model: GPTModel, source: TensorSource, kept_layers: Sequence[
 
 @torch.no_grad()
 def export_weights(
-    model: GPTModel,
+    model: PipelineModel,
     source: TensorSource,
     kept_layers: Sequence[int],
     folder: Path,
@@ -150,7 +129,7 @@ def export_weights(
 
 
 def _hf_tensors(
-    model: GPTModel, source: TensorSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
+    model: PipelineModel, source: TensorSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that this rank writes, with their names in the source. Collective.
 
@@ -158,7 +137,7 @@ def _hf_tensors(
     """
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
-    for name, parameter in global_weights(model):
+    for name, parameter in model.named_weights():
         rule = rules[source_name(name, None if whole else kept_layers)]
         if source.renamed(rule.hf[0], kept_layers) is None:
             continue
@@ -186,7 +165,7 @@ def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torc
 
 
 @torch.no_grad()
-def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: Sequence[int] | None) -> None:
+def round_to_source_dtype(model: PipelineModel, source: TensorSource, model_layers: Sequence[int] | None) -> None:
     """Round the weights to the dtypes of the export, so that the exported model is the one that is measured.
 
     Args:
@@ -195,7 +174,7 @@ def round_to_source_dtype(model: GPTModel, source: TensorSource, model_layers: S
         model_layers: source layers that the model consists of; None means all.
     """
     rules = rules_by_parameter(source, uses_transformer_engine(model))
-    for name, parameter in global_weights(model):
+    for name, parameter in model.named_weights():
         dtype = source.dtype(rules[source_name(name, model_layers)].hf[0])
         parameter.copy_(parameter.to(dtype))
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megaprune.mcore.builder import EngineOptions, in_half_precision
 from megaprune.mcore.layers.lora import adapted_layers
+from megaprune.mcore.pipeline_model import PipelineModel
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Trainer:
         options: optimizer and learning-rate schedule.
     """
 
-    def __init__(self, model: GPTModel, engine: EngineOptions, options: OptimizerOptions) -> None:
+    def __init__(self, model: PipelineModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
         self.adapters_only = bool(adapted_layers(model))
         model.config.finalize_model_grads_func = finalize_model_grads
-        self.ddp = DistributedDataParallel(
-            model.config,
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
             # An overlapped reduction would wait for the gradients of layers whose backward pass is skipped.
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=options.distributed,
-            ),
-            in_half_precision(model, engine),
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=options.distributed,
         )
-        self.ddp.train()
+        self._wrappers = [
+            DistributedDataParallel(model.config, ddp_config, chunk)
+            for chunk in in_half_precision(model, engine).scheduled
+        ]
+        self.ddp = PipelineModel(model.chunks, self._wrappers).train()
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -65,7 +65,7 @@ class Trainer:
                 params_dtype=torch.bfloat16 if engine.bf16 else torch.float32,
                 use_distributed_optimizer=options.distributed,
             ),
-            [self.ddp],
+            self.ddp.scheduled,
         )
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._options = options
@@ -86,7 +86,8 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Clear all gradients; call it before the passes of an iteration."""
-        self.ddp.zero_grad_buffer()
+        for wrapper in self._wrappers:
+            wrapper.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self, iteration: int) -> tuple[float, float | None]:

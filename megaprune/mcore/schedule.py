@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaprune import device
 from megaprune.mcore import parallel
+from megaprune.mcore.pipeline_model import PipelineModel
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class LossTokens:
 
 
 def forward(
-    model: torch.nn.Module,
+    model: PipelineModel,
     batches: Sequence[MicroBatch],
     collect: Callable[[Tensor, LossTokens], T],
     before: Callable[[LossTokens], None] | None = None,
@@ -63,7 +64,7 @@ def forward(
     """Run micro-batches forward without gradients. Collective.
 
     Args:
-        model: this rank's part of the model, or a wrapper of it.
+        model: this rank's part of the model, bare or in wrappers.
         batches: micro-batches of this rank, all of one shape.
         collect: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
             predict.
@@ -82,7 +83,7 @@ def forward(
 
 
 def forward_backward(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
+    model: PipelineModel, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
 
@@ -107,7 +108,7 @@ def forward_backward(
 
 
 def mean_token_loss(
-    model: torch.nn.Module,
+    model: PipelineModel,
     batches: Sequence[MicroBatch],
     weights: Callable[[LossTokens], Tensor],
     token_losses: Callable[[Tensor, LossTokens], Tensor],
@@ -171,13 +172,13 @@ def _forward_step(
     return step
 
 
-def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], step: Any, **kwargs: Any) -> list[Any]:
+def _run(model: PipelineModel, batches: Sequence[MicroBatch], step: Any, **kwargs: Any) -> list[Any]:
     """Run the pipeline schedule over all micro-batches and return the results of the last stage."""
     micro_batch_size, seq_length = batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(range(len(batches))),
-        model=[model],
+        model=model.scheduled,
         num_microbatches=len(batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

@@ -15,6 +15,7 @@ from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.layers.lora import LoRAOptions, add_adapters
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import Architecture
 
 
@@ -116,5 +117,5 @@ def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _bytes(model: torch.nn.Module) -> int:
+def _bytes(model: PipelineModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

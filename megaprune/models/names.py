@@ -14,6 +14,7 @@ _HF_EXPERT = re.compile(r"(?<=\.experts)\.\d+")
 _LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(?=\.)")
 _GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
 _EXPERT_KEY = re.compile(r"^(.+\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
+_ADAPTER = re.compile(r"\.lora_[ab]$")
 _OF_BASE = re.compile(r"^(layers\.\d+\.|embed_tokens\.|norm\.)")
 
 
@@ -52,6 +53,11 @@ def renumbered(name: str, kept_layers: Sequence[int]) -> str | None:
 def is_of_base_model(name: str) -> bool:
     """Return whether an HF name is one of a base model, which lacks the prefix ``model.``."""
     return bool(_OF_BASE.match(name))
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a Megatron name is that of an adapter's parameter."""
+    return bool(_ADAPTER.search(name))
 
 
 def with_layer(name: str, number: Callable[[int], int]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from megaprune.distillation.teachers import vocab_shard
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import stored_data
 from megaprune.pruning.options import CachingOptions
 from megaprune.utils.disk import check_room
@@ -145,7 +145,7 @@ class _Caching:
     many micro-batches: with expert parallelism, every micro-batch needs every rank.
     """
 
-    def __init__(self, options: CachingOptions, plan: CachePlan, dataset: Windows, teacher: torch.nn.Module) -> None:
+    def __init__(self, options: CachingOptions, plan: CachePlan, dataset: Windows, teacher: PipelineModel) -> None:
         self._plan, self._dataset, self._teacher = plan, dataset, teacher
         self._folder = options.work.path
         self._micro_batch_size = options.data.micro_batch_size

@@ -11,6 +11,7 @@ from megaprune.data.batches import Batch
 from megaprune.importance.measures import mean_loss
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.optimizer import Trainer
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
@@ -75,7 +76,7 @@ class RunContext:
         assert self.progress.kept_layers is not None, "the selection comes first"
         return self.progress.kept_layers
 
-    def validate(self, which: str, model: torch.nn.Module) -> None:
+    def validate(self, which: str, model: PipelineModel) -> None:
         """Measure the validation loss of a model, where there is validation data, for the report."""
         if self.valid:
             with self.progress.timed("validation"):

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import VocabShard
 from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher, vocab_shard
@@ -15,6 +13,7 @@ from megaprune.mcore.hf_weights import import_weights, round_to_source_dtype
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import merge_adapters
 from megaprune.mcore.optimizer import Trainer
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.options import RunOptions
 from megaprune.selection.segments import endpoints
 from megaprune.weights.tensor_source import TensorSource
@@ -33,7 +32,7 @@ class Models:
         """Return whether the student keeps its pruned layers, bypassed, because it also serves as the teacher."""
         return self._options.distillation.teacher == "self"
 
-    def original(self, imported: bool = True, gated: bool = True) -> torch.nn.Module:
+    def original(self, imported: bool = True, gated: bool = True) -> PipelineModel:
         """Return the whole model, with or without the gate."""
         options, gate = self._options, self.gate if gated else None
         model = build_model(options.model.arch, options.pipeline.original, options.engine, gate)
@@ -41,7 +40,7 @@ class Models:
             import_weights(model, self._source)
         return model
 
-    def whole_student(self, original: torch.nn.Module | None, saved: Path | None) -> Trainer:
+    def whole_student(self, original: PipelineModel | None, saved: Path | None) -> Trainer:
         """Return the whole model, prepared for training.
 
         Args:
@@ -73,7 +72,7 @@ class Models:
             checkpoint.load(saved, student, None if saved_is_pruned else kept)
         return student
 
-    def teacher(self, student: Trainer | None, original: torch.nn.Module | None = None) -> Teacher | None:
+    def teacher(self, student: Trainer | None, original: PipelineModel | None = None) -> Teacher | None:
         """Return the student's teacher: the student itself, the cache, or the original model, which is imported unless
         it exists already. None for cross-entropy.
 
@@ -96,7 +95,7 @@ class Models:
         merge_adapters(student.model)
         round_to_source_dtype(student.model, self._source, None if self.student_stays_whole else kept)
 
-    def _in_training(self, model: torch.nn.Module, kept: Sequence[int] | None = None) -> Trainer:
+    def _in_training(self, model: PipelineModel, kept: Sequence[int] | None = None) -> Trainer:
         if self._options.lora is not None:
             attach_adapters(model, self._options.lora, self._options.training.seed, kept)
         return Trainer(model, self._options.engine, self._options.optimizer)

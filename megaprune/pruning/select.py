@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from megaprune.data.batches import Batch
 from megaprune.distillation.teachers import Teacher
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
@@ -21,7 +20,7 @@ from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 class Calibration:
     """Evaluation of the original model without some of its layers, on a run's calibration data."""
 
-    def __init__(self, options: RunOptions, data: Data, models: Models, model: torch.nn.Module) -> None:
+    def __init__(self, options: RunOptions, data: Data, models: Models, model: PipelineModel) -> None:
         self._options, self._data, self._models, self._model = options, data, models, model
 
     def evaluator(self, num_windows: int | None = None, skip: int = 0) -> LayerEvaluator:
@@ -103,7 +102,7 @@ def _needs_original(run: RunContext) -> bool:
     return taught or bool(run.valid) or options.training.stitches or options.selection.method.calibrated
 
 
-def _measure_original(run: RunContext, original: torch.nn.Module) -> None:
+def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
     options, progress, selection = run.options, run.progress, run.options.selection
     model = in_half_precision(original, options.engine)

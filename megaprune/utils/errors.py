@@ -5,6 +5,8 @@ class MegapruneError(Exception):
     """A request that can't be fulfilled (exit status 1). The message names the cause and the remedy."""
 
     exit_status = 1
+    # True if every rank raises it: rank 0 then prints the line of a command.
+    on_all_ranks = False
 
 
 class UsageError(MegapruneError):

@@ -75,4 +75,5 @@ def raise_together(error: MegapruneError | None) -> None:
         dist.all_gather_object(errors, error)
     for met in errors:
         if met is not None:
+            met.on_all_ranks = True
             raise met

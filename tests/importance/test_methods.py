@@ -9,7 +9,7 @@ from megaprune.importance.measures import block_influence, jump_across, mask_gra
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
-from megaprune.mcore.layers.gated import LayerGate, transformer_layers
+from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.selection.auto import num_windows
@@ -91,9 +91,7 @@ def test_masks_that_begin_alike_share_their_first_layers(gated, loss):
     masks = torch.stack([mask_of(kept) for kept in sets])
     alone = torch.cat([mask_losses(model, gate, BATCHES, mask[None], shard, loss) for mask in masks])
     runs = []
-    hooks = [
-        layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for layer in transformer_layers(model)
-    ]
+    hooks = [layer.self_attention.register_forward_hook(lambda *_: runs.append(1)) for _, layer in model.layers()]
     together = mask_losses(model, gate, BATCHES, masks, shard, loss)
     for hook in hooks:
         hook.remove()

@@ -111,7 +111,7 @@ def logits(model):
     """Return [s, b, vocab] by the forward schedule, and again with a graph."""
     batch = tiny.make_batch(tiny.random_tokens())
     (by_schedule,) = schedule.forward(model, [batch], lambda logits, _: logits)
-    with_graph = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    with_graph = model.chunks[0](batch.tokens, batch.position_ids, None, labels=batch.labels)
     assert with_graph.requires_grad
     assert torch.equal(with_graph.detach(), by_schedule)
     return by_schedule

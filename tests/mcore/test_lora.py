@@ -13,9 +13,10 @@ from megaprune.mcore.adapters import attach_adapters, export_adapter
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import export_weights, import_weights
 from megaprune.mcore.layers.gated import LayerGate
-from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, adapted_layers, adapters_off, is_adapter, merge_adapters
+from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, adapted_layers, adapters_off, merge_adapters
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.models.names import is_adapter
 from megaprune.pruning.resolve import open_run
 from megaprune.utils.errors import UsageError
 from megaprune.weights.source import HFSource
@@ -98,7 +99,7 @@ def test_original_model_is_seen_with_adapters_off_and_all_layers_on(source):
     without_effect(without)
     gate.bypass({1, 2})
     bypassed = logits(model)
-    mask = torch.ones(len(model.decoder.layers))
+    mask = torch.ones(len(model.layers()))
     mask[1] = 0
     gate.set(mask)
     masked, kept_mask = logits(model), gate.mask
@@ -130,7 +131,8 @@ def test_base_weights_take_no_gradient_and_no_optimizer_memory(source, distribut
         assert torch.equal(weight, before[name]) != is_adapter(name), name
         assert is_adapter(name) or weight.grad is getattr(weight, "main_grad", None) is None, name
         held += weight.numel() if is_adapter(name) else 0
-    buffers = trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers
+    (ddp,) = trainer.ddp.scheduled
+    buffers = ddp.buffers + ddp.expert_parallel_buffers
     assert held <= sum(buffer.grad_data.numel() for buffer in buffers) < 1.1 * held
     states = [
         state for optimizer in trainer.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()

@@ -21,6 +21,7 @@ from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import family_of
 from megaprune.pruning.step import train_step
 
@@ -105,10 +106,11 @@ def measure(lora: bool, teacher: str | None, bf16: bool) -> Memory:
     # the weights that Adam updates: in bf16 a copy in fp32
     held += [weight for optimizer in states for group in optimizer.param_groups for weight in group["params"]]
     weights = list(model.parameters())
+    (ddp,) = trainer.ddp.scheduled
     return Memory(
         weights=size(weights),
         trained=sum(weight.numel() for weight in weights if weight.requires_grad),
-        gradients=size(buffer.grad_data for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers),
+        gradients=size(buffer.grad_data for buffer in ddp.buffers + ddp.expert_parallel_buffers),
         optimizer=size(set(held) - set(weights)),
         teacher=size(beside.parameters()) if beside else 0,
         activations=activations.peak,
@@ -121,7 +123,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def initialized(model: torch.nn.Module) -> torch.nn.Module:
+def initialized(model: PipelineModel) -> PipelineModel:
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)

@@ -44,7 +44,7 @@ def model(request):
 @torch.no_grad()
 def test_layers_follow_the_formula(model):
     hidden = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(1))
-    for layer in model.decoder.layers:
+    for _, layer in model.layers():
         attended = hidden + layer.post_attention_layernorm(
             layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)[0]
         )

@@ -14,14 +14,13 @@ from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import (
     export_weights,
     gather_over_tensor_parallel,
-    global_name,
-    global_weights,
     import_weights,
 )
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
+from megaprune.mcore.pipeline_model import global_name
 from megaprune.models.sizes import layer_costs, output_cost
 from megaprune.pruning.step import search_step
 from megaprune.selection.budget import Budget
@@ -65,11 +64,13 @@ def load_by_the_core(hf_model: str, megatron_path: str, sizes: dict[str, Any]) -
     for name, entry in loaded.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
         if not name.endswith("_extra_state"):
             # The model has local layers, the checkpoint the keys of Transformer Engine's. Keys of experts are equal.
-            entry.key = keys.get(global_name(name, loaded), entry.key) if ".experts." not in name else entry.key
+            entry.key = (
+                keys.get(global_name(name, loaded.chunks[0]), entry.key) if ".experts." not in name else entry.key
+            )
             wanted[name] = entry
     loaded.load_state_dict(dist_checkpointing.load(wanted, megatron_path), strict=False)
-    found, count = dict(global_weights(loaded)), 0
-    for name, weight in global_weights(expected):
+    found, count = dict(loaded.named_weights()), 0
+    for name, weight in expected.named_weights():
         rows = min(len(weight), arch.vocab_size) if "embedding" in name or "output_layer" in name else len(weight)
         if sizes.tensor == 1:
             assert torch.equal(found[name][:rows], weight[:rows]), name

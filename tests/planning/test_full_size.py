@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, build_model, check_parallel_sizes
-from megaprune.mcore.hf_weights import global_weights, rules_by_parameter
+from megaprune.mcore.hf_weights import rules_by_parameter
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.simulation import simulated_rank
 from megaprune.models.names import source_name
@@ -122,11 +122,11 @@ def read_on_every_rank(case):
         with simulated_rank(rank, case.world_size, sizes), device.on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
             model = build_model(model_arch, case.stages, EngineOptions(sizes, bf16=True))
-            assert all(weight.is_meta for _, weight in global_weights(model))
+            assert all(weight.is_meta for _, weight in model.named_weights())
         with simulated_rank(rank, case.world_size, sizes):
             for expert_rank in range(sizes.expert):
                 parallel_state.set_expert_model_parallel_rank(expert_rank)
-                for name, weight in global_weights(model):
+                for name, weight in model.named_weights():
                     rule = rules[source_name(name, case.kept)]
                     if rule.expert or expert_rank == 0:
                         held += read_on_holders(rule, weight, source, arch, sizes)

@@ -190,7 +190,8 @@ def initialize(model):
 
 
 def gradient_bytes(trainer):
-    return sum(buffer.grad_data.nbytes for buffer in (*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers))
+    (ddp,) = trainer.ddp.scheduled
+    return sum(buffer.grad_data.nbytes for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers))
 
 
 def optimizer_bytes(trainer):

@@ -111,7 +111,7 @@ class Mixture(Objective):
         def count(*_):
             self.passes += 1
 
-        hook = model.decoder.layers[0].register_forward_hook(count)
+        hook = model.layers()[0].module.register_forward_hook(count)
         yield
         hook.remove()
 
@@ -124,13 +124,13 @@ def test_a_mixture_with_hooks_is_an_objective_too(source):
     result = train_step(trainer, tiny.uneven_batches([2, 2]), objective, 0)
     alone = step(source, "ce", [2, 2], searching=False)[0]  # the teacher's own divergence is 0
     assert result.loss == pytest.approx(alone.loss / 2, rel=1e-4)
-    assert objective.passes == 2 and not trainer.model.decoder.layers[0]._forward_hooks
+    assert objective.passes == 2 and not trainer.model.layers()[0].module._forward_hooks
 
 
 def test_a_loss_that_is_not_finite_is_refused(source):
     model = build(source)
     with torch.no_grad():
-        model.output_layer.weight[5, 5] = float("nan")
+        model.chunks[0].output_layer.weight[5, 5] = float("nan")
     trainer = trainer_of(model)
     objective = make_objective("ce", "rest", vocab_shard(source.family.architecture(source.config)), None)
     with pytest.raises(MegapruneError, match="the loss is nan at iteration 7"):

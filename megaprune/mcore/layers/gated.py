@@ -13,6 +13,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megaprune.mcore.pipeline_model import PipelineModel
+
 
 class LayerGate:
     """Mask shared by all gated layers of a model. At first there is no mask, and all layers run normally.
@@ -185,7 +187,7 @@ class GatedTransformerLayer(TransformerLayer):
 
 
 @contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
+def frozen(model: PipelineModel) -> Iterator[None]:
     """Compute no gradients of weights within the block; the mask still gets its gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -195,11 +197,6 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def transformer_layers(model: torch.nn.Module) -> list[TransformerLayer]:
-    """Return the transformer layers of the model on this rank, in order."""
-    return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
 def _viewless(out: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprune.mcore.layers.gated import transformer_layers
+from megaprune.mcore.pipeline_model import PipelineModel
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ class LinearPatch:
     def __init__(self, scale: Tensor) -> None:
         self.scale, self.strength = scale, 0.0
 
-    def attach(self, model: torch.nn.Module, layer: int) -> None:
+    def attach(self, model: PipelineModel, layer: int) -> None:
         """Attach the patch before a layer of the model, numbered from 0, if the layer is on this rank."""
-        for module in transformer_layers(model):
-            if module.layer_number - 1 == layer:
+        for number, module in model.layers():
+            if number == layer:
                 module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:

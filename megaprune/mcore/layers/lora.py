@@ -8,7 +8,6 @@ layers, over the expert-tensor-parallel group for routed experts.
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -34,12 +32,13 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megaprune.mcore.layers import mark
+from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.models.names import is_adapter
 
 TARGETS = (
     *("linear_qkv", "linear_proj", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj"),
     *("linear_kv_down_proj", "linear_kv_up_proj", "linear_fc1", "linear_fc2"),
 )
-_ADAPTER = re.compile(r"\.lora_[ab]$")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class _LoRALinear:
 
 
 def _without_adapter(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not _ADAPTER.search(key)}
+    return {key: value for key, value in state.items() if not is_adapter(key)}
 
 
 class LoRAColumnParallelLinear(_LoRALinear, ColumnParallelLinear):
@@ -186,26 +185,22 @@ class LoRARowParallelLinear(_LoRALinear, RowParallelLinear):
 _FORMS = {ColumnParallelLinear: LoRAColumnParallelLinear, RowParallelLinear: LoRARowParallelLinear}
 
 
-def add_adapters(model: GPTModel, options: LoRAOptions) -> None:
-    """Freeze the model and add adapters to the targeted linear layers of its decoder.
+def add_adapters(model: PipelineModel, options: LoRAOptions) -> None:
+    """Freeze the model and add adapters to the targeted linear layers of its transformer layers.
 
     `initialize_adapter` initializes an adapter.
     """
     model.requires_grad_(False)
-    for name, module in list(model.decoder.named_modules()):
-        if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
-            module.__class__ = _FORMS[type(module)]
-            module._attach(options)
+    for layer in model.layers():
+        for name, module in list(layer.module.named_modules()):
+            if name.rpartition(".")[2] in options.targets and type(module) in _FORMS:
+                module.__class__ = _FORMS[type(module)]
+                module._attach(options)
 
 
-def adapted_layers(model: torch.nn.Module) -> dict[str, _LoRALinear]:
-    """Return the layers with adapters by module name."""
+def adapted_layers(model: PipelineModel) -> dict[str, _LoRALinear]:
+    """Return the layers with adapters by their module name in the whole model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _LoRALinear)}
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether `name` is the name of an adapter's parameter."""
-    return bool(_ADAPTER.search(name))
 
 
 def initialize_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
@@ -231,14 +226,14 @@ def initialize_adapter(layer: _LoRALinear, global_name: str, seed: int) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(model: torch.nn.Module) -> None:
+def merge_adapters(model: PipelineModel) -> None:
     """Add every adapter to its weight, and set its B to zero."""
     for layer in adapted_layers(model).values():
         layer.merge()
 
 
 @contextmanager
-def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+def adapters_off(model: PipelineModel) -> Iterator[None]:
     """Run the base model without adapters within the block."""
     layers = adapted_layers(model).values()
     for layer in layers:
