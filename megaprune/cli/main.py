@@ -47,18 +47,27 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
         verb = words.pop(0)
     failure.end_together()
     try:
-        status, line = attempt(verb, words)
+        status, line, on_all_ranks = _outcome(verb, words)
     except Exception as error:
         if world_size() == 1:
             raise
         line = f"{verb}: error: rank {rank()}: {type(error).__name__}: {' '.join(str(error).split())}"
         _fail(1, line, traceback.format_exc())
     if line is not None:
+        if on_all_ranks and rank() != 0:  # rank 0 prints the line, which ends this process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_WAIT_FOR_FIRST_RANK_SECONDS)
         _fail(status, line)
 
 
 def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """Run a verb. Return the exit status and, after an error, its line."""
+    status, line, _ = _outcome(verb, words)
+    return status, line
+
+
+def _outcome(verb: str, words: Sequence[str]) -> tuple[int, str | None, bool]:
+    """Run a verb. Return the exit status and, after an error, its line and whether every rank has the same error."""
     _quieten()
     try:
         forget_stale_variables(verb in _JOBS)
@@ -66,17 +75,18 @@ def attempt(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
         with console():
             module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     except RunStopped:
-        return 0, None
+        return 0, None, False
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT, f"{verb}: interrupted; the same command continues a run from its last checkpoint"
+        line = f"{verb}: interrupted; the same command continues a run from its last checkpoint"
+        return 128 + signal.SIGINT, line, False
     except MegapruneError as error:
-        return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}"
+        return error.exit_status, f"{verb}: error: {' '.join(str(error).split())}", error.on_all_ranks
     except Exception as error:
         met = disk_error(error)  # while writing a report or a table, for example
         if met is None:
             raise
-        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}"
-    return 0, None
+        return MegapruneError.exit_status, f"{verb}: error: {' '.join(explain(met).split())}", False
+    return 0, None, False
 
 
 def _usage(words: Sequence[str]) -> NoReturn:
