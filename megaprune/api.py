@@ -36,8 +36,7 @@ def prune(
     Args:
         config: the run; flags given as keywords override its values.
         should_stop: called on every rank after each iteration. If it returns True on any rank, the run saves a
-        checkpoint
-            and raises `RunStopped`; the same call resumes it. Give it on every rank or on none.
+            checkpoint and raises `RunStopped`; the same call resumes it. Give it on every rank or on none.
         command: the command that started the run, for the model card.
         flags: the flags of `megaprune prune`, such as `hf_model`, `train_data`, `num_layers_to_prune` and `save`.
 
