@@ -45,7 +45,7 @@ class PipelineModel:
 
     @property
     def training(self) -> bool:
-        """Whether the model is in training mode."""
+        """Return whether the model is in training mode."""
         return self.scheduled[0].training
 
     def train(self, mode: bool = True) -> "PipelineModel":
