@@ -98,6 +98,7 @@ class RunContext:
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
+            **result.parts,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "num_kept": num_kept,

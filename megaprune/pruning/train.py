@@ -96,4 +96,4 @@ def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)
+    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)
