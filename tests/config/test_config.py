@@ -310,8 +310,8 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         ),
         (SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--teacher", "self"], "use --teacher online"),
         (
-            BASE + ["--method", "manual", "--prune-layers", "3", "--train-iters", "0", "--stitch", "fold"],
-            "--train-data",
+            MANUAL + ["--train-iters", "0", "--stitch", "fold"],
+            "fitted on calibration windows: it needs --train-data",
         ),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         # iterations

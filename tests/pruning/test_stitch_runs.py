@@ -61,8 +61,8 @@ def test_recovery_starts_from_the_maps_and_resumes(tiny_model, tiny_data, tmp_pa
     assert whole["valid"] == stopped["valid"]
     # such a small step changes nothing: the optimizer starts from the maps, too
     valid = {model: found["loss"] for model, found in whole["valid"].items()}
-    assert valid["recovered"] == pytest.approx(valid["stitched"], abs=1e-3)
-    assert abs(valid["stitched"] - valid["pruned"]) > 3e-3
+    gain = abs(valid["stitched"] - valid["pruned"])
+    assert abs(valid["recovered"] - valid["stitched"]) < 0.2 * gain and gain > 3e-3
     tensors, expected = (tiny.read_tensors(tmp_path / name / "hf") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
