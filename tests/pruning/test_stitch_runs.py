@@ -10,19 +10,13 @@ from megaprune.utils.errors import RunStopped, UsageError
 from tests.helpers import tiny
 
 
-def stitched_argv(tiny_model, tiny_data, save, *extra, family="qwen3_tied", gone="0,2,3,5"):
-    argv = tiny.select_argv(tiny_model(family), tiny_data, save, "manual", "--stitch", "fold")
-    at = argv.index("--num-layers-to-prune")
-    return [*argv[:at], "--prune-layers", gone, *argv[at + 2 :], *extra]
-
-
 def report_of(run):
     return json.loads((run / "report.json").read_text())
 
 
 @pytest.mark.slow
 def test_without_training_the_export_holds_the_maps(tiny_model, tiny_data, tmp_path, capsys):
-    tiny.run_here(stitched_argv(tiny_model, tiny_data, tmp_path / "run"))
+    tiny.run_here(tiny.stitched_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", "0,2,3,5"))
     assert "there is no layer before the cut at layer 0" in capsys.readouterr().out
     report, losses = report_of(tmp_path / "run"), None
     losses = {model: found["loss"] for model, found in report["valid"].items()}
@@ -51,7 +45,7 @@ def test_without_training_the_export_holds_the_maps(tiny_model, tiny_data, tmp_p
 def test_recovery_starts_from_the_maps_and_resumes(tiny_model, tiny_data, tmp_path, flags):
     def argv(name):
         words = ("--train-iters", "3", "--lr-warmup-iters", "0", "--lr", "1e-6", *flags)
-        return stitched_argv(tiny_model, tiny_data, tmp_path / name, *words, gone="2,3")
+        return tiny.stitched_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, "2,3", *words)
 
     tiny.run_here(argv("whole"))
     with pytest.raises(RunStopped):
@@ -79,13 +73,13 @@ def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_
     tiny.run_here(argv("stopped"))
     whole, stopped = report_of(tmp_path / "whole"), report_of(tmp_path / "stopped")
     assert whole["kept_layers"] == stopped["kept_layers"] and whole["valid"] == stopped["valid"]
-    named = stitched_argv(tiny_model, tiny_data, tmp_path / "named", gone=",".join(map(str, whole["pruned_layers"])))
-    tiny.run_here(named)
+    gone = ",".join(map(str, whole["pruned_layers"]))
+    tiny.run_here(tiny.stitched_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "named", gone))
     assert report_of(tmp_path / "named")["valid"]["stitched"] == whole["valid"]["stitched"]
 
 
 def test_a_norm_behind_the_mlp_is_refused(tiny_model, tiny_data, tmp_path):
-    argv = stitched_argv(tiny_model, tiny_data, tmp_path / "run", family="pangu_ultra_moe", gone="2")
+    argv = tiny.stitched_argv(tiny_model("pangu_ultra_moe"), tiny_data, tmp_path / "run", "2")
     with pytest.raises(UsageError, match="--stitch fold: .* has a norm behind each MLP"):
         tiny.run_here(argv)
     assert not (tmp_path / "run").exists()
