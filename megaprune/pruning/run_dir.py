@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def stitch(self) -> Path:
+        """Return the file of the maps of ``--stitch``."""
+        return self.path / "stitch.safetensors"
+
+    @property
     def data_cache(self) -> Path:
         return self.path / "data-cache"
 

@@ -137,7 +137,12 @@ def _quality(report: Report, adapter: bool) -> str:
     if not losses:
         return ""
     recovered = "this model with its adapter" if adapter else "this model"
-    names = {"teacher": "source", "pruned": "pruned, before recovery", "recovered": recovered}
+    names = {
+        "teacher": "source",
+        "pruned": "pruned, before recovery",
+        "stitched": "stitched, before recovery",
+        "recovered": recovered,
+    }
     if "recovered" not in losses:
         names["pruned"] = "this model"
     rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]

@@ -15,7 +15,7 @@ from megaprune.utils.files import strict_json, write_json
 from megaprune.utils.text import number_ranges
 from megaprune.version import __version__
 
-MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
+MODELS = ("teacher", "pruned", "stitched", "recovered")  # the keys of `valid`, in the order of their making
 OUTPUTS = (
     ("pruned model", "hf"),
     ("LoRA adapter", "adapter"),
@@ -35,7 +35,7 @@ class Report:
         layer_kinds_before: number of dense and of MoE layers.
         seq_length: tokens of one training window.
         stages: seconds and tokens of each stage, in the order run.
-        valid: validation loss in nats of the teacher, the pruned and the recovered model, where measured.
+        valid: validation loss in nats of the teacher, the pruned, the stitched and the recovered model, where measured.
         versions: of the packages that decide the numbers.
         candidates: the alternatives that the method considered, with its measure of each.
     """
@@ -114,7 +114,7 @@ def build_report(
         kept_layers: source indices, from 0, of the layers in the pruned model.
         scores: one per source layer, higher = keep; None if the method does not score single layers.
         stages: {name: {"seconds": s, "tokens": n}} in the order run.
-        valid: {"teacher" | "pruned" | "recovered": {"loss": nats}}, those measured; {} for no `--valid-data`.
+        valid: {"loss": nats} of each of `MODELS` that was measured; {} for no `--valid-data`.
         seq_length: tokens of one training window.
         candidates: the alternatives that the method considered, with its measure of each.
     """
@@ -227,6 +227,8 @@ def _model_rows(report: Report) -> list[str]:
     losses = measured_losses(report.valid)
     rows = [f"{'model':<12}{'layers':>8}{'parameters':>20}{'valid loss':>13}{'perplexity':>14}"]
     for name in MODELS if losses else ("teacher", "pruned"):
+        if name == "stitched" and name not in losses:
+            continue  # made by --stitch alone
         layers, params = report.num_layers, report.params_after
         if name == "teacher":
             layers, params = layers + len(report.pruned_layers), report.params_before
