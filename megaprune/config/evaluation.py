@@ -17,7 +17,7 @@ class EvaluateConfig:
     tasks: str | None = flag("lm-evaluation-harness tasks, separated by commas (needs megaprune[eval])")
     task_path: str | None = flag("folder of task files, or of JSON lines for the tasks that come with megaprune")
     task_limit: int | None = flag("maximum number of items of each task (default: --limit)")
-    task_batch_size: int = flag("sequences in one forward pass of the tasks", 16)
+    task_batch_size: int = flag("sequences in one forward pass of the tasks", 8)
     num_fewshot: int | None = flag("solved items before each item of the tasks (default: the task's own)", least=0)
     seq_length: int | None = flag("tokens in a window (default: as in the model card, otherwise at most 2048)")
     micro_batch_size: int = flag("windows in one forward pass", 8)

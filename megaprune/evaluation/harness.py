@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaprune.evaluation.task_files import quiet
-from megaprune.utils.errors import MegapruneError
-from megaprune.utils.text import first_line
 
 # The metric that stands for a task in a mean: the first that it has. Normalized by length where the task offers it.
 _HEADLINES = ("acc_norm", "acc", "exact_match")
+# Accuracies have standard errors in closed form; the harness's 100,000 take a minute for a perplexity.
+_BOOTSTRAP_ITERS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,30 @@ class TaskOptions:
     num_fewshot: int | None = None
 
 
-def run_harness(
-    model: Any, tokenizer: Any, options: TaskOptions, manager: Any, specs: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def run_harness(model: Any, tokenizer: Any, tasks: Sequence[Any], options: TaskOptions) -> dict[str, dict[str, Any]]:
     """Run tasks on a loaded model with lm_eval.simple_evaluate. Progress is shown on stderr.
 
     Args:
-        manager, specs: from `task_files.find_tasks`.
+        tasks: from `load_tasks`.
 
     Returns:
         {task: {metric: value}} as the harness names them ("acc,none", "acc_stderr,none"), with `items`, the number
         of items that were run.
-
-    Raises:
-        MegapruneError: a task's data can't be read.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    try:
-        with quiet():
-            found = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
-                tasks=list(specs),
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                log_samples=False,
-                task_manager=manager,
-            )
-    except (OSError, ValueError) as error:  # the datasets library's classes for what can't be fetched are OSErrors
-        raise MegapruneError(
-            f"--tasks {','.join(options.names)}: a task's data can't be read ({first_line(error)}); without "
-            "--task-path, tasks are fetched from the Hugging Face hub when first used"
-        ) from error
+    with quiet():  # it says that a loaded model takes no loading options
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    with quiet("lm_eval.evaluator"):  # it says that --num-fewshot replaces the task's own number
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            bootstrap_iters=_BOOTSTRAP_ITERS,
+            log_samples=False,
+        )
     counts = found.get("n-samples", {})
     return {
         task: _measured(metrics) | ({"items": counts[task]["effective"]} if task in counts else {})

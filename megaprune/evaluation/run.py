@@ -1,5 +1,6 @@
 """An evaluation: loss and agreement on held-out text, and tasks of lm-evaluation-harness."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from megaprune.data.tokenizer import tokenizer_in
 from megaprune.evaluation.harness import TaskOptions, mean_score, run_harness
 from megaprune.evaluation.perplexity import check_positive, evaluate_model, load_model, resolve_device, resolve_dtype
 from megaprune.evaluation.result import Evaluation
-from megaprune.evaluation.task_files import find_tasks
+from megaprune.evaluation.task_files import load_tasks
 from megaprune.utils.errors import UsageError
 
 
@@ -32,8 +33,8 @@ def evaluate_all(
         windows: other arguments of `evaluate_model`.
 
     Raises:
-        MegapruneError or UsageError: as `evaluate_model` and `evaluate_tasks`; a package, a task or a model that is
-            missing, before anything is measured.
+        MegapruneError or UsageError: as `evaluate_model` and `load_tasks`. What concerns the tasks is said before the
+            loss is computed.
     """
     names = list(dict.fromkeys(task.strip() for task in (tasks or "").split(",") if task.strip()))
     if not data and not names:
@@ -45,30 +46,30 @@ def evaluate_all(
     check_positive(limit=limit, task_limit=task_limit, task_batch_size=task_batch_size)
     common: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     options = TaskOptions(names, task_path, task_limit or limit, task_batch_size, num_fewshot)
-    if names:
-        find_tasks(names, task_path)
-        if Path(hf_model).is_dir():
-            tokenizer_in(hf_model, trust_remote_code, "--hf-model")
+    loaded = load_tasks(names, task_path) if names else []
+    if names and Path(hf_model).is_dir():
+        tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     result: dict[str, Any] = {"hf_model": hf_model}
     if data:
         result = evaluate_model(hf_model, data, teacher=teacher, limit=limit, **common, **windows)
-    if names:
-        result |= evaluate_tasks(hf_model, options, **common)
+    if loaded:
+        result |= evaluate_tasks(hf_model, loaded, options, **common)
     return Evaluation(**result)
 
 
 def evaluate_tasks(
-    hf_model: str, options: TaskOptions, *, dtype: str = "auto", trust_remote_code: bool = False
+    hf_model: str, tasks: Sequence[Any], options: TaskOptions, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Return the metrics of the tasks as `tasks`, the mean of their scores as `tasks_mean`, and the model's `dtype`.
 
+    Args:
+        tasks: from `load_tasks`.
+
     Raises:
-        MegapruneError: lm_eval isn't installed, or the model or a task's data can't be read.
-        UsageError: there is no such task or folder.
+        MegapruneError: the model can't be read.
     """
-    manager, specs = find_tasks(options.names, options.path)
     device = resolve_device("auto")
     tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     model = load_model("--hf-model", hf_model, resolve_dtype(dtype, device), device, trust_remote_code)
-    found = run_harness(model, tokenizer, options, manager, specs)
+    found = run_harness(model, tokenizer, tasks, options)
     return {"dtype": str(model.dtype).removeprefix("torch."), "tasks": found, "tasks_mean": mean_score(found)}
