@@ -68,8 +68,20 @@ def evaluate_tasks(
     Raises:
         MegapruneError: the model can't be read.
     """
-    device = resolve_device("auto")
-    tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
-    model = load_model("--hf-model", hf_model, resolve_dtype(dtype, device), device, trust_remote_code)
+    model, tokenizer = open_model(hf_model, dtype, trust_remote_code)
     found = run_harness(model, tokenizer, tasks, options)
     return {"dtype": str(model.dtype).removeprefix("torch."), "tasks": found, "tasks_mean": mean_score(found)}
+
+
+def open_model(hf_model: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return a model on megaprune's device, and its tokenizer.
+
+    Args:
+        dtype: as `--dtype`.
+
+    Raises:
+        MegapruneError: either can't be read.
+    """
+    device = resolve_device("auto")
+    tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
+    return load_model("--hf-model", hf_model, resolve_dtype(dtype, device), device, trust_remote_code), tokenizer

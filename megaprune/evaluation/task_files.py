@@ -99,7 +99,8 @@ class _TaskIndex:
     def _find(self, name: str) -> tuple[Any, str | dict[str, Any]]:
         """Return a TaskManager and what it is to load for a name: a name that it knows, or a task file."""
         if Path(name).is_file():
-            return self._all, _with_data(Path(name).resolve()) or name
+            found = _with_data(Path(name).resolve()) or name
+            return self._local if isinstance(found, dict) and isinstance(found.get("task"), str) else self._all, found
         if self.folder:
             members = list(_members(self._local.task_index, name))
             if name in self._local.all_tasks and None not in members:
@@ -119,7 +120,8 @@ class _TaskIndex:
     def _local(self) -> Any:
         """The tasks of the folder alone: reading the harness's own takes seconds."""
         with quiet():
-            return self._make(include_path=str(self.folder), include_defaults=False, metadata=self._metadata)
+            folder = str(self.folder) if self.folder else None
+            return self._make(include_path=folder, include_defaults=False, metadata=self._metadata)
 
     @cached_property
     def _all(self) -> Any:

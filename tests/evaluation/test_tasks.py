@@ -190,7 +190,11 @@ def test_damaged_data_are_named_before_the_model_is_read(tmp_path, file, text, r
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "capitols", "--task-path", "tasks"], "--tasks capitols: lm_eval has no such task, and tasks has"),
+        pytest.param(
+            ["--tasks", "capitols", "--task-path", "tasks"],
+            "--tasks capitols: lm_eval has no such task, and tasks has neither a task file nor data for it",
+            marks=pytest.mark.slow,
+        ),
         (["--tasks", "capitals", "--task-path", "gone"], "--task-path gone: no such folder"),
         (["--tasks", "capitals,geography", "--task-path", "tasks"], "capitals is among them twice"),
         (["--task-path", "tasks"], "nothing to evaluate on: give --data, --tasks or both"),
