@@ -73,7 +73,7 @@ def check_cut(config: Config) -> None:
     if not (config.method.contiguous or config.method.names_layers):
         raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
     if config.stitches and not config.recovery.train_iters:
-        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
+        raise UsageError("--stitch linear-patch needs --train-iters above 0: recovery removes the patch gradually")
     if config.stitches and not config.data.train_data:
         raise UsageError("--stitch linear-patch needs --train-data")
     if config.tunes_endpoints and config.lora.lora_rank is not None:

@@ -272,7 +272,7 @@ def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
         parallel.barrier()
     unseen = None
     if not folder.is_dir():
-        unseen = MegapruneError(f"{folder} is not there on every node: give a shared folder as --data-cache-path")
+        unseen = MegapruneError(f"{folder} does not exist on every node: give a shared folder as --data-cache-path")
     parallel.raise_together(unseen)
 
 

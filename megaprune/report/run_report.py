@@ -156,7 +156,7 @@ def read_report(path: str | Path) -> Report:
         return Report(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise MegapruneError(
-            f"{path} is no report that can be read ({error}): remove the run to make it anew"
+            f"{path} is not a readable report ({error}): remove the run folder to run it again"
         ) from None
 
 
