@@ -160,7 +160,7 @@ def read_report(path: str | Path) -> Report:
         return Report(**{name: value for name, value in found.items() if name != _SHARE})  # it follows from `valid`
     except (OSError, ValueError, TypeError) as error:
         raise MegapruneError(
-            f"{path} is no report that can be read ({error}): remove the run to make it anew"
+            f"{path} is not a readable report ({error}): remove the run folder to run it again"
         ) from None
 
 
