@@ -24,8 +24,7 @@ FLAGS = [
     ("--data-cache-path c", "c"),
     ("--method kl-init", "kl-init"),
     ("--search-iters 20", 20),
-    ("--mask-lr 0.1", 0.1),
-    ("--mask-init-scale 2", 2.0),
+    ("--search-preset paper", "paper"),
     ("--mask-ramp 0.5", 0.5),
     ("--gumbel-temperature 2", 2.0),
     ("--gumbel-anneal 0.5", 0.5),
@@ -373,6 +372,17 @@ def test_numbers_that_are_not_finite(flag, value):
 )
 def test_search_settings(words):
     assert refusal([*E3, *words.split()]).startswith(words.split()[0])
+
+
+def test_the_searches_of_e3():
+    """Scores are trained in the paper's search alone; other methods have neither."""
+    for words in ("--mask-lr 0.1", "--mask-init-scale 2"):
+        assert refusal([*E3, *words.split()]).startswith(f"{words.split()[0]} is for --search-preset paper")
+        settings = parse_config([*E3, *words.split(), "--search-preset", "paper"]).method_options()
+        assert settings["search_preset"] == "paper"
+    assert settings["mask_init_scale"] == 2.0 and settings["mask_lr"] is None and settings["lr"] == 1e-4
+    assert parse_config(E3).method_options()["search_preset"] == "measured"
+    assert refusal([*SHORTGPT, "--search-preset", "paper"]).startswith("--search-preset is for --method e3")
 
 
 @pytest.mark.parametrize(
