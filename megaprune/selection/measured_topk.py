@@ -19,7 +19,7 @@ from megaprune.utils.errors import MegapruneError
 PROBE = 0.5
 # Layers probed in each window: a share of those that may go, and the most. With many at once, the other half-open gates
 # distort each measurement.
-_PROBED_SHARE, _MOST_PROBES = 1 / 4, 4
+_PROBED_SHARE, _MOST_PROBES = 1 / 3, 4
 # Weight of the measurements before a step beside those of the step: the mask around a layer changes.
 _MEMORY = 0.9
 # Weight of a layer's initial KL, in windows.
@@ -37,7 +37,8 @@ class MeasuredTopK:
     in which older ones count less, and of its initial KL, scaled to their level. Scores are the standardized
     logarithms of the values, divided by the layers' costs.
 
-    The noise is multiplied by the temperature, which decreases linearly. This is the same as scores divided by it.
+    The noise is multiplied by the square of the temperature, which decreases linearly: the second half of the search
+    measures layers beside those that will be kept.
 
     Args:
         kl: KL(original || model without the layer), [num_layers]; those of protected layers are ignored.
@@ -110,7 +111,7 @@ class MeasuredTopK:
         """Return this step's sample, [num_layers] fp32 on the CPU, within `limit_at(step)`."""
         if not 0 <= step < self._num_steps:
             raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
-        perturbed = self.scores + self.temperature(step) * gumbel_noise(self.num_layers, self._seed, step)
+        perturbed = self.scores + self.temperature(step) ** 2 * gumbel_noise(self.num_layers, self._seed, step)
         order = perturbed.sort(descending=True, stable=True).indices.tolist()
         limited = Budget(self.budget.costs, self.limit_at(step))
         kept = limited.take(order, self._protected)
