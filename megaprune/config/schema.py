@@ -215,6 +215,11 @@ class ParallelConfig:
         "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
         "are always balanced"
     )
+    distributed_timeout_minutes: int = flag(
+        "limit of each collective operation, in every process group; work of rank 0 that the others wait for has none",
+        60,
+        least=1,
+    )
 
 
 @dataclass

@@ -168,13 +168,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Options of every job that runs a model in Megatron-Core."""
+    """Options of every job that runs a model in Megatron-Core.
+
+    Args:
+        timeout_minutes: limit of each collective operation.
+    """
 
     model: ModelOptions
     engine: EngineOptions
     pipeline: PipelineOptions
     data: DataOptions
     distillation: DistillationOptions
+    timeout_minutes: int
 
     @property
     def sizes(self) -> ParallelSizes:
