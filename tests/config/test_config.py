@@ -298,7 +298,7 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             "--method clp finds a segment of a fixed number of layers",
         ),
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
-        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto, not e3"),
+        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
         (E3 + ["--stitch", "linear-patch"], "--stitch linear-patch needs one contiguous cut, which --method e3"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
