@@ -1,6 +1,6 @@
 """Checks across settings: required combinations, exclusions, and flags that a method does not use."""
 
-from megaprune.config.method_checks import check_budget, check_cut, check_method_flags
+from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_stitch
 from megaprune.config.schema import (
     WHAT_TO_PRUNE,
     Config,
@@ -27,6 +27,7 @@ def check_run(config: Config) -> None:
     _check_iterations(config)
     _check_lora(config)
     check_cut(config)
+    check_stitch(config)
     _check_teacher(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.method.calibrated):
@@ -98,6 +99,12 @@ def _check_teacher(config: Config) -> None:
     teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
+    alpha = config.distillation.kd_loss_alpha
+    if config.distillation.distill_loss == "ce" and alpha != 1:
+        raise UsageError(
+            f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
+            "leave one of them out"
+        )
     if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
         raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")

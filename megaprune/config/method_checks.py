@@ -67,18 +67,41 @@ def check_cut(config: Config) -> None:
     Raises:
         UsageError: names the flag.
     """
-    if not config.needs_one_cut:
+    if not config.tunes_endpoints:
         return
-    flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"
     if not (config.method.contiguous or config.method.names_layers):
-        raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
-    if config.stitches and not config.recovery.train_iters:
-        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
-    if config.stitches and not config.data.train_data:
-        raise UsageError("--stitch linear-patch needs --train-data")
-    if config.tunes_endpoints and config.lora.lora_rank is not None:
+        raise UsageError(
+            f"--recovery-layers endpoints needs one contiguous cut, which --method {config.prune.method} does not make"
+        )
+    if config.lora.lora_rank is not None:
         raise UsageError(
             "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
+        )
+
+
+def check_stitch(config: Config) -> None:
+    """Check that the maps of `--stitch` can be fitted, and that the output can contain them.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if not config.stitches:
+        return
+    flag, method = f"--stitch {config.recovery.stitch}", config.method
+    if not config.data.train_data:
+        raise UsageError(f"{flag} is fitted on calibration windows: it needs --train-data")
+    if config.data.calibration_samples < 2:
+        raise UsageError(f"{flag} holds out a part of the calibration windows: --calibration-samples must be above 1")
+    if config.lora.export_adapter:
+        raise UsageError(
+            f"{flag} changes the weights below the adapters, and --export-adapter exports the source's: leave one out"
+        )
+    if config.distillation.teacher == "self":
+        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
+    if method.searches and config.search.search_weights == "trained":
+        raise UsageError(
+            f"{flag} is fitted on the source's weights, and --method {config.prune.method} trains them while it "
+            "searches: give --search-weights frozen"
         )
 
 

@@ -133,9 +133,9 @@ class RecoveryConfig:
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
-    stitch: Literal["none", "linear-patch"] = flag(
-        "experimental, for one contiguous cut: linear-patch applies a linear map at the cut that approximates the "
-        "removed layers; it fades over the first half of recovery, because an exported model cannot contain it",
+    stitch: Literal["none", "fold"] = flag(
+        "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
+        "multiplied into the down_proj of the layer before each cut (ReplaceMe)",
         "none",
     )
     recovery_layers: Literal["all", "endpoints"] | None = flag(
@@ -168,6 +168,9 @@ class DistillationConfig:
         "rest",
     )
     distill_top_k: int = flag("number of teacher logits per token (k)", 10, least=1)
+    kd_loss_alpha: float = flag(
+        "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
+    )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
         "outputs stored in --teacher-logits",
@@ -359,13 +362,8 @@ class Config:
 
     @property
     def stitches(self) -> bool:
-        """True if a map bridges the cut during recovery."""
+        """True if maps that stand in for the removed layers are folded into the pruned model."""
         return self.recovery.stitch != "none"
-
-    @property
-    def needs_one_cut(self) -> bool:
-        """True if the removed layers must be one contiguous segment."""
-        return self.tunes_endpoints or self.stitches
 
     @property
     def gradient_steps(self) -> int:

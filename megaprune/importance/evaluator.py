@@ -10,7 +10,7 @@ import torch
 
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import VocabShard, cross_entropy
-from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
+from megaprune.importance.measures import block_influence, mask_gradient, mask_losses
 from megaprune.mcore.gradients import taylor_importance
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -122,12 +122,6 @@ class LayerEvaluator:
         )
         self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)
         return found / torch.tensor(self._budget.costs)
-
-    def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
-        """Return LinearPatch's scale across the only cut among these kept layers, [hidden_size]."""
-        gone = sorted(set(range(self._budget.num_layers)) - set(kept))
-        self._book(1.0, 1.0)
-        return jump_across(self._model, self._taken(1.0), gone[0], gone[-1], hidden_size)
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:

@@ -64,7 +64,7 @@ def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> N
     """Write the pruned model's weights; with --export-adapter, the untrained weights and, separately, the adapter."""
     options, kept, whole = run.options, run.kept_layers, run.models.student_stays_whole
     size, keep_mtp = options.output.max_shard_bytes, options.model.keep_mtp
-    trained = student is not None and options.training.train_iters > 0
+    trained = student is not None and options.training.changes_weights
     if options.output.export_adapter:
         _export_adapter(run, student)
     elif student is not None and trained:

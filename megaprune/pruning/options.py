@@ -63,6 +63,7 @@ class DistillationOptions:
     Args:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
+        alpha: share of the distillation loss; the rest is cross-entropy.
     """
 
     loss: LossKind
@@ -71,6 +72,7 @@ class DistillationOptions:
     teacher: Literal["online", "self", "cached"]
     teaches: bool
     logits: Path | None
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class TrainingOptions:
     Args:
         trains_weights_in_search: whether the model's weights train together with the scores.
         endpoints_only: whether recovery trains only the layers next to the cut.
-        stitches: whether LinearPatch bridges the cut during recovery.
+        stitches: whether maps that stand in for the removed layers are folded into the pruned model.
     """
 
     train_iters: int
@@ -138,6 +140,11 @@ class TrainingOptions:
     trains_weights_in_search: bool
     endpoints_only: bool
     stitches: bool
+
+    @property
+    def changes_weights(self) -> bool:
+        """Return whether the pruned model's weights differ from the source's."""
+        return self.train_iters > 0 or self.stitches
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,7 @@ def _job(
             teacher=distillation.teacher,
             teaches=config.distills,
             logits=Path(logits) if logits else None,
+            alpha=distillation.kd_loss_alpha,
         ),
     )
 
@@ -282,10 +283,13 @@ def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
     if selection.method.check is not None:
         selection.method.check(selection.budget, selection.protected)
-    if selection.manual is not None and config.needs_one_cut:
-        behind = cut_position(selection.manual, arch.num_layers)
-        if config.stitches and behind == len(selection.manual):
-            raise UsageError("--stitch linear-patch: no layer behind the cut is left to stitch to; leave it out")
+    if selection.manual is not None and config.tunes_endpoints:
+        cut_position(selection.manual, arch.num_layers)
+    if config.stitches and arch.sandwich_norm:
+        raise UsageError(
+            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm behind each MLP, through which a "
+            "linear map can't be folded; leave the flag out"
+        )
 
 
 def _check_sequence(seq_length: int, arch: Architecture, sizes: ParallelSizes, reads_windows: bool) -> None:

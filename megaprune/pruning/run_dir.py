@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def stitch(self) -> Path:
+        """Return the file of the maps of ``--stitch``."""
+        return self.path / "stitch.safetensors"
+
+    @property
     def data_cache(self) -> Path:
         return self.path / "data-cache"
 
@@ -72,7 +77,7 @@ class RunDir:
         try:
             saved = dict(json.loads(self._settings.read_text()))
         except (ValueError, TypeError):
-            raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start anew") from None
+            raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start again") from None
         for name, value in settings.items():
             if name in saved and saved[name] != value:
                 raise MegapruneError(

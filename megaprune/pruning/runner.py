@@ -79,7 +79,7 @@ def _execute(context: RunContext, command: str) -> None:
     student = teacher = None
     if context.progress.kept_layers is None:
         student, teacher = select(context)
-    if context.options.training.train_iters > 0 or context.valid:
+    if context.options.training.changes_weights or context.valid:
         student = begin_recovery(context, student)
         recover(context, student, teacher)
     export(context, student, command)

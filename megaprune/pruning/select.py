@@ -12,6 +12,7 @@ from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
+from megaprune.pruning.stitch import fit_stitch
 from megaprune.pruning.train import search
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
@@ -120,11 +121,8 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.candidates = choice.candidates
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
-    if options.training.stitches:
-        evaluator, hidden_size = calibration.evaluator(), options.model.arch.transformer["hidden_size"]
-        with progress.timed("importance"):
-            progress.stitch = evaluator.jump_across(run.kept_layers, hidden_size).tolist()
-        progress.spend("importance", 0.0, evaluator.tokens)
+    if options.training.stitches and not selection.method.searches:
+        fit_stitch(run, model)
 
 
 def _named_layers(options: RunOptions) -> list[int]:

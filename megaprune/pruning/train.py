@@ -6,11 +6,10 @@ import torch
 
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
-from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.step import search_step, train_step
-from megaprune.selection.segments import cut_position
+from megaprune.pruning.stitch import fit_stitch, fold_stitch
 from megaprune.utils.progress import say
 
 
@@ -45,6 +44,8 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         if last:
             kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
             progress.kept_layers = agreed_layers(kept, run.options)
+            if training.stitches:
+                fit_stitch(run, student.ddp)
         run.save_if_due(student, force=last)
 
 
@@ -65,35 +66,23 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the student for the remaining iterations, and measure it before and after."""
     if "pruned" not in run.progress.valid:
         run.validate("pruned", student.ddp)
-    train_iters = run.options.training.train_iters
+    training = run.options.training
+    if training.stitches:
+        fold_stitch(run, student)
+    train_iters = training.train_iters
     if run.progress.iteration < train_iters and teacher is None:
         teacher = run.models.teacher(student)
-    objective, patch = _objective(run, teacher), _patch(run, student)
+    objective = _objective(run, teacher)
     for iteration in range(run.progress.iteration, train_iters):
         start = time.perf_counter()
-        if patch is not None:
-            patch.strength = strength_at(iteration, train_iters)
         result = train_step(student, run.data.train_batches(iteration), objective, iteration)
         run.record(iteration, "recovery", result, start)
         run.save_if_due(student, force=iteration + 1 == train_iters)
-    if patch is not None:
-        patch.strength = 0.0  # not yet 1 if there are too few iterations to fade
-    if train_iters > 0 and not run.options.output.export_adapter:
+    if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
 
 
-def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
-    """Return the map that bridges the cut during recovery, at its position."""
-    if run.progress.stitch is None:
-        return None
-    kept, num_layers = run.kept_layers, run.options.model.arch.num_layers
-    patch, behind = LinearPatch(torch.tensor(run.progress.stitch)), cut_position(kept, num_layers)
-    if behind < len(kept):
-        patch.attach(student.model, kept[behind] if run.models.student_stays_whole else behind)
-    return patch
-
-
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)
+    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)

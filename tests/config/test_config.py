@@ -12,6 +12,8 @@ from megaprune.utils.errors import UsageError
 ROOT = Path(__file__).parents[2]
 BASE = ["--hf-model", "m", "--save", "s", "--train-data", "d", "--train-iters", "100"]
 E3 = [*BASE, "--num-layers-to-prune", "4"]
+SHORTGPT = [*E3, "--method", "shortgpt"]
+MANUAL = ["--hf-model", "m", "--save", "s", "--method", "manual", "--prune-layers", "3"]
 FLAGS = [
     ("--trust-remote-code", True),
     ("--valid-data a.jsonl b.parquet", ["a.jsonl", "b.parquet"]),
@@ -41,6 +43,7 @@ FLAGS = [
     ("--distill-loss ce", "ce"),
     ("--distill-tail full", "full"),
     ("--distill-top-k 5", 5),
+    ("--kd-loss-alpha 0.5", 0.5),
     ("--teacher online", "online"),
     ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
@@ -300,8 +303,21 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
         (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--stitch", "linear-patch"], "--stitch linear-patch needs one contiguous cut, which --method e3"),
+        (E3 + ["--stitch", "fold"], "--method e3 trains them while it searches: give --search-weights frozen"),
+        (SHORTGPT + ["--stitch", "fold", "--calibration-samples", "1"], "--calibration-samples must be above 1"),
+        (
+            SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--export-adapter"],
+            "--export-adapter exports",
+        ),
+        (SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--teacher", "self"], "use --teacher online"),
+        (
+            MANUAL + ["--train-iters", "0", "--stitch", "fold"],
+            "fitted on calibration windows: it needs --train-data",
+        ),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
+        (E3 + ["--distill-loss", "ce", "--kd-loss-alpha", "0.5"], "--kd-loss-alpha 0.5 mixes cross-entropy"),
+        (E3 + ["--kd-loss-alpha", "1.5"], "--kd-loss-alpha 1.5 is above 1"),
+        (E3 + ["--kd-loss-alpha", "-0.1"], "--kd-loss-alpha -0.1 is less than 0"),
         # iterations
         (E3 + ["--train-iters", "0"], "--train-iters must be above 0"),
         (E3 + ["--search-iters", "101"], "--search-iters 101 is not between 1 and --train-iters 100"),

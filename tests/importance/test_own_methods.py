@@ -128,10 +128,11 @@ def test_flags_follow_from_the_traits(module):
     assert "--criterion is for --method shortened, not warm" in refused(
         *("--method", "warm", "--criterion", "taylor"), *count
     )
-    assert "--stitch linear-patch needs one contiguous cut, which --method warm" in refused(
-        *("--method", "warm", "--stitch", "linear-patch"), *count
+    endpoints = ("--recovery-layers", "endpoints")
+    assert "--recovery-layers endpoints needs one contiguous cut, which --method warm" in refused(
+        *("--method", "warm", *endpoints), *count
     )
-    assert parse_config([*own, *count, "--method", "first", "--stitch", "linear-patch"]).needs_one_cut
+    assert parse_config([*own, *count, "--method", "first", *endpoints]).tunes_endpoints
     assert parse_config([*own, *count, "--method", "warm"]).search_iters == 1
     assert parse_config([*own, *count, "--method", "first"]).search_iters == 0
     # data are asked for where the method looks at them

@@ -17,6 +17,7 @@ from tests.parallel.layouts import (
     SELECTING,
     SHEARED_LAYOUTS,
     STEP_LAYOUTS,
+    STITCH_LAYOUTS,
     STORED_LAYOUTS,
     model_layouts,
 )
@@ -103,6 +104,11 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         for layout, flags in layouts.items():
             save = folder / f"run-{layout}"
             cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
+    for layout, (family, gone, flags) in STITCH_LAYOUTS.items():
+        save = folder / f"run-{layout}"
+        cases[save.name] = dict(
+            kind="prune", argv=tiny.stitched_argv(tiny_model(family), tiny_data, save, gone, *flags)
+        )
     for name, (family, sizes) in LOAD_LAYOUTS.items():
         source = tiny_model(family)
         cases[f"load-{name}"] = dict(
