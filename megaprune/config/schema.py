@@ -110,8 +110,8 @@ class SearchConfig:
         "perplexity",
     )
     selection_budget: int | None = flag(
-        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
-        "of --train-iters, in which a backward pass counts as two forward passes)",
+        "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
+        "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
     protect_layers: str = flag(

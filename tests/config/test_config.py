@@ -301,7 +301,7 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             "--method clp finds a segment of a fixed number of layers",
         ),
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
-        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto, not e3"),
+        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
         (E3 + ["--stitch", "fold"], "--method e3 trains them while it searches: give --search-weights frozen"),
         (SHORTGPT + ["--stitch", "fold", "--calibration-samples", "1"], "--calibration-samples must be above 1"),

@@ -56,7 +56,7 @@ RUN_LAYOUTS = {
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
 # calibrated methods, and the run on one process
-SELECTING = ("auto", "shortgpt", "sleb")
+SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
