@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from megaprune.distillation.hidden_states import WithHiddenStates
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
@@ -68,7 +69,7 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     train_iters = run.options.training.train_iters
     if run.progress.iteration < train_iters and teacher is None:
         teacher = run.models.teacher(student)
-    objective, patch = _objective(run, teacher), _patch(run, student)
+    objective, patch = _recovery_objective(run, student, teacher), _patch(run, student)
     for iteration in range(run.progress.iteration, train_iters):
         start = time.perf_counter()
         if patch is not None:
@@ -92,6 +93,16 @@ def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
     if behind < len(kept):
         patch.attach(student.model, kept[behind] if run.models.student_stays_whole else behind)
     return patch
+
+
+def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:
+    """Return the objective, with the loss on hidden states if there is one. Collective."""
+    objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
+    if not weight or teacher is None:
+        return objective
+    kept = run.kept_layers
+    numbers = kept if run.models.student_stays_whole else range(len(kept))
+    return WithHiddenStates(objective, teacher, student.model, dict(zip(numbers, kept, strict=True)), weight)
 
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
