@@ -171,6 +171,12 @@ class DistillationConfig:
     kd_loss_alpha: float = flag(
         "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
     )
+    hidden_loss_weight: float = flag(
+        "factor of an additional loss in recovery: the squared distance of each kept layer's output to that of the "
+        "teacher's same layer, relative to the teacher's squared norm; needs --teacher online or self",
+        0.0,
+        least=0,
+    )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
         "outputs stored in --teacher-logits",

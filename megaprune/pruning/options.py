@@ -64,6 +64,7 @@ class DistillationOptions:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
         alpha: share of the distillation loss; the rest is cross-entropy.
+        hidden_weight: factor of the loss on hidden states in recovery.
     """
 
     loss: LossKind
@@ -73,6 +74,7 @@ class DistillationOptions:
     teaches: bool
     logits: Path | None
     alpha: float
+    hidden_weight: float
 
 
 @dataclass(frozen=True)

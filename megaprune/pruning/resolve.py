@@ -206,6 +206,7 @@ def _job(
             teaches=config.distills,
             logits=Path(logits) if logits else None,
             alpha=distillation.kd_loss_alpha,
+            hidden_weight=distillation.hidden_loss_weight,
         ),
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )

@@ -44,6 +44,7 @@ FLAGS = [
     ("--distill-tail full", "full"),
     ("--distill-top-k 5", 5),
     ("--kd-loss-alpha 0.5", 0.5),
+    ("--hidden-loss-weight 2", 2.0),
     ("--teacher online", "online"),
     ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
@@ -316,6 +317,12 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         ),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         (E3 + ["--distill-loss", "ce", "--kd-loss-alpha", "0.5"], "--kd-loss-alpha 0.5 mixes cross-entropy"),
+        (E3 + ["--distill-loss", "ce", "--hidden-loss-weight", "1"], "there are none with --distill-loss ce"),
+        (
+            E3 + ["--teacher", "cached", "--teacher-logits", "t", "--hidden-loss-weight", "1"],
+            "--hidden-loss-weight 1 needs a teacher's hidden states, and there are none with --teacher cached",
+        ),
+        (E3 + ["--hidden-loss-weight", "-1"], "--hidden-loss-weight -1.0 is less than 0"),
         (E3 + ["--kd-loss-alpha", "1.5"], "--kd-loss-alpha 1.5 is above 1"),
         (E3 + ["--kd-loss-alpha", "-0.1"], "--kd-loss-alpha -0.1 is less than 0"),
         # iterations
