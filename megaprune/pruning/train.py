@@ -78,6 +78,8 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         run.save_if_due(student, force=iteration + 1 == train_iters)
     if patch is not None:
         patch.strength = 0.0  # not yet 1 if there are too few iterations to fade
+    if student.average is not None:
+        student.average.use()
     if train_iters > 0 and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
