@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
     "compare": "several methods on one model, at equal budgets",
     "benchmark": "speed ratios, measured side by side",
+    "generate-data": "text or chats written by the model itself",
     "preprocess-data": "text or chat to Megatron's indexed datasets",
     "plan": "layers, parameters and memory of every rank, without weights or accelerators",
 }

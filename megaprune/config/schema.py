@@ -133,6 +133,13 @@ class RecoveryConfig:
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
+    average_weights: float = flag(
+        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
+        "last weights",
+        0.0,
+        least=0,
+        most=1,
+    )
     stitch: Literal["none", "fold"] = flag(
         "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
         "multiplied into the down_proj of the layer before each cut (ReplaceMe)",

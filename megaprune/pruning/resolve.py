@@ -369,7 +369,17 @@ def _optimizer_options(config: Config) -> OptimizerOptions:
         weight_decay=recovery.weight_decay,
         clip_grad=recovery.clip_grad,
         distributed=config.engine.use_distributed_optimizer,
+        averaged_from=averaged_from(config),
     )
+
+
+def averaged_from(config: Config) -> int | None:
+    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are."""
+    recovery = (config.recovery.train_iters or 0) - config.search_iters
+    if not config.recovery.average_weights or recovery < 1:
+        return None
+    averaged = max(1, round(config.recovery.average_weights * recovery))
+    return config.search_iters + recovery - averaged
 
 
 def _training_options(config: Config, batch: int) -> TrainingOptions:
