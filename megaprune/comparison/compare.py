@@ -13,7 +13,7 @@ from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.mcore import parallel
 from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
-from megaprune.pruning.runner import run
+from megaprune.pruning.rounds import run
 from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError

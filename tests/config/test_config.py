@@ -313,6 +313,11 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             MANUAL + ["--train-iters", "0", "--stitch", "fold"],
             "fitted on calibration windows: it needs --train-data",
         ),
+        (MANUAL + ["--train-data", "d", "--train-iters", "9", "--rounds", "2"], "--method manual names them all"),
+        (SHORTGPT + ["--rounds", "2", "--lora-rank", "2", "--export-adapter"], "leave --export-adapter out"),
+        (SHORTGPT + ["--rounds", "2", "--lora-rank", "2", "--teacher", "self"], "use --teacher online"),
+        (SHORTGPT + ["--rounds", "9", "--lr-warmup-iters", "11"], "a round has 11 of --train-iters 100"),
+        (E3 + ["--rounds", "3", "--search-iters", "2"], "--search-iters 2 can't be shared by the rounds"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         # iterations
         (E3 + ["--train-iters", "0"], "--train-iters must be above 0"),
