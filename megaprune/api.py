@@ -53,7 +53,7 @@ def prune(
     resolved = _config(config, flags)
     # Imported here and below, so that wrong flags are reported before megatron loads.
     from megaprune.pruning.resolve import open_run
-    from megaprune.pruning.runner import run
+    from megaprune.pruning.rounds import run
     from megaprune.utils.ranks import world_size
 
     options, source = open_run(resolved, world_size())

@@ -127,6 +127,12 @@ class RecoveryConfig:
     train_iters: int | None = flag(
         "total iterations of search and recovery; 0 removes layers without training", least=0
     )
+    rounds: int = flag(
+        "prune and heal in N rounds: each removes a share of the layers, selected on the model that the round before "
+        "has healed, and trains for a share of --train-iters",
+        1,
+        least=1,
+    )
     lr: float = flag("peak learning rate", 1e-4, least=0)
     min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
