@@ -17,8 +17,8 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.text import first_line
 
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 4_000_000
+BATCH_DOCUMENTS = 1024
+BATCH_CHARACTERS = 4_000_000
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
 # The block that transformers requires in a template to return a mask of the assistant's tokens.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -138,7 +138,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        full = len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS
+        full = len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS
         if batch and (full or document.is_chat != batch[0].is_chat):
             yield batch
             batch, characters = [], 0

@@ -27,8 +27,8 @@ from megaprune.utils.files import whole_file
 from megaprune.utils.locks import lock_beside, locked
 
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
-_BATCH_ROWS = 512
-_BATCH_BYTES = 1 << 20
+BATCH_ROWS = 512
+BATCH_BYTES = 1 << 20
 # Batches per worker that are in progress or wait for their turn. The limit bounds memory if one batch takes long.
 _BATCHES_AHEAD = 4
 # An end-of-text token among this many last tokens ends a chat if only white space follows it.
@@ -326,8 +326,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     for row in rows:
         batch.append(row)
         # The size of a parsed row is unknown; such rows come in small batches.
-        size += len(row.content) if isinstance(row.content, bytes) else _BATCH_BYTES // 128
-        if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+        size += len(row.content) if isinstance(row.content, bytes) else BATCH_BYTES // 128
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

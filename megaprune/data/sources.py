@@ -29,7 +29,7 @@ _FILE_ENDING = re.compile(
 )
 # Sources below this total size are identified by their content, so that a copy elsewhere uses the same cache.
 # Hashing larger ones would delay every start of every rank; they are identified by size and modification time.
-_HASHED_BYTES = 1 << 30
+HASHED_BYTES = 1 << 30
 _PARQUET_BATCH_ROWS = 128
 
 
@@ -160,7 +160,7 @@ def source_identity(sources: Sequence[Source]) -> list[list[str | int]]:
     A file is identified by its name, size and content (from 1 GiB in total on, by its modification time instead of its
     content), a hub dataset by its id and split.
     """
-    by_content = sum(s.path.stat().st_size for s in sources if isinstance(s, FileSource)) < _HASHED_BYTES
+    by_content = sum(s.path.stat().st_size for s in sources if isinstance(s, FileSource)) < HASHED_BYTES
     return [_identity(source, by_content) for source in sources]
 
 

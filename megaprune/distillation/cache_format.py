@@ -37,7 +37,7 @@ from megaprune.utils.files import write_json
 MANIFEST = "manifest.json"
 CHECKSUM_BYTES = 4
 _FORMAT = "megaprune teacher cache"
-_VERSION = 1
+FORMAT_VERSION = 1
 _LOW_BITS = 16
 _LARGEST_GAP = 65504.0  # fp16's largest number; exp(-65504) is 0
 _SHARD_BYTES = 64 * 10**6
@@ -233,7 +233,7 @@ def write_manifest(folder: Path, plan: CachePlan, digests: list[str]) -> None:
     layout = plan.layout
     record = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": FORMAT_VERSION,
         **plan.record(),
         "tokens": plan.key.windows * plan.key.seq_length,
         "dtype": "float16",
@@ -272,9 +272,9 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise MegapruneError(f"{path} is damaged: create the cache again with cache_teacher.py") from None
-    if record["version"] != _VERSION:
+    if record["version"] != FORMAT_VERSION:
         raise MegapruneError(
-            f"{path} has format version {record['version']}, but this release reads version {_VERSION}: "
+            f"{path} has format version {record['version']}, but this release reads version {FORMAT_VERSION}: "
             "create the cache again"
         )
     plan = CachePlan(CacheKey(**record["key"]), record["top_k"], record["computed_in"])

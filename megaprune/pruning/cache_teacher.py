@@ -63,7 +63,7 @@ def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
         import_weights(model, source)
         teacher = in_half_precision(model, options.engine).requires_grad_(False)
         parallel.on_rank0(lambda: _begin(options.work.path, plan))
-    _Caching(options, plan, dataset, teacher).run()
+    Caching(options, plan, dataset, teacher).run()
     parallel.on_rank0(lambda: _finish(options, plan))
     say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
     return plan
@@ -140,7 +140,7 @@ def _size_of(plan: CachePlan) -> str:
     )
 
 
-class _Caching:
+class Caching:
     """The passes over the windows. Shards are distributed to the replicas in rounds, so that all replicas run equally
     many micro-batches: with expert parallelism, every micro-batch needs every rank.
     """
@@ -164,7 +164,7 @@ class _Caching:
         replicas = parallel.data_parallel_size()
         with tqdm(total=tokens, **settings) as bar:
             for start in range(0, len(left), replicas):
-                self._round(left[start : start + replicas], bar)
+                self.write_round(left[start : start + replicas], bar)
 
     def _left(self) -> list[int]:
         """Return the shards that are missing or damaged. Each rank checks its share."""
@@ -176,7 +176,7 @@ class _Caching:
             say(f"going on: {count - len(left):,} of {count:,} shards are there")
         return left
 
-    def _round(self, shards: Sequence[int], bar: tqdm) -> None:
+    def write_round(self, shards: Sequence[int], bar: tqdm) -> None:
         """Compute one shard per replica. If there are fewer shards than replicas, the others compute windows whose
         targets are discarded.
         """

@@ -5,7 +5,8 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -257,6 +258,18 @@ def find(name: str) -> Method:
         if name in (method.name, *method.aliases):
             return method
     raise UsageError(f"--method: invalid choice: {name!r} (choose from {', '.join(names())})")
+
+
+@contextmanager
+def registrations_undone() -> Iterator[None]:
+    """Forget the methods that the block registers when it ends. For tests of a method."""
+    _load()  # the built-in methods stay
+    before = dict(_methods)
+    try:
+        yield
+    finally:
+        _methods.clear()
+        _methods.update(before)
 
 
 def _load() -> None:

@@ -252,7 +252,7 @@ def test_names_in_a_template():
 def test_preprocess_data(tokenizer, tmp_path, capsys, monkeypatch, kind, workers):
     import numpy as np
 
-    monkeypatch.setattr(preprocess, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(preprocess, "BATCH_ROWS", 1)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows = [row | {"id": number} for number, row in enumerate(ROWS)]
     path = tmp_path / f"a.{kind}"

@@ -1,11 +1,7 @@
-"""Full disks: one line with the path and the needed space, no incomplete files, and the same command continues. A limit
-on the size of files stands for the full disk, because writers and their child processes get the same error.
-"""
+"""Full disks: one line with the path and the needed space, no incomplete files, and the same command continues."""
 
 import errno
-import resource
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,19 +15,10 @@ from megaprune.utils import disk
 from megaprune.utils.disk import check_room, disk_error, explain, one_line, size_text
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
+from tests.helpers.disks import full_disk
 from tests.helpers.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def full_disk(largest_file=100_000):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def attempt(verb, *argv):

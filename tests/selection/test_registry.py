@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaprune.selection import Budget, Choice, find, methods, names, register, registry
+from megaprune.selection import Budget, Choice, find, methods, names, register
 from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import registrations_undone
 from megaprune.selection.selector import Selector
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -33,11 +34,8 @@ USUAL = {
 @pytest.fixture
 def registered():
     """Remove the methods that a test registers."""
-    names()  # the built-in methods are loaded
-    before = dict(registry._methods)
-    yield
-    registry._methods.clear()
-    registry._methods.update(before)
+    with registrations_undone():
+        yield
 
 
 def test_built_in_methods_and_their_traits():

@@ -159,7 +159,7 @@ def test_holder_beats(path, monkeypatch):
 
 
 def test_file_system_without_locks(path, monkeypatch):
-    monkeypatch.setattr(locks, "_flock", lambda file: None)
+    monkeypatch.setattr(locks, "try_flock", lambda file: None)
     with locked(path, "--save it"):
         assert f"process {os.getpid()} " in refusal(path)
     leave_record(path)
@@ -167,8 +167,7 @@ def test_file_system_without_locks(path, monkeypatch):
     assert takes(path)
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    leave = json.dumps({"boot": locks._boot_id(), "namespace": locks._namespace(), "started": "5"})
-    path.write_text(json.dumps(json.loads(leave) | {"pid": int(gone.stdout), "host": "h", "since": "then"}))
+    path.write_text(json.dumps(locks.identity() | {"pid": int(gone.stdout)}))
     assert takes(path)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HF_FOLDER = "hf"
 # The file beside them with the HF model's stored layout, if it differs from the families' tables.
 LAYOUT_FILE = "stored_layout.json"
-_PART_BYTES = 2 * 10**9
+PART_BYTES = 2 * 10**9
 
 
 def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, options: WorkOptions) -> None:
@@ -66,7 +66,7 @@ class _Import:
         places = TensorFiles()
         ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
         places.close()
-        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), _PART_BYTES)
+        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), PART_BYTES)
         # torch's own file names: rank, number
         self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
 

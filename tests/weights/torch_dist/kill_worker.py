@@ -18,7 +18,7 @@ FLAGS = {"import": ("--hf-model", "--megatron-path"), "export": ("--megatron-pat
 
 def convert(verb: str, given: str, out: str, extra: tuple[str, ...] = ()) -> tuple[int, str | None]:
     """Run a conversion in parts small enough that there are several."""
-    import_hf._PART_BYTES = 30_000
+    import_hf.PART_BYTES = 30_000
     size = ("--max-shard-size", "30KB") if verb == "export" else ()
     return cli.attempt("convert", [verb, FLAGS[verb][0], given, FLAGS[verb][1], out, "--workers", "1", *size, *extra])
 
