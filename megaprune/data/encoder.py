@@ -76,7 +76,7 @@ class Encoder:
         except Exception as error:  # templates and custom tokenizers raise any type
             if len(batch) == 1:
                 what = "chat template" if batch[0].is_chat else "tokenizer"
-                raise MegapruneError(f"{batch[0].where}: the {what} refuses it ({first_line(error)})") from error
+                raise MegapruneError(f"{batch[0].where}: the {what} rejects it ({first_line(error)})") from error
         else:
             for document, (tokens, _) in zip(batch, encoded, strict=True):
                 if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
@@ -105,8 +105,8 @@ class Encoder:
     def _encode_chats(self, batch: list[Document]) -> list[EncodedDocument]:
         if not self.tokenizer.chat_template:
             raise MegapruneError(
-                f"{batch[0].where} is chat, but the tokenizer has no chat template: take a model "
-                "whose tokenizer has one, or give the conversations as text"
+                f"{batch[0].where} is chat, but the tokenizer has no chat template: use a model whose tokenizer has "
+                "one, or give the conversations as text"
             )
         # All chats of one call have the same arguments.
         groups = groupby(batch, lambda document: document.arguments)

@@ -86,7 +86,7 @@ def check_outputs(options: PreprocessOptions) -> None:
     """
     for path in options.outputs:
         if path.exists():
-            raise MegapruneError(f"--output-prefix {options.output_prefix}: {path} is there already; remove it first")
+            raise MegapruneError(f"--output-prefix {options.output_prefix}: {path} already exists; remove it first")
 
 
 def preprocess(options: PreprocessOptions) -> Preprocessed:
@@ -235,7 +235,7 @@ def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bo
     tokenizer = tokenizer_in(folder, trust_remote_code, "--tokenizer")
     if tokenizer.eos_token_id is None:
         raise MegapruneError(
-            f"--tokenizer {folder} has no end-of-text token to part documents: set eos_token in its "
+            f"--tokenizer {folder} has no end-of-text token to separate documents: set eos_token in its "
             "tokenizer_config.json"
         )
     if chat_template is not None:
@@ -314,7 +314,7 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise MegapruneError(
-            "a worker process died, perhaps for want of memory: run again with fewer --workers"
+            "a worker process died, perhaps because memory ran out: run again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -89,12 +89,12 @@ def open_or_build(
             _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
             raise MegapruneError(
-                f"the token cache cannot be written under {cache_dir} ({error}): make room there, or name another "
-                "folder with --data-cache-path"
+                f"the token cache cannot be written under {cache_dir} ({error}): make room, or choose another folder "
+                "with --data-cache-path"
             ) from error
         stream = _open(folder)
         if stream is None:
-            raise MegapruneError(f"the token cache {folder} does not read back as written: check that disk")
+            raise MegapruneError(f"the token cache {folder} differs from what was written: check the disk")
     return stream
 
 
@@ -108,8 +108,8 @@ def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, na
             raise MegapruneError(f"{name} holds no documents: every row is empty")
         if not meta["loss_tokens"]:
             raise MegapruneError(
-                f"{name}: no token carries loss, since the chat template marks none as the assistant's; "
-                "give chats that the assistant answers"
+                f"{name}: no token carries loss, because the chat template marks none as the assistant's; give chats "
+                "with messages of the assistant"
             )
         (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _publish(aside, folder)

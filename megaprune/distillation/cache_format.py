@@ -264,7 +264,7 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise MegapruneError(f"{flag} {folder} holds no {MANIFEST}: give a folder that cache_teacher.py has finished")
+        raise MegapruneError(f"{flag} {folder} holds no {MANIFEST}: give the folder of a finished cache")
     try:
         record = json.loads(path.read_bytes())
         checksum = record.pop("checksum")
@@ -281,7 +281,7 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
     if record["windows_per_shard"] != plan.windows_per_shard or record["block_bytes"] != plan.layout.num_bytes:
         raise MegapruneError(
             f"{path} was written with other shards ({record['windows_per_shard']} windows of {record['block_bytes']} "
-            f"bytes each, now {plan.windows_per_shard} of {plan.layout.num_bytes}): make the cache again"
+            f"bytes each, now {plan.windows_per_shard} of {plan.layout.num_bytes}): create the cache again"
         )
     return plan, [shard["checksum"] for shard in record["shards"]]
 

@@ -36,7 +36,7 @@ def check_plan(folder: Path, plan: CachePlan) -> None:
     path = folder / _PLAN
     if not is_begun(folder):
         if folder.exists() and any(entry.name != "data-cache" for entry in folder.iterdir()):
-            raise MegapruneError(f"{folder}, where the work would go on, holds other files: move or remove it")
+            raise MegapruneError(f"{folder}, the folder for unfinished work, holds other files: move or remove it")
         return
     try:
         begun = json.loads(path.read_bytes())
@@ -117,7 +117,7 @@ class ShardFile:
             os.replace(self._aside, self._path)
         except OSError as error:
             raise MegapruneError(
-                explain(error, self._aside, "give the same command to go on", self._plan.shard_bytes(self._shard))
+                explain(error, self._aside, "run the same command to continue", self._plan.shard_bytes(self._shard))
             ) from None
 
     def __enter__(self) -> "ShardFile":
@@ -139,6 +139,6 @@ class ShardFile:
             try:
                 block = self._plan.layout.encode(targets.window(place))
             except ValueError as error:
-                raise MegapruneError(f"{error} in window {window} of --train-data: look at the model") from None
+                raise MegapruneError(f"{error} in window {window} of --train-data: check the model") from None
             self._checksums.append(block_checksum(block, window))
             self._file.write(block)

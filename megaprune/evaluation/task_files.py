@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], path: str | None = None) -> list[Any]:
     parts = [part for task in tasks for part in _names_in(task)]
     twice = [part for part in parts if parts.count(part) > 1]
     if twice:
-        raise UsageError(f"--tasks {','.join(names)}: {twice[0]} is among them twice")
+        raise UsageError(f"--tasks {','.join(names)}: {twice[0]} is named twice")
     return tasks
 
 

@@ -60,7 +60,7 @@ serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-_GO_ON = "give the same command to go on from the last checkpoint"
+_GO_ON = "run the same command to continue from the last checkpoint"
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
 

@@ -72,7 +72,7 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
-                    f"{tuple(shard.shape)}, config.json makes it {tuple(parameter.shape)}"
+                    f"{tuple(shard.shape)}, but config.json gives {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
                 culprit = source.shown(next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all()))

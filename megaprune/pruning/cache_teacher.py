@@ -99,12 +99,12 @@ def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Win
 
 def _check_finished(output: Path, plan: CachePlan) -> None:
     found, _ = read_manifest(output, _FLAG)
-    found.key.check(plan.key, f"{_FLAG} {output} is there and", "choose another folder")
+    found.key.check(plan.key, f"{_FLAG} {output} already exists and", "choose another folder")
     for name, flag in (("top_k", "--distill-top-k"), ("computed_in", "the teacher in")):
         had, wanted = getattr(found, name), getattr(plan, name)
         if had != wanted:
             raise MegapruneError(
-                f"{_FLAG} {output} is there and was made with {flag} {had}, not {wanted}: choose another folder"
+                f"{_FLAG} {output} already exists and was made with {flag} {had}, not {wanted}: choose another folder"
             )
 
 
@@ -122,8 +122,8 @@ def _finish(options: CachingOptions, plan: CachePlan) -> None:
         cache_writer.finish(options.work.path, options.output, plan)
     except OSError as error:
         raise MegapruneError(
-            f"{error.filename or options.output} can't be written ({error.strerror}): fix this, and give the same "
-            "command to go on"
+            f"{error.filename or options.output} can't be written ({error.strerror}): fix this, and run the same "
+            "command to continue"
         ) from None
 
 
@@ -173,7 +173,7 @@ class Caching:
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
         left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
-            say(f"going on: {count - len(left):,} of {count:,} shards are there")
+            say(f"continuing: {count - len(left):,} of {count:,} shards exist")
         return left
 
     def write_round(self, shards: Sequence[int], bar: tqdm) -> None:

@@ -19,7 +19,7 @@ from megaprune.utils.files import aside_folder
 from megaprune.utils.progress import say
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 
-GO_ON = "give the same command to go on from the last checkpoint"
+GO_ON = "run the same command to continue from the last checkpoint"
 
 
 def export(run: RunContext, student: Trainer | None, command: str) -> None:

@@ -89,5 +89,5 @@ def _forward_backward(
     parts = dict(zip(objective.shares, means, strict=True))
     value = sum(objective.shares[name] * mean for name, mean in parts.items())
     if not value < float("inf"):
-        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
+        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or check the data")
     return value, parts if len(parts) > 1 else {}

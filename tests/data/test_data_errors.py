@@ -105,11 +105,11 @@ def test_parquet_without_rows(tmp_path):
 BAD_ROWS = {
     "malformed": (b'{"text": "a"\n', "line 2 is not valid JSON: Expecting ',' delimiter"),
     "cut off": (b'{"text": "a b', "line 2 is not valid JSON: Unterminated string"),
-    "not an object": (b'["a"]\n', "line 2 is no JSON object"),
+    "not an object": (b'["a"]\n', "line 2 is not a JSON object"),
     "not UTF-8": (b'{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
     "other keys": (
         b'{"body": "a", "id": 1}\n',
-        "its keys are body, id: name the one with the text by --text-key",
+        "its keys are body, id: name the key of the text with --text-key",
     ),
     "no keys": (b"{}\n", "its keys are none"),
     "null": (b'{"text": null}\n', "line 2: 'text' is null"),
@@ -163,7 +163,7 @@ def test_too_few_tokens_for_one_window(tmp_path):
     path = file_with(tmp_path, b'{"text": "a b c"}\n')
     dataset = prepare_dataset([str(path)], make_tokenizer(), seq_length=3, cache_dir=tmp_path / "cache")
     assert len(dataset) == 1
-    with pytest.raises(MegapruneError, match="holds 4 tokens, and one window takes 5: .* smaller --seq-length"):
+    with pytest.raises(MegapruneError, match="holds 4 tokens, but one window needs 5: .* smaller --seq-length"):
         prepare_dataset([str(path)], make_tokenizer(), seq_length=4, cache_dir=tmp_path / "cache")
     padded = prepare_dataset([str(path)], make_tokenizer(), seq_length=9, cache_dir=tmp_path / "cache", pad_last=True)
     assert len(padded) == 1
@@ -179,7 +179,7 @@ def test_chat_template_that_refuses_one_chat_of_many(tmp_path):
     chats = [[{"role": role, "content": "a"}] for role in ("user", "user", "assistant", "user")]
     path = file_with(tmp_path, b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
     message = refusal(path, tmp_path, tokenizer=make_tokenizer(chat_template=strict))
-    assert f"{path}, line 3: the chat template refuses it (a user must begin)" in message
+    assert f"{path}, line 3: the chat template rejects it (a user must begin)" in message
 
 
 def test_chats_that_no_assistant_answers(tmp_path):

@@ -72,11 +72,11 @@ REFUSED = {
     ),
     "another's": (
         {"tokenizer.json": {"version": "1.0", "added_tokens": [], "model": {"type": "Own"}}},
-        "holds no tokenizer that can be loaded: tokenizer.json is there, but transformers refuses it (",
+        "holds no tokenizer that can be loaded: tokenizer.json exists, but transformers rejects it (",
     ),
     "code": (
         {"tokenizer.model": SPM, "tokenizer_config.json": CUSTOM},
-        "brings code of its own: read it, then pass --trust-remote-code",
+        "contains code: review it, then pass --trust-remote-code",
     ),
 }
 

@@ -80,7 +80,7 @@ def test_line(tmp_path, monkeypatch):
     )
     readonly = OSError(errno.EROFS, "Read-only file system", "/x/y")
     assert explain(readonly, tmp_path) == (
-        "/x/y can't be written (Read-only file system): fix this, and give the same command again"
+        "/x/y can't be written (Read-only file system): fix this, and run the same command again"
     )
     with pytest.raises(MegapruneError, match="needs 2.60 MB, and .* has 2.50 MB left: make room, or choose another"):
         check_room(tmp_path / "not" / "there", 2_600_000)
@@ -129,7 +129,9 @@ def test_checkpoint(argv, tmp_path, monkeypatch, capfd, iteration):
     assert status == 1
     aside = run / "checkpoints" / f"iter_{iteration:07d}.tmp"
     assert line.startswith(f"prune: error: {aside} can't be written (the file takes no more, where ")
-    assert " MB are needed): make room, quotas and limits on files included, and give the same command to go on" in line
+    assert (
+        " MB are needed): make room, quotas and limits on files included, and run the same command to continue" in line
+    )
     assert "rror" not in capfd.readouterr().err.replace("prune: error", "")
     if iteration == 1:
         assert not run.exists()
@@ -223,7 +225,7 @@ def test_conversion(model, tmp_path):
         with full_disk():
             status, line = attempt(*argv)
         assert status == 1 and str(work) in line and "File too large" in line, line
-        assert "needed): make room, quotas and limits on files included, and go on with --resume" in line
+        assert "needed): make room, quotas and limits on files included, and continue with --resume" in line
         assert not work.exists()
         assert not [path for path in work.with_name(f"{work.name}.tmp").rglob("*") if path.stat().st_size > 90_000]
         assert attempt(*argv, "--resume") == (0, None)

@@ -162,14 +162,14 @@ def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: 
         work.clear()
     elif begun:
         if not resume:
-            raise UsageError(f"{work.folder} holds unfinished work: go on with it by --resume, or remove it")
+            raise UsageError(f"{work.folder} holds unfinished work: continue it with --resume, or remove it")
         if not same:
             raise UsageError(f"{work.folder} holds unfinished work on other input or with other flags: remove it")
     else:
         found = {path.name for path in work.folder.iterdir()} if work.folder.is_dir() else set()
         begun_only = all(name == work.result.name or name.startswith(f".{work.plan.stem}.") for name in found)
         if not begun_only or (work.result.is_dir() and any(work.result.iterdir())):
-            raise UsageError(f"{work.folder}, where the work would go on, holds other files: move or remove it")
+            raise UsageError(f"{work.folder}, the folder for unfinished work, holds other files: move or remove it")
         work.result.mkdir(parents=True, exist_ok=True)
         with whole_file(work.plan) as unnamed:
             unnamed.write_text(json.dumps(plan))
@@ -199,7 +199,7 @@ def _write_part(work: _Work, part: Part[T], write: Write[T], advance: Advance) -
         if disk_error(error) is None:
             raise
         work.unfinished(part).unlink(missing_ok=True)  # a partial file is useless and takes space
-        line = explain(error, work.unfinished(part), "go on with --resume", part.num_bytes)
+        line = explain(error, work.unfinished(part), "continue with --resume", part.num_bytes)
         raise MegapruneError(line) from error
     work.unfinished(part).rename(work.result / part.file)  # last, so that every finished part has a record
 
@@ -248,7 +248,7 @@ def _together(work: Callable[[], None]) -> None:
     except MegapruneError as met:
         error = met
     except OSError as met:
-        error = MegapruneError(explain(met, remedy="go on with --resume"))
+        error = MegapruneError(explain(met, remedy="continue with --resume"))
     raise_together(error)
 
 

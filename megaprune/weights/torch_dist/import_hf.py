@@ -214,9 +214,9 @@ def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
     for piece in expected:
         chunk = places.pop((piece.key, piece.offset), None)
         if chunk is None or stored[piece.key].size != piece.size or chunk.shape != piece.shape:
-            raise MegapruneError(f"{folder}: {piece.key} was not written whole")
+            raise MegapruneError(f"{folder}: {piece.key} was not written completely")
         if chunk.place.offset + chunk.place.length > sizes.get(chunk.place.file, 0):
             raise MegapruneError(f"{folder / chunk.place.file} is shorter than what was written to it")
     if places:
-        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, and nobody asked for it")
+        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, but is not part of the model")
     json.loads((folder / HF_FOLDER / "config.json").read_text())

@@ -144,7 +144,7 @@ def test_unfinished_work_is_not_taken_for_other_work(models, tmp_path, monkeypat
         broken.setattr(chunks, "copy_range", raising(OSError(errno.ENOSPC, "No space left on device")))
         status, line = convert("import", "--hf-model", models("qwen2"), "--megatron-path", out)
     assert status == 1 and "No space left on device" in line and "--resume" in line and not out.exists()
-    for flags, said in (((), "go on with it by --resume"), (("--resume", "--dtype", "bf16"), "other flags")):
+    for flags, said in (((), "continue it with --resume"), (("--resume", "--dtype", "bf16"), "other flags")):
         status, line = convert("import", "--hf-model", models("qwen2"), "--megatron-path", out, *flags)
         assert status == 2 and said in line
     done("import", "--hf-model", models("qwen2"), "--megatron-path", out, "--resume")
