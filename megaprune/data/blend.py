@@ -21,7 +21,7 @@ from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabu
 from megaprune.data.sources import FileSource, source_identity
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place_once
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
     number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
-        aside = aside_folder(folder, f"{number:x}")
+        aside = aside_of(folder, f"{number:x}")
         parallel.on_rank0(lambda: _make(aside))
         _build(lambda: build(aside), aside, folder)
         parallel.barrier()
@@ -291,8 +291,8 @@ def _build(build: Callable[[], object], aside: Path, folder: Path) -> None:
 
     try:
         build()
-        if parallel.rank() == 0 and not folder.is_dir():
-            aside.rename(folder)
+        if parallel.rank() == 0:
+            put_in_place_once(aside, folder)
     except MegapruneError:
         raise
     except Exception as error:  # Megatron-Core wraps some OSErrors

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections import deque
@@ -26,7 +25,7 @@ from megaprune.data.encoder import EncodedDocument, Encoder
 from megaprune.data.sources import RowKeys, find_sources, read_documents, source_identity
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place_once
 
 _FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
@@ -99,7 +98,7 @@ def open_or_build(
 
 
 def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, name: str) -> None:
-    aside = aside_folder(folder, uuid.uuid4().hex)
+    aside = aside_of(folder, uuid.uuid4().hex)
     made = [parent for parent in aside.parents if not parent.exists()]
     try:
         aside.mkdir(parents=True)
@@ -165,11 +164,7 @@ def _publish(aside: Path, folder: Path) -> None:
         if _open(folder) is not None:
             return
         shutil.rmtree(folder)
-    try:
-        os.rename(aside, folder)
-    except OSError:
-        if _open(folder) is None:
-            raise
+    put_in_place_once(aside, folder)
 
 
 def _open(folder: Path) -> TokenStream | None:

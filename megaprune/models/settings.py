@@ -94,7 +94,8 @@ def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
         raise wrong(config, "layer_types", value, "a list of attention types, one per layer,")
     if len(value) != num_layers:
         raise MegapruneError(
-            f"{config.get('model_type')}: 'layer_types' in config.json names {len(value)} layers, but the model has {num_layers}"
+            f"{config.get('model_type')}: 'layer_types' in config.json names {len(value)} layers, but the model has "
+            f"{num_layers}"
         )
     return value
 

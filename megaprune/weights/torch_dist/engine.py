@@ -5,7 +5,6 @@ and parts that an interrupted conversion has finished are not written again.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from megaprune.utils import failure
 from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.files import aside_folder, whole_file
+from megaprune.utils.files import aside_of, put_in_place, whole_file
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.ranks import raise_together, rank, world_size
@@ -103,7 +102,7 @@ def convert(
         UsageError: the output exists, or there is unfinished work and `resume` is not given.
     """
     with _processes(), locked(lock_beside(final), f"{flag} {final}"):
-        work = _Work(aside_folder(final))
+        work = _Work(aside_of(final))
         _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
         if final.exists():  # an earlier process was interrupted after the last step
             return
@@ -206,7 +205,7 @@ def _write_part(work: _Work, part: Part[T], write: Write[T], advance: Advance) -
 
 def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable[[Path, dict[str, Any]], None]) -> None:
     finish(work.result, {part.file: json.loads(work.record(part).read_text()) for part in parts})
-    os.replace(work.result, final)
+    put_in_place(work.result, final)
     work.clear()
 
 

@@ -40,7 +40,7 @@ def count_steps(die_at: int | None = None) -> list[int]:
     import_hf.append_tensor = counted(import_hf.append_tensor)
     export_hf.CheckpointSource.read_from = counted(export_hf.CheckpointSource.read_from)
     Path.rename = counted(Path.rename)
-    engine.os = type("os", (), {**vars(os), "replace": staticmethod(counted(os.replace))})
+    engine.put_in_place = counted(engine.put_in_place)
     Path.unlink = counted(Path.unlink)
     return done
 
