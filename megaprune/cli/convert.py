@@ -23,7 +23,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="convert.py", description="convert HF safetensors to a Megatron-Core checkpoint and back.")
+    parser = Parser(prog="convert.py", description="Convert HF safetensors to a Megatron-Core checkpoint and back.")
     verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=Parser)
 
     def add(name: str, help: str, work: object) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Comparisons: what is asked for, the runs that come of it, and the tables."""
+"""Comparisons: the recipe, the runs that follow from it, and the tables."""
 
 import csv
 import json
@@ -306,7 +306,7 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
         assert again[label] | changed | {"task copa share": 0} == row | changed | {"task copa share": 0}
 
 
-def test_what_will_be_refused_is_refused_before_the_first_run(tiny_model, tiny_data, tmp_path):
+def test_all_runs_are_validated_before_the_first_one(tiny_model, tiny_data, tmp_path):
     run = {"hf_model": str(tiny_model("qwen3_tied")), "train_data": str(tiny_data / "train.jsonl"), "train_iters": 1}
     run |= {"seq_length": tiny.SEQ_LENGTH, "valid_data": str(tiny_data / "valid.jsonl"), "global_batch_size": 1}
     for changes, said in [

@@ -177,7 +177,7 @@ def test_too_little_for_a_window(data, one_process, tmp_path):
         training(["1", data[0], "9", data[1]], tmp_path, seq_length=60, calibration=4)
 
 
-def test_empty_documents_are_no_trouble(tmp_path):
+def test_empty_documents_are_accepted(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
     for document in ([], [1, 2, 3], [], [4, 5]):
         builder.add_document(document, [len(document)] if document else [])
@@ -291,7 +291,7 @@ def test_interrupted_build_leaves_nothing(data, one_process, tmp_path, monkeypat
     assert len(training(data, tmp_path)) == 24
 
 
-def test_other_data_at_the_same_path_gets_indices_of_its_own(one_process, tmp_path):
+def test_other_data_at_the_same_path_gets_its_own_indices(one_process, tmp_path):
     prefix = make(tmp_path / "a", 0, 30)
     first = training([prefix], tmp_path / "cache")
     make(tmp_path / "a", 0, 10, length=20)
@@ -316,7 +316,7 @@ def test_missing_helpers_are_one_clear_line(data, one_process, tmp_path, monkeyp
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("weights", [[1, 1], [1, 999], [1, 2, 3], [0.01] * 7 + [0.93], [5, 1, 1, 1]])
-def test_every_blend_has_samples_enough(weights, num_samples):
+def test_every_blend_has_enough_samples(weights, num_samples):
     """Megatron-Core refuses a blend that requests more samples of a dataset than were indexed."""
     have = datasets.samples_indexed(weights, num_samples)
     share = np.array(weights, np.float64) / np.sum(weights)

@@ -85,7 +85,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("form", [lambda rows: rows, as_strings], ids=["objects", "strings"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_the_template_gets_what_the_row_carries(tokenizer, tmp_path, kind, form):
+def test_the_template_gets_the_fields_of_the_row(tokenizer, tmp_path, kind, form):
     rows = [
         {name: row.get(name) for name in ("messages", "tools", "documents", "chat_template_kwargs")} for row in ROWS
     ]
@@ -121,7 +121,7 @@ def test_rows_of_the_hub(tokenizer, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("--train-data org/chats, row 1 of split train: the column 'source'") == 1
 
 
-def test_null_that_json_gives_stays(tokenizer, tmp_path):
+def test_null_in_json_is_kept(tokenizer, tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": PLAIN_CHAT, "tools": [tool]}]))
     assert '"default": null' in tokenizer.decode(tokens(path, tokenizer, tmp_path))
@@ -209,7 +209,7 @@ def test_refusals(tokenizer, tmp_path, case):
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_the_template_ignores_is_named_once(tmp_path, capsys):
+def test_keys_that_the_template_ignores_are_named_once(tmp_path, capsys):
     tokenizer = make_tokenizer(PLAIN)
     rows = [{"messages": PLAIN_CHAT}, *[row | {"system": "be brief"} for row in ROWS[:3]] * 3]
     path = write(
@@ -224,7 +224,7 @@ def test_what_the_template_ignores_is_named_once(tmp_path, capsys):
     assert len(notes) == len(about) and all(f"--train-data {path}, line " in note for note in notes)
 
 
-def test_what_the_template_reads_is_not_named(tokenizer, tmp_path, capsys):
+def test_keys_that_the_template_reads_are_not_named(tokenizer, tmp_path, capsys):
     tokens(write(tmp_path / "a.jsonl", jsonl(ROWS * 2)), tokenizer, tmp_path)
     assert "note: " not in capsys.readouterr().out
 

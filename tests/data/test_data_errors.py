@@ -1,4 +1,4 @@
-"""Unusable data: the error is one line that names the flag, the file and the row, and no file is left."""
+"""Unusable data: the error is one line that names the flag, the file and the row, and no output remains."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def file_with(tmp_path, body, name="data.jsonl"):
 
 
 @pytest.mark.parametrize("path", ["./none", "/no/where", "a/b/c", "none.jsonl", "org/none.parquet", "x.txt", "~/x"])
-def test_missing_path_is_not_asked_of_the_hub(path, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_requested_from_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **o: pytest.fail("asked the hub"))
     message = refusal(path, tmp_path, error=UsageError)
     assert f"{path} does not exist and is not a dataset id" in message
@@ -63,7 +63,7 @@ def test_unknown_dataset_id(tmp_path, monkeypatch):
     assert "org/none does not exist and is not a dataset id" in message and "404 Client Error" in message
 
 
-def test_hub_dataset_that_breaks_off(tmp_path, monkeypatch):
+def test_hub_dataset_that_ends_early(tmp_path, monkeypatch):
     def rows(*args, **options):
         yield {"text": "a b c d e f g"}
         raise ConnectionError("connection lost")
@@ -174,7 +174,7 @@ def test_tokenizer_without_end_of_text(tmp_path):
     assert "no end-of-text token" in message and "eos_token" in message
 
 
-def test_chat_template_that_refuses_one_chat_of_many(tmp_path):
+def test_chat_template_that_rejects_one_chat_of_many(tmp_path):
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user must begin') }}{% endif %}a b c"
     chats = [[{"role": role, "content": "a"}] for role in ("user", "user", "assistant", "user")]
     path = file_with(tmp_path, b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
@@ -182,7 +182,7 @@ def test_chat_template_that_refuses_one_chat_of_many(tmp_path):
     assert f"{path}, line 3: the chat template rejects it (a user must begin)" in message
 
 
-def test_chats_that_no_assistant_answers(tmp_path):
+def test_chats_without_an_assistant(tmp_path):
     path = file_with(tmp_path, b'{"messages": [{"role": "user", "content": "a b c d e f"}]}\n')
     assert "no token carries loss" in refusal(path, tmp_path, tokenizer=make_tokenizer(chat_template=MARKED))
 

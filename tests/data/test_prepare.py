@@ -239,7 +239,7 @@ def test_cache_notices_other_data_keys_templates_and_tokenizers(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
-def test_large_sources_are_told_apart_by_size_and_time(tokenizer, tmp_path, monkeypatch):
+def test_large_sources_are_distinguished_by_size_and_time(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("megaprune.data.sources.HASHED_BYTES", 10)
     path = write(tmp_path / "a.jsonl", jsonl(ROWS))
     prepare(path, tokenizer, tmp_path)

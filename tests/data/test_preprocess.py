@@ -97,7 +97,7 @@ def documents(prefix):
 
 
 @pytest.mark.parametrize("special", [None, "<|user|>"])
-def test_bytes_are_those_of_megatrons_tool(tokenizer, tmp_path, special):
+def test_bytes_equal_those_of_megatrons_tool(tokenizer, tmp_path, special):
     folder = tokenizer
     if special:  # a token that begins every text, as Llama's does
         folder = tmp_path / "tokenizer"

@@ -123,7 +123,7 @@ def test_missing_packages(tmp_path, without, case):
     assert str(met.value) == f"the tokenizer in {folder} needs the package {package}: {install}"
 
 
-def test_every_tool_says_the_same(tmp_path, tiny_model, without):
+def test_every_tool_reports_the_same_error(tmp_path, tiny_model, without):
     """The model's tokenizer needs a package that is not installed."""
     import shutil
 
