@@ -114,7 +114,7 @@ def _check_stacks(source: TensorSource) -> None:
         if source.is_fp8(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
             raise MegapruneError(
                 f"{source.file(members[0])}: {source.shown(members[0])} is FP8 in blocks that reach over gate and up, "
-                f"because {shapes[0][0]} rows are no multiple of {BLOCK}: give the model before its quantization"
+                f"because {shapes[0][0]} rows are not a multiple of {BLOCK}: give the model before its quantization"
             )
 
 

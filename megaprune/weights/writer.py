@@ -120,7 +120,7 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """Return ``5GB`` in bytes, with the decimal units of transformers.
 
     Raises:
-        UsageError: the text is no positive size.
+        UsageError: the text is not a positive size.
     """
     number, unit = text[:-2], text[-2:].upper()
     try:

@@ -38,7 +38,7 @@ def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
         dtype: name of the dtype in safetensors.
     """
     before, directory, count = _begun(_description(shape, dtype))
-    # last, so that no other entry lies behind 4 GB
+    # last, so that no other entry is beyond 4 GB
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     directory += _listed("data/0", 0, num_bytes, len(before))
     before += _header("data/0", 0, num_bytes, align_behind=len(before))
