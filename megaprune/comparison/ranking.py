@@ -50,7 +50,7 @@ def all_masks(selection: SelectionOptions) -> list[tuple[int, ...]]:
         raise UsageError("rank_windows: masks are ranked by number of layers, not with target_params")
     if math.comb(len(free), chosen) > MOST_MASKS:
         raise UsageError(
-            f"rank_windows: {math.comb(len(free), chosen):,} masks are too many to measure, the most is {MOST_MASKS:,}"
+            f"rank_windows: {math.comb(len(free), chosen):,} masks are too many to measure (at most {MOST_MASKS:,})"
         )
     return [tuple(sorted({*protected, *some})) for some in itertools.combinations(free, chosen)]
 

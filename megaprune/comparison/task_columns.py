@@ -32,7 +32,7 @@ def of_result(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
 
 
 def with_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Add to a table the share of each score's loss that recovery gave back; NaN where it was not measured."""
+    """Add to a table the share of each score's loss that recovery regained; NaN where it was not measured."""
     shares = {
         f"{PREFIX}{task} share": [_share(row, task) for row in table.to_dict("records")]
         for task in _tasks(table.columns)

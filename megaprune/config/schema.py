@@ -365,7 +365,7 @@ class Config:
         """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
-            MegapruneError: it takes a keyword that is no flag.
+            MegapruneError: it takes a keyword that is not a flag.
         """
         listed = self.prune.prune_layers
         filled = {

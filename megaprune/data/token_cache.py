@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import socket
 import uuid
@@ -27,7 +26,7 @@ from megaprune.data.encoder import EncodedDocument, Encoder
 from megaprune.data.sources import RowKeys, find_sources, read_documents, source_identity
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place_once
 
 _FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
@@ -95,17 +94,17 @@ def open_or_build(
             _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
             raise MegapruneError(
-                f"the token cache cannot be written under {cache_dir} ({error}): make room there, or name another "
-                "folder with --data-cache-path"
+                f"the token cache cannot be written under {cache_dir} ({error}): make room, or choose another folder "
+                "with --data-cache-path"
             ) from error
         stream = _open(folder)
         if stream is None:
-            raise MegapruneError(f"the token cache {folder} does not read back as written: check that disk")
+            raise MegapruneError(f"the token cache {folder} differs from what was written: check the disk")
     return stream
 
 
 def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, name: str) -> None:
-    aside = aside_folder(folder, uuid.uuid4().hex)
+    aside = aside_of(folder, uuid.uuid4().hex)
     made = [parent for parent in aside.parents if not parent.exists()]
     try:
         aside.mkdir(parents=True)
@@ -114,8 +113,8 @@ def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, na
             raise MegapruneError(f"{name} holds no documents: every row is empty")
         if not meta["loss_tokens"]:
             raise MegapruneError(
-                f"{name}: no token carries loss, since the chat template marks none as the assistant's; "
-                "give chats that the assistant answers"
+                f"{name}: no token carries loss, because the chat template marks none as the assistant's; give chats "
+                "with messages of the assistant"
             )
         (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _publish(aside, folder)
@@ -171,11 +170,7 @@ def _publish(aside: Path, folder: Path) -> None:
         if _open(folder) is not None:
             return
         shutil.rmtree(folder)
-    try:
-        os.rename(aside, folder)
-    except OSError:
-        if _open(folder) is None:
-            raise
+    put_in_place_once(aside, folder)
 
 
 def _open(folder: Path) -> TokenStream | None:
@@ -205,7 +200,7 @@ def _open_there(folder: Path) -> TokenStream:
     stream = _open(folder.absolute())
     if stream is None:
         raise MegapruneError(
-            f"{folder}, which the first node sees, is not there on {socket.gethostname()}: give a folder that all nodes "
-            "share as --data-cache-path"
+            f"{folder} exists on the first node but not on {socket.gethostname()}: give --data-cache-path a folder that "
+            "all nodes share"
         )
     return stream

@@ -53,7 +53,7 @@ class RunContext:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
             self._check_batch(self.progress.global_batch_size)
-            say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+            say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
         if self._is_to_stop():
             raise RunStopped
@@ -142,7 +142,7 @@ class RunContext:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
             checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
-            say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
+            say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
 
     def _is_to_stop(self) -> bool:
@@ -159,6 +159,8 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     error = None
     if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
         name = options.selection.name
-        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
+        error = MegapruneError(
+            f"--method {name} chose different layers on different ranks: it must depend on --seed alone"
+        )
     parallel.raise_together(error)
     return kept

@@ -158,7 +158,7 @@ def _check_calibration(options: RunOptions, calibration: Windows) -> None:
     calibration_ids(len(calibration), options.selection.calibration_samples, options.training.seed)
     if options.selection.method.needs_held_out and len(calibration) < 1 + HELD_OUT_WINDOWS:
         raise UsageError(
-            f"--method {options.selection.name} judges on other windows than it chooses by, and needs "
+            f"--method {options.selection.name} validates on windows that it does not select by, and needs "
             f"{1 + HELD_OUT_WINDOWS}: --train-data has {len(calibration)}; give more data, or lower --seq-length"
         )
 
@@ -202,8 +202,8 @@ def check_cacheable(train_data: Sequence[str]) -> None:
     blend = find_blend(train_data, "--train-data")
     if blend is not None and blend.weights is not None:
         raise UsageError(
-            f"--train-data {' '.join(train_data)}: a cached teacher goes with windows as they lie in the "
-            "files, where a blend's follow from the seed; leave the weights out, or use --teacher online"
+            f"--train-data {' '.join(train_data)}: a cached teacher needs windows in the order of the files, but "
+            "those of a blend depend on the seed; remove the weights, or use --teacher online"
         )
 
 

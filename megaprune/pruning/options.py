@@ -15,7 +15,7 @@ from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.registry import Method
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class CachingOptions(JobOptions):
     @property
     def work(self) -> RunDir:
         """Return the folder of unfinished work."""
-        return RunDir(aside_folder(self.output))
+        return RunDir(aside_of(self.output))
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def _transformer_impl(config: Config) -> str:
     if config.lora.lora_rank is None:
         return choice
     if choice == "transformer_engine":
-        raise UsageError("--lora-rank works on Megatron's own linear layers: use --transformer-impl local")
+        raise UsageError("--lora-rank needs Megatron's own linear layers: use --transformer-impl local")
     return "local"
 
 
@@ -285,7 +285,7 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
     else:
         num_pruned = num_layers_to_prune(config.prune, num_layers)
         if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to none")
+            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
         budget = Budget.of_layers(num_layers, num_layers - num_pruned)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
@@ -307,8 +307,8 @@ def _check_selection(config: Config, selection: SelectionOptions, arch: Architec
         cut_position(selection.manual, arch.num_layers)
     if config.stitches and arch.sandwich_norm:
         raise UsageError(
-            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm behind each MLP, through which a "
-            "linear map can't be folded; leave the flag out"
+            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm after each MLP, so that a linear map "
+            "can't be folded into it; remove the flag"
         )
 
 
@@ -358,7 +358,7 @@ def _lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> Lo
     unknown = [target for target in lora.lora_target_modules if target not in known]
     if unknown:
         raise UsageError(
-            f"--lora-target-modules {unknown[0]} is no linear layer of this model: choose of {' '.join(known)}"
+            f"--lora-target-modules {unknown[0]} is not a linear layer of this model: choose from {' '.join(known)}"
         )
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
     return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))

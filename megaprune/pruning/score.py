@@ -36,8 +36,8 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
     kept, scores, candidates = found
     if not chooses and scores is None:
         raise UsageError(
-            f"score_layers: method {options.selection.name} chooses layers together and scores no single ones: say "
-            "how many go, such as num_layers_to_prune=2"
+            f"score_layers: method {options.selection.name} selects layers together and gives no scores of single "
+            "layers: say how many to remove, such as num_layers_to_prune=2"
         )
     num_layers = options.model.arch.num_layers
     return LayerScores(

@@ -53,8 +53,8 @@ def forget_stale_variables(is_job: bool = True) -> None:
             return
         _forget()
         raise UsageError(
-            f"RANK={given['RANK']} and WORLD_SIZE={given['WORLD_SIZE']} in the environment name no place among "
-            "processes: unset them, or start the processes by torchrun"
+            f"RANK={given['RANK']} and WORLD_SIZE={given['WORLD_SIZE']} in the environment are not a valid pair: "
+            "unset them, or start the processes with torchrun"
         )
     _forget()
 

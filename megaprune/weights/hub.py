@@ -85,8 +85,8 @@ def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> 
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # no network, no such model or no access; the Hub's own message says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        here = "is no folder here" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
-        raise MegapruneError(f"{flag} {name} {here}, and the hub does not give it: {reason}") from None
+        here = "is not a folder" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
+        raise MegapruneError(f"{flag} {name} {here}, and the hub does not provide it: {reason}") from None
 
 
 def _state(path: Path) -> str:
@@ -119,5 +119,5 @@ def check_link(path: Path, name: str | None = None) -> None:
     if path.is_symlink() and not path.exists():
         raise MegapruneError(
             f"{name or path} is a link to {os.readlink(path)}, which does not exist (a hub cache that was cleaned, or "
-            "copied without its blobs?): fetch it again"
+            "copied without its blobs?): download it again"
         )

@@ -68,7 +68,7 @@ def test_r1_for_64_ranks(plan):
     assert [stage["layers"] for stage in recovery] == [stage["layers"] for stage in search]
     assert [stage["memory"]["weights"] for stage in recovery] == [stage["memory"]["weights"] for stage in search]
     assert sum(len(stage["running_layers"]) for stage in recovery) == 53
-    assert "assumed: the layers with the fewest parameters go" in text
+    assert "assumed: the layers with the fewest parameters are removed" in text
     assert (search[0]["first_rank"], search[-1]["last_rank"]) == (0, 63)
 
 
