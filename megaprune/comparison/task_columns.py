@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 
 from megaprune.evaluation.harness import headline, mean_score
-from megaprune.report.run_report import MODELS, share_recovered
+from megaprune.report.run_report import share_recovered
 
 PREFIX = "task "
+SCORED = ("teacher", "pruned", "recovered")  # the models whose tasks may be scored
 _MEAN = "mean"
 
 
@@ -79,7 +80,7 @@ def _cell(row: Mapping[str, Any], task: str) -> str:
 
 
 def _share(row: Mapping[str, Any], task: str) -> float:
-    teacher, pruned, recovered = (_value(row, task, model) for model in MODELS)
+    teacher, pruned, recovered = (_value(row, task, model) for model in SCORED)
     share = share_recovered(teacher, pruned, recovered, is_loss=False)
     return math.nan if share is None else share
 

@@ -105,6 +105,13 @@ def _check_teacher(config: Config) -> None:
             f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
             "leave one of them out"
         )
+    weight = config.distillation.hidden_loss_weight
+    if weight and (teacher == "cached" or config.distillation.distill_loss == "ce"):
+        without = "--teacher cached" if teacher == "cached" else "--distill-loss ce"
+        raise UsageError(
+            f"--hidden-loss-weight {weight:g} needs a teacher's hidden states, and there are none with {without}: use "
+            "--teacher online or self, or leave it out"
+        )
     if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
         raise UsageError(f"--teacher cached is not used with {unused}: leave one of them out")

@@ -110,8 +110,8 @@ class SearchConfig:
         "perplexity",
     )
     selection_budget: int | None = flag(
-        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
-        "of --train-iters, in which a backward pass counts as two forward passes)",
+        "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
+        "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
     protect_layers: str = flag(
@@ -171,6 +171,12 @@ class DistillationConfig:
     kd_loss_alpha: float = flag(
         "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
     )
+    hidden_loss_weight: float = flag(
+        "factor of an additional loss in recovery: the squared distance of each kept layer's output to that of the "
+        "teacher's same layer, relative to the teacher's squared norm; needs --teacher online or self",
+        0.0,
+        least=0,
+    )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
         "outputs stored in --teacher-logits",
@@ -214,6 +220,11 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str | None = flag(
         "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
         "are always balanced"
+    )
+    distributed_timeout_minutes: int = flag(
+        "limit of each collective operation, in every process group; work of rank 0 that the others wait for has none",
+        60,
+        least=1,
     )
 
 

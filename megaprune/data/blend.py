@@ -130,9 +130,9 @@ def stored_windows(
     return parts[0] if len(parts) == 1 else JoinedWindows(parts)
 
 
-def _stream(file: IndexedFile) -> TokenStream:
-    offsets = np.append(file.starts // file.dtype.itemsize, file.num_tokens)
-    return TokenStream(file.tokens(), None, offsets, _digest([file]))
+def _stream(file: IndexedFile, digest: str | None = None) -> TokenStream:
+    offsets, digest = np.append(file.starts // file.dtype.itemsize, file.num_tokens), digest or _digest([file])
+    return TokenStream(file.tokens(), None, offsets, digest, opened_by=(_stream, (file, digest)))
 
 
 def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
@@ -202,12 +202,15 @@ def training_windows(
     Raises:
         MegapruneError: the index files can't be written, or a rank does not see them.
     """
-    from megaprune.mcore import datasets
+    from megaprune.mcore import datasets, parallel
 
     # Without weights, the number of windows is the weight, as in Megatron.
     weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
     prefixes = [os.path.abspath(file.prefix) for file in files]
-    fingerprint = _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
+    # Rank 0's: it hashes the files or, if they are large, depends on their modification times.
+    fingerprint = parallel.on_rank0_for_all(
+        lambda: _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
+    )
     # The names of Megatron's index files depend on the paths of the data, but not on its contents.
     key = hashlib.sha256(json.dumps([prefixes, fingerprint]).encode()).hexdigest()[:32]
     folder = cache_dir.absolute() / "indexed" / key

@@ -6,6 +6,7 @@ Read without Megatron, whose reader checks little.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,17 @@ class IndexedFile:
 
     Args:
         starts: int64 [sequences], the byte offset of each sequence in the .bin, memory-mapped.
+        flag: named in error messages.
     """
 
     prefix: str
     dtype: np.dtype
     num_tokens: int
     starts: np.ndarray
+    flag: str = "--train-data"
+
+    def __reduce__(self) -> Any:
+        return open_indexed, (self.prefix, self.flag)  # another process maps the files itself
 
     @property
     def paths(self) -> list[Path]:
@@ -97,7 +103,7 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
         raise refuse(f"{bin_path} has {bin_path.stat().st_size} bytes, but its index needs {end}: it is truncated")
     if not num_tokens:
         raise refuse(f"{bin_path} holds no tokens")
-    return IndexedFile(prefix, dtype, num_tokens, starts)
+    return IndexedFile(prefix, dtype, num_tokens, starts, flag)
 
 
 def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bool = False) -> None:

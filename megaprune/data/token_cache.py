@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import json
 import shutil
+import socket
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,7 @@ class TokenStream:
         document_offsets: int64 [documents + 1].
         fingerprint: hex digest of the tokens and their mask; independent of the files and the machine.
         largest_token: the highest token id; 0 if unknown.
+        opened_by: the function and the arguments that map it in another process, which gets no copy of the tokens.
     """
 
     tokens: np.ndarray
@@ -47,6 +49,10 @@ class TokenStream:
     document_offsets: np.ndarray
     fingerprint: str
     largest_token: int = 0
+    opened_by: tuple[Callable[..., TokenStream], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        return self.opened_by or super().__reduce__()
 
 
 def open_or_build(
@@ -74,7 +80,7 @@ def open_or_build(
         raise MegapruneError(f"{flag} {error.filename} cannot be read ({error.strerror})") from error
     dtype = token_dtype(tokenizer)
     described = [_FORMAT, identity, tokenizer_identity(tokenizer), dtype.str, keys.text, keys.messages]
-    folder = cache_dir / hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    folder = cache_dir.absolute() / hashlib.sha256(json.dumps(described).encode()).hexdigest()
     stream = _open(folder)
 
     def encoded() -> Iterator[EncodedDocument]:
@@ -186,4 +192,16 @@ def _open(folder: Path) -> TokenStream | None:
         return None
     maps = {name: np.memmap(folder / name, dtype=kind, mode="r") for name, (kind, _) in files.items()}
     tokens, offsets = maps["tokens.bin"], maps["document_offsets.bin"]
-    return TokenStream(tokens, maps.get("loss_mask.bin"), offsets, fingerprint, largest)
+    return TokenStream(tokens, maps.get("loss_mask.bin"), offsets, fingerprint, largest, (_open_there, (folder,)))
+
+
+def _open_there(folder: Path) -> TokenStream:
+    """Return the stream that another process opened or built in `folder`."""
+    stream = _open(folder.absolute())
+    if stream is None:
+        raise MegapruneError(
+            f"{folder}, which the first node sees, is not there on {socket.gethostname()}: give a folder that all "
+            "nodes "
+            "share as --data-cache-path"
+        )
+    return stream

@@ -32,7 +32,7 @@ def model_name() -> str:
 
 
 def bind_local_device(local_rank: int) -> None:
-    """Do nothing: all processes of a host share its CPU."""
+    """Return None: all processes of a host share its CPU."""
 
 
 def synchronize() -> None:

@@ -22,7 +22,7 @@ from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.pipeline_model import PipelineModel
-from megaprune.pruning.data import stored_data
+from megaprune.pruning.data import first_on_rank0, stored_data
 from megaprune.pruning.options import CachingOptions
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
@@ -42,7 +42,8 @@ def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
     Raises:
         MegapruneError: the request can't be fulfilled; the same call resumes from the shards that are complete.
     """
-    with parallel.session(options.sizes), locked(lock_beside(options.output), f"{_FLAG} {options.output}"):
+    lock = locked(lock_beside(options.output), f"{_FLAG} {options.output}")
+    with parallel.session(options.sizes, options.timeout_minutes), lock:
         return _cache(options, source)
 
 
@@ -50,7 +51,7 @@ def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
     # If the job is refused before the first window is computed, the disk is left unchanged.
     with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(options, source)
-        if options.output.exists():
+        if parallel.on_rank0_for_all(options.output.exists):
             parallel.on_rank0(lambda: _check_finished(options.output, plan))
             say(f"{options.output} holds the finished cache already")
             return _left_alone(options, plan)
@@ -87,12 +88,11 @@ def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Win
     """Return the plan of the cache, and the data. Collective."""
     cache_dir = options.data.cache_dir or options.work.data_cache
     tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)
-    vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
 
     def load() -> Windows:
-        return stored_data(options.data, options.data.train, tokenizer, cache_dir, vocab_size)
+        return stored_data(options.data, options.data.train, tokenizer, cache_dir, options.model.arch.vocab_size)
 
-    dataset = parallel.on_rank0(load) or load()
+    dataset = first_on_rank0(load)
     key = cache_key(source, tokenizer, dataset)
     return CachePlan(key, options.distillation.top_k, "bf16" if options.engine.bf16 else "fp32"), dataset
 

@@ -41,10 +41,11 @@ class RunContext:
         self._should_stop = should_stop
         self.models = Models(options, source, data.teacher_cache)
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
+        self.resume_from = self._latest()
         self.progress = Progress()
         if self.resume_from is not None:
-            self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            found = self.resume_from
+            self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
             self._check_batch(self.progress.global_batch_size)
             say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
@@ -94,7 +95,7 @@ class RunContext:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.options.tokens_per_iteration)
         num_kept = len(self.kept_layers) if result.mask is None else int((result.mask > 0).sum())
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
@@ -116,8 +117,12 @@ class RunContext:
         return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
 
     def saved_weights(self) -> Path | None:
-        """Return the newest checkpoint if it contains weights."""
-        return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+        """Return the newest checkpoint if it contains weights. Collective."""
+        return None if self.weights_are_the_source else self._latest()
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint that rank 0 sees. Collective."""
+        return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.

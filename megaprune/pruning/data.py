@@ -1,9 +1,9 @@
 """The data of a run: prepared once by rank 0, read by every replica."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megaprune.data.batches import Batch, batches_for, eval_batches, train_batches, train_ids
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
@@ -19,6 +19,8 @@ from megaprune.pruning.options import DataOptions, DistillationOptions, RunOptio
 from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.utils.errors import UsageError
 from megaprune.weights.tensor_source import TensorSource
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,15 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
     data, distillation = options.data, options.distillation
     # A teacher cache is indexed by windows in file order, which are then shuffled like windows of text.
     cached = distillation.teacher == "cached"
-    blend = None if cached else find_blend(data.train, "--train-data")
+    blend = None if cached else parallel.on_rank0_for_all(lambda: find_blend(data.train, "--train-data"))
     if data.train and not data.reads_training:
-        if not blend:
-            find_sources(data.train, "--train-data")  # no data is read, but a wrong path is still refused
+        if not blend:  # no data is read, but a wrong path is still refused
+            parallel.on_rank0(lambda: find_sources(data.train, "--train-data"))
         blend = None
     if cached:
-        check_cacheable(data.train)
+        parallel.on_rank0(lambda: check_cacheable(data.train))
 
-    # Rank 0 has checked the files before the others map them.
-    vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
+    vocab_size = options.model.arch.vocab_size
 
     def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
         train, valid, files = None, None, []
@@ -109,7 +110,7 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
             valid = stored_data(data, data.valid, tokenizer, cache_dir, vocab_size, "--valid-data", pad_last=True)
         return train, valid, files
 
-    train, valid, files = parallel.on_rank0(load) or load()
+    train, valid, files = first_on_rank0(load)
     calibration = train
     if blend:
         train, calibration = _blended(options, blend, files, tokenizer.eos_token_id, cache_dir)
@@ -117,6 +118,15 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
         _check_calibration(options, calibration)
     teacher_cache = open_cache(distillation, source, tokenizer, train) if cached and train else None
     return Data(data, options.training, train, valid, calibration, teacher_cache)
+
+
+def first_on_rank0(load: Callable[[], T]) -> T:
+    """Return the datasets that rank 0 creates or finds. The other ranks map the same files. Collective.
+
+    Raises:
+        MegapruneError: the data can't be used, or a rank does not see the files; raised on every rank.
+    """
+    return parallel.together(lambda: parallel.on_rank0_for_all(load))
 
 
 def stored_data(
@@ -212,4 +222,6 @@ def open_cache(distillation: DistillationOptions, source: TensorSource, tokenize
         cache.check_shards()
         return cache
 
-    return parallel.on_rank0(check) or load()
+    checked: list[TeacherCache] = []
+    parallel.on_rank0(lambda: checked.append(check()))
+    return parallel.together(lambda: checked[0] if checked else load())

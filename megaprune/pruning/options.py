@@ -64,6 +64,7 @@ class DistillationOptions:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
         alpha: share of the distillation loss; the rest is cross-entropy.
+        hidden_weight: factor of the loss on hidden states in recovery.
     """
 
     loss: LossKind
@@ -73,6 +74,7 @@ class DistillationOptions:
     teaches: bool
     logits: Path | None
     alpha: float
+    hidden_weight: float
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Options of every job that runs a model in Megatron-Core."""
+    """Options of every job that runs a model in Megatron-Core.
+
+    Args:
+        timeout_minutes: limit of each collective operation.
+    """
 
     model: ModelOptions
     engine: EngineOptions
     pipeline: PipelineOptions
     data: DataOptions
     distillation: DistillationOptions
+    timeout_minutes: int
 
     @property
     def sizes(self) -> ParallelSizes:

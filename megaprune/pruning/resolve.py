@@ -15,6 +15,7 @@ from megaprune.config.schema import (
     RunConfig,
 )
 from megaprune.config.sizes import num_layers_to_prune
+from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
@@ -42,7 +43,7 @@ from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
-from megaprune.weights.hub import resolve_hf_model
+from megaprune.weights.hub import shared_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
@@ -59,7 +60,8 @@ _MAY_CHANGE = {
 
 
 def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
-    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
+    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing. Collective if a
+    launcher started several processes; they join the process group.
 
     Raises:
         MegapruneError: the request can't be fulfilled.
@@ -68,29 +70,39 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     parse_size(config.run.max_shard_size)
     source = open_source(config)
     windowed = _with_window(config, source.config)
-    RunDir(Path(config.run.save or "")).check(fixed_settings(windowed))
+    parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
     return resolve(windowed, source.config, world_size), source
 
 
 def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
     """Check the caching of a teacher against its folder, its model and its processes. Raises as `open_run`."""
-    check_output(output)
-    check_cacheable(config.data.train_data)
+    _join(config)
+    parallel.on_rank0(lambda: check_output(output))
+    parallel.on_rank0(lambda: check_cacheable(config.data.train_data))
     source = open_source(config)
     source.check_tensors()
     return resolve_caching(config, source.config, world_size, output), source
 
 
 def open_source(config: Config) -> TensorSource:
-    """Return the model that the flags name.
+    """Return the model that the flags name. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: it is not there, or can't be read.
+        MegapruneError: it is not there, or can't be read; on every rank.
     """
-    if config.model.load:
-        return CheckpointSource(config.model.load)
-    return HFSource(resolve_hf_model(config.model.given))
+    _join(config)
+    load = config.model.load
+    if load:
+        return parallel.together(lambda: CheckpointSource(load))
+    folder = shared_hf_model(config.model.given)
+    return parallel.together(lambda: HFSource(folder))
+
+
+def _join(config: Config) -> None:
+    """Join the process group: ranks decide together what they find in the file system."""
+    if parallel.world_size() > 1:
+        parallel.join(config.parallel.distributed_timeout_minutes)
 
 
 def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
@@ -194,7 +206,9 @@ def _job(
             teaches=config.distills,
             logits=Path(logits) if logits else None,
             alpha=distillation.kd_loss_alpha,
+            hidden_weight=distillation.hidden_loss_weight,
         ),
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
 
 

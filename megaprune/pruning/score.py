@@ -25,7 +25,7 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
         MegapruneError: the data can't be used.
         UsageError: the method does not score single layers, and no budget is given.
     """
-    with parallel.session(options.sizes), _scratch(options) as cache:
+    with parallel.session(options.sizes, options.timeout_minutes), _scratch(options) as cache:
         tokenizer = run_tokenizer(options, source)
         folder = parallel.on_rank0_for_all(lambda: str(cache))
         data, models = prepare_data(options, source, tokenizer, Path(folder)), Models(options, source)

@@ -199,7 +199,7 @@ def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bo
 def loss_recovered(report: Report) -> float | None:
     """Return the share of the loss increase that recovery regained; None unless all three losses were measured."""
     losses = measured_losses(report.valid)
-    if len(losses) < len(MODELS):
+    if not {"teacher", "pruned", "recovered"} <= losses.keys():
         return None
     return share_recovered(losses["teacher"], losses["pruned"], losses["recovered"])
 

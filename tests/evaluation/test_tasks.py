@@ -44,7 +44,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
+def on_cpu_without_network(monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.setattr("megaprune.device.torch_device", lambda: torch.device("cpu"))
 
 

@@ -127,6 +127,17 @@ def test_a_teacher_beside_the_student_is_the_original(plan):
     assert recovery["memory"]["weights"] < 0.8 * search["memory"]["weights"]
 
 
+def test_a_loss_on_hidden_states_keeps_those_of_the_teacher(plan):
+    flags = ("--world-size", "16", "--tensor-model-parallel-size", "8", "--sequence-parallel", "--prune-ratio", "0.25")
+    flags = ("qwen3-32b", *flags, "--global-batch-size", "6", "--seq-length", "4096", "--bf16")
+    (without,), (stage,) = (
+        stages_of(plan(*flags, *extra)[1], "recovery") for extra in ((), ("--hidden-loss-weight", "1"))
+    )
+    # of 48 kept layers and 3 micro-batches, each rank with an eighth of the tokens
+    states = 48 * 3 * 4096 * 5120 * 2 // 8
+    assert stage["memory"]["activations"] - without["memory"]["activations"] == states
+
+
 def test_iterations_and_tokens(plan):
     flags = ("--world-size", "16", "--pipeline-model-parallel-size", "4", "--global-batch-size", "32")
     text, record = plan("llama", *flags, "--train-iters", "500", "--num-layers-to-prune", "8", "--seq-length", "2048")

@@ -41,20 +41,22 @@ def registered():
 def test_built_in_methods_and_their_traits():
     one_shot = {"kl-init", "shortgpt", "shortened", "random", "manual"}
     assert {method.name for method in methods()} == one_shot | {
-        *("e3", "auto", "clp", "sheared", "sleb", "exhaustive", "evolution")
+        *("e3", "auto", "clp", "sheared", "sleb", "exhaustive", "evolution", "quadratic")
     }
     traits = {
         "searches": {"e3", "sheared"},
         "needs_scores": {"e3"},
-        "calibrated": {"auto", "clp", "evolution", "exhaustive", "kl-init", "shortened", "shortgpt", "sleb"},
+        "calibrated": {
+            *("auto", "clp", "evolution", "exhaustive", "kl-init", "quadratic", "shortened", "shortgpt", "sleb"),
+        },
         "contiguous": {"clp", "exhaustive"},
-        "needs_held_out": {"auto"},
+        "needs_held_out": {"auto", "quadratic"},
         "names_layers": {"manual"},
     }
     for trait, having in traits.items():
         assert {method.name for method in methods() if getattr(method, trait)} == having, trait
     takers = {flag: {method.name for method in methods() if flag in method.flags} for flag in USUAL}
-    assert takers["criterion"] == {"shortened"} and takers["selection_budget"] == {"auto"}
+    assert takers["criterion"] == {"shortened"} and takers["selection_budget"] == {"auto", "quadratic"}
     assert takers["search_iters"] == {"e3", "sheared", "clp"} and takers["mask_lr"] == {"e3"}
     assert {method.name for method in methods() if "parameters" not in method.budgets} == {"clp", "manual"}
     assert all(method.description for method in methods())

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from megaprune.utils import failure
+from megaprune.utils import failure, rank0
 from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.files import aside_of, put_in_place, whole_file
@@ -104,7 +104,7 @@ def convert(
     with _processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_of(final))
         _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
-        if final.exists():  # an earlier process was interrupted after the last step
+        if rank0.on_rank0_for_all(final.exists):  # an earlier process was interrupted after the last step
             return
         _together(lambda: _write_parts(work, parts, write, options.threads))
         _together(lambda: _finish(work, final, parts, finish) if is_first() else None)
