@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "compute an HF model's loss, perplexity and agreement with a teacher",
     "compare": "compare several methods on one model at equal budgets",
     "benchmark": "measure speed ratios side by side",
+    "generate-data": "write text or chats with the model itself",
     "preprocess-data": "convert text or chat to Megatron's indexed datasets",
     "plan": "compute every rank's layers, parameters and memory without weights or accelerators",
 }

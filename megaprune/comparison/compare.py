@@ -16,7 +16,7 @@ from megaprune.evaluation.task_files import load_tasks
 from megaprune.mcore import parallel
 from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
-from megaprune.pruning.runner import run
+from megaprune.pruning.rounds import run
 from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError

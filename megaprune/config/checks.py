@@ -1,6 +1,6 @@
 """Checks across settings: required combinations, exclusions, and flags that a method does not use."""
 
-from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_stitch
+from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_rounds, check_stitch
 from megaprune.config.schema import (
     WHAT_TO_PRUNE,
     Config,
@@ -28,6 +28,7 @@ def check_run(config: Config) -> None:
     _check_lora(config)
     check_cut(config)
     check_stitch(config)
+    check_rounds(config)
     _check_teacher(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.method.calibrated):

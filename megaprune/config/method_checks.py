@@ -105,6 +105,32 @@ def check_stitch(config: Config) -> None:
         )
 
 
+def check_rounds(config: Config) -> None:
+    """Check that a run can be divided into `--rounds`.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    rounds, train_iters = config.recovery.rounds, config.recovery.train_iters or 0
+    if rounds == 1:
+        return
+    flag, warm_up = f"--rounds {rounds}", config.recovery.lr_warmup_iters
+    if config.method.names_layers:
+        raise UsageError(f"{flag} selects layers in each round, and --method {config.prune.method} names them all")
+    if config.lora.export_adapter:
+        raise UsageError(f"{flag} merges the adapters of each round into the weights: leave --export-adapter out")
+    if config.distillation.teacher == "self":
+        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
+    shortest = train_iters // rounds
+    if train_iters and shortest <= warm_up:
+        raise UsageError(
+            f"{flag}: a round has {shortest} of --train-iters {train_iters}, which must be more than "
+            f"--lr-warmup-iters {warm_up}"
+        )
+    if config.method.searches and config.search_iters < rounds:
+        raise UsageError(f"{flag}: --search-iters {config.search_iters} can't be shared by the rounds; give more")
+
+
 def _takers(flag: str, instead: str) -> str:
     if flag in registry.SEARCH_FLAGS:
         return f"methods that search, and --method {instead} does not"

@@ -127,12 +127,25 @@ class RecoveryConfig:
     train_iters: int | None = flag(
         "total iterations of search and recovery; 0 removes layers without training", least=0
     )
+    rounds: int = flag(
+        "prune and heal in N rounds: each removes a share of the layers, selected on the model that the round before "
+        "has healed, and trains for a share of --train-iters",
+        1,
+        least=1,
+    )
     lr: float = flag("peak learning rate", 1e-4, least=0)
     min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
+    average_weights: float = flag(
+        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
+        "last weights",
+        0.0,
+        least=0,
+        most=1,
+    )
     stitch: Literal["none", "fold"] = flag(
         "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
         "multiplied into the down_proj of the layer before each cut (ReplaceMe)",

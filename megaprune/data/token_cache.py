@@ -200,8 +200,8 @@ def _open_there(folder: Path) -> TokenStream:
     stream = _open(folder.absolute())
     if stream is None:
         raise MegapruneError(
-            f"{folder}, which the first node sees, is not there on {socket.gethostname()}: give a folder that all "
-            "nodes "
-            "share as --data-cache-path"
+            f"{folder} exists on the first node but not on {socket.gethostname()}: give --data-cache-path a folder "
+            "that "
+            "all nodes share"
         )
     return stream

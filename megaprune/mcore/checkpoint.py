@@ -186,14 +186,24 @@ def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None =
         trainer: model and optimizer to fill.
         kept_layers: layers of the saved model that the trainer's model consists of; None means all.
     """
-    wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
+    found = _FOLDER.match(checkpoint.name)
+    assert found is not None, checkpoint
+    wanted = _sharded_state(trainer, int(found[1]), kept_layers)
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     trainer.model.load_state_dict(loaded["model"], strict=not trainer.adapters_only)
     trainer.optimizer.load_state_dict(optimizer_state.with_empty_parts(trainer.optimizer, loaded["optimizer"]))
+    if trainer.average is not None:
+        trainer.average.load(loaded.get("average", {}))
 
 
-def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
-    """Return the sharded state dict of model and optimizer. Collective."""
+def _sharded_state(
+    trainer: Trainer, loaded_iterations: int | None = None, kept_layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Return the sharded state dict of model, optimizer and average. Collective.
+
+    Args:
+        loaded_iterations: the completed iterations of the checkpoint that is to be loaded; None to save.
+    """
     model = trainer.model.sharded_state_dict(metadata=_metadata())
     if trainer.adapters_only:  # the frozen weights are imported from the source again, so they are not saved
         model = {key: entry for key, entry in model.items() if is_adapter(key)}
@@ -203,5 +213,8 @@ def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequenc
                 entry.key = source_name(entry.key, kept_layers)
     steps = optimizer_state.align_steps(trainer.optimizer)
     # The optimizer derives the keys of its states from the model's keys, so the renaming applies to them, too.
+    loading = loaded_iterations is not None
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
-    return {"model": model, "optimizer": optimizer_state.with_common_steps(trainer.optimizer, optimizer, steps)}
+    average = {} if trainer.average is None else trainer.average.sharded_state(model, loaded_iterations)
+    state = {"model": model, "optimizer": optimizer_state.with_common_steps(trainer.optimizer, optimizer, steps)}
+    return state | ({"average": average} if average else {})

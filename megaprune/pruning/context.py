@@ -13,7 +13,7 @@ from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import Data
-from megaprune.pruning.models import Models
+from megaprune.pruning.models import Models, Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.step import StepResult
@@ -30,16 +30,22 @@ class RunContext:
     """State of a run.
 
     Args:
+        origin: the teacher's model, if it is not `source`.
         should_stop: called on every rank before the first iteration and after each one. If it returns True on any
             rank, the run saves a checkpoint and stops.
     """
 
     def __init__(
-        self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
+        self,
+        options: RunOptions,
+        source: TensorSource,
+        data: Data,
+        should_stop: ShouldStop | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        self.options, self.source, self.data = options, source, data
+        self.options, self.source, self.data, self.origin = options, source, data, origin
         self._should_stop = should_stop
-        self.models = Models(options, source, data.teacher_cache)
+        self.models = Models(options, source, data.teacher_cache, origin)
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = self._latest()
         self.progress = Progress()

@@ -37,6 +37,7 @@ class Data:
     def train_batches(self, iteration: int) -> list[Batch]:
         """Return this replica's micro-batches of an iteration, and start reading the cached targets of the next one."""
         self._read_ahead(iteration + 1)
+        iteration += self.training.first_iteration
         return train_batches(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
@@ -66,6 +67,7 @@ class Data:
     def _read_ahead(self, iteration: int) -> None:
         """Start reading the cached targets of this replica's share of a later iteration."""
         if self.teacher_cache is not None and parallel.is_last_stage() and iteration < self.training.train_iters:
+            iteration += self.training.first_iteration
             rows = train_ids(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
             self.teacher_cache.prefetch([id for row in rows for id in row])
 
@@ -176,7 +178,7 @@ def _blended(
     if options.data.calibrates:
         most = options.selection.calibration_samples * (1 + HELD_OUT_WINDOWS)
         calibration = calibration_windows(blend, files, most=most, **common)
-    num_samples = options.training.train_iters * options.training.global_batch_size
+    num_samples = options.training.data_iters * options.training.global_batch_size
     if num_samples:
         train = training_windows(blend, files, num_samples=num_samples, **common)
     return train, calibration

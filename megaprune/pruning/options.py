@@ -132,6 +132,9 @@ class TrainingOptions:
     Args:
         trains_weights_in_search: whether the model's weights train together with the scores.
         endpoints_only: whether recovery trains only the layers next to the cut.
+        rounds: rounds of selection and recovery that share the iterations and the layers to remove.
+        first_iteration: position of the first iteration in the data, above 0 after the first round; data_iters: number
+            of iterations that the data are laid out for, which are those of all rounds.
         stitches: whether maps that stand in for the removed layers are folded into the pruned model.
     """
 
@@ -142,6 +145,9 @@ class TrainingOptions:
     trains_weights_in_search: bool
     endpoints_only: bool
     stitches: bool
+    rounds: int = 1
+    first_iteration: int = 0
+    data_iters: int = 0
 
     @property
     def changes_weights(self) -> bool:

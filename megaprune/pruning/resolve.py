@@ -4,6 +4,7 @@ The code below does not read a Config. A run, a plan and teacher caching are res
 omit the data, the run folder and the pruning budget; caching omits everything about the student.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from megaprune import device
@@ -140,12 +141,16 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
+    selection = _selection(config, hf_config, batch * job.data.seq_length) if prunes else None
+    if selection is not None:  # the first round trains the largest model
+        limit = selection.budget.limit_of_round(1, config.recovery.rounds)
+        selection = replace(selection, budget=replace(selection.budget, limit=limit))
     return PlanOptions(
         **job.__dict__,
         world_size=world_size,
         lora=_lora_options(config, job.model.arch, hf_config),
         global_batch_size=batch,
-        selection=_selection(config, hf_config, batch * job.data.seq_length) if prunes else None,
+        selection=selection,
         trains=trains,
         distributed_optimizer=config.engine.use_distributed_optimizer,
     )
@@ -295,6 +300,7 @@ def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
+    selection.budget.check_rounds(config.recovery.rounds)
     if selection.method.check is not None:
         selection.method.check(selection.budget, selection.protected)
     if selection.manual is not None and config.tunes_endpoints:
@@ -369,7 +375,17 @@ def _optimizer_options(config: Config) -> OptimizerOptions:
         weight_decay=recovery.weight_decay,
         clip_grad=recovery.clip_grad,
         distributed=config.engine.use_distributed_optimizer,
+        averaged_from=averaged_from(config),
     )
+
+
+def averaged_from(config: Config) -> int | None:
+    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are."""
+    recovery = (config.recovery.train_iters or 0) - config.search_iters
+    if not config.recovery.average_weights or recovery < 1:
+        return None
+    averaged = max(1, round(config.recovery.average_weights * recovery))
+    return config.search_iters + recovery - averaged
 
 
 def _training_options(config: Config, batch: int) -> TrainingOptions:
@@ -381,6 +397,8 @@ def _training_options(config: Config, batch: int) -> TrainingOptions:
         trains_weights_in_search=config.search.search_weights == "trained",
         endpoints_only=config.tunes_endpoints,
         stitches=config.stitches,
+        rounds=config.recovery.rounds,
+        data_iters=config.recovery.train_iters or 0,
     )
 
 

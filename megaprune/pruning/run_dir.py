@@ -41,6 +41,14 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def _rounds(self) -> Path:
+        return self.path / "rounds"
+
+    def of_round(self, number: int) -> "RunDir":
+        """Return the folder of one of a run's rounds, from 1."""
+        return RunDir(self._rounds / str(number))
+
+    @property
     def stitch(self) -> Path:
         """Return the file of the maps of ``--stitch``."""
         return self.path / "stitch.safetensors"
@@ -112,7 +120,7 @@ class RunDir:
         try:
             yield
         except MegapruneError:
-            if not self.checkpoints.exists():
+            if not (self.checkpoints.exists() or self._rounds.exists()):
                 for path in self._entries() - before:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
                 with suppress(OSError):  # never created, or it now contains files of others

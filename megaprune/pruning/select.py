@@ -107,7 +107,8 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
     options, progress, selection = run.options, run.progress, run.options.selection
     model = in_half_precision(original, options.engine)
-    run.validate("teacher", model)
+    if run.origin is None:
+        run.validate("teacher", model)
     calibration = Calibration(options, run.data, run.models, model)
     if selection.method.needs_scores:
         with progress.timed("importance"):

@@ -79,6 +79,8 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         result = train_step(student, run.data.train_batches(iteration), objective, iteration)
         run.record(iteration, "recovery", result, start)
         run.save_if_due(student, force=iteration + 1 == train_iters)
+    if student.average is not None:
+        student.average.use()
     if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)

@@ -39,6 +39,7 @@ class Report:
         valid: validation loss in nats of the teacher, the pruned, the stitched and the recovered model, where measured.
         versions: of the packages that decide the numbers.
         candidates: the alternatives that the method considered, with its measure of each.
+        rounds: with `--rounds`, the layers kept after each round, and its tokens and losses.
     """
 
     method: str
@@ -59,14 +60,15 @@ class Report:
     valid: dict[str, dict[str, float | None]]
     versions: dict[str, str]
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
         found: dict[str, Any] = json.loads(strict_json(asdict(self)))
-        candidates, versions = found.pop("candidates"), found.pop("versions")
+        versions, absent = found.pop("versions"), [name for name in ("candidates", "rounds") if not found[name]]
         share = loss_recovered(self)
         found |= {} if share is None else {_SHARE: share}
-        return found | ({"candidates": candidates} if candidates else {}) | {"versions": versions}
+        return {name: value for name, value in found.items() if name not in absent} | {"versions": versions}
 
 
 @dataclass(frozen=True)

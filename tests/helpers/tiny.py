@@ -294,6 +294,14 @@ def stitched_argv(model: Path, data: Path, save: Path, gone: str, *extra: str) -
     return [*argv, *extra]
 
 
+def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Return the flags of a short run in two rounds, each with a stitch."""
+    return [
+        *select_argv(model, data, save, "shortgpt", "--num-layers-to-prune", "3", "--rounds", "2", "--stitch", "fold"),
+        *("--train-iters", "4", "--lr-warmup-iters", "1", "--lr", "3e-4", *extra),
+    ]
+
+
 def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Return the flags of a short search by hard concrete gates."""
     return [*select_argv(model, data, save, "sheared", *extra), "--train-iters", "8", "--search-iters", "6"]

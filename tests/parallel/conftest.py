@@ -13,6 +13,7 @@ from tests.parallel.layouts import (
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
+    ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
@@ -111,7 +112,12 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
             cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
-    for layouts, argv_of in ((ENDPOINT_LAYOUTS, tiny.endpoint_argv), (SHEARED_LAYOUTS, tiny.sheared_argv)):
+    short_runs = (
+        (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
+        (SHEARED_LAYOUTS, tiny.sheared_argv),
+        (ROUNDS_LAYOUTS, tiny.rounds_argv),
+    )
+    for layouts, argv_of in short_runs:
         for layout, flags in layouts.items():
             save = folder / f"run-{layout}"
             cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
