@@ -1,4 +1,4 @@
-"""The verb `benchmark`: measure speed ratios side by side in one run. Each benchmark is a sub-verb."""
+"""The verb `benchmark`: speed ratios, measured side by side in one run. Each benchmark is a sub-verb."""
 
 import importlib
 import sys
