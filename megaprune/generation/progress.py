@@ -79,7 +79,7 @@ class Progress:
             raise MegapruneError(f"{self.path} is no unfinished work of this command: remove it") from None
         if changed:
             raise MegapruneError(
-                f"{self.path} was begun with other settings ({', '.join(changed)}): give the same command again, or "
+                f"{self.path} was begun with other settings ({', '.join(changed)}): run the same command again, or "
                 "remove this file to start over"
             )
         return len(whole) + 1

@@ -179,7 +179,7 @@ class Writer:
                 list(messages), tokenize=False, add_generation_prompt=True, **prompt.arguments
             )
         except Exception as error:  # templates raise whatever they like
-            raise MegapruneError(f"{prompt.where}: the chat template refuses it ({first_line(error)})") from error
+            raise MegapruneError(f"{prompt.where}: the chat template rejects it ({first_line(error)})") from error
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _before_question(self, prompt: ChatPrompt) -> list[int]:

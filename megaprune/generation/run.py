@@ -216,7 +216,7 @@ def _refuse_existing(output: Path) -> None:
 def _config(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise MegapruneError(f"--hf-model {name}: no config.json there; a finished run's model is in RUN_DIR/hf")
+        raise MegapruneError(f"--hf-model {name}: it contains no config.json; a finished run's model is in RUN_DIR/hf")
     config = _json(path)
     return config.get("text_config", config)
 
@@ -234,9 +234,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MegapruneError(f"{path} can't be read ({error}): fetch it again") from error
+        raise MegapruneError(f"{path} can't be read ({error}): download it again") from error
     if not isinstance(found, dict):
-        raise MegapruneError(f"{path} holds no JSON object: fetch it again")
+        raise MegapruneError(f"{path} holds no JSON object: download it again")
     return found
 
 

@@ -164,7 +164,7 @@ def num_windows(budget: Budget, protected: Set[int], tokens: int, seq_length: in
     """
     window = passes(budget, protected) * seq_length
     if asked and tokens < window:
-        raise UsageError(f"--selection-budget {tokens} is too little: give at least {math.ceil(window)}")
+        raise UsageError(f"--selection-budget {tokens} is too small: give at least {math.ceil(window)}")
     return max(1, int(tokens / window))
 
 

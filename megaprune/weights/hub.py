@@ -67,7 +67,7 @@ def shared_hf_model(name: str, flag: str = "--hf-model") -> Path:
         if folder.name != revision:
             raise MegapruneError(
                 f"{flag} {name} is revision {folder.name} on {socket.gethostname()} and {revision} on the first node: "
-                "fetch it again, or give a folder that all nodes share"
+                "download it again, or give a folder that all nodes share"
             )
         return folder
 

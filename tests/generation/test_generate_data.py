@@ -150,7 +150,7 @@ def test_killed_work_goes_on_to_the_same_bytes(model, texts, tmp_path, monkeypat
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     generate(model, whole, texts, num_samples=7)
     unfinished = tmp_path / "stopped.jsonl.tmp"
-    complete, calls = engines._Transformers.complete, []
+    complete, calls = engines.TransformersEngine.complete, []
 
     def until_the_third(self, *given):
         calls.append(given)
@@ -159,12 +159,12 @@ def test_killed_work_goes_on_to_the_same_bytes(model, texts, tmp_path, monkeypat
         return complete(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engines._Transformers, "complete", until_the_third)
+        patch.setattr(engines.TransformersEngine, "complete", until_the_third)
         generate(model, stopped, texts, num_samples=7)
     assert not stopped.exists() and len(unfinished.read_text().splitlines()) == 1 + 4
     with unfinished.open("a") as file:
         file.write(torn)
-    monkeypatch.setattr(engines._Transformers, "complete", lambda *given: calls.append(given) or complete(*given))
+    monkeypatch.setattr(engines.TransformersEngine, "complete", lambda *given: calls.append(given) or complete(*given))
     generate(model, stopped, texts, num_samples=7)
     assert len(calls) == 3 + 2
     assert stopped.read_bytes() == whole.read_bytes()

@@ -54,7 +54,7 @@ def test_share_of_the_loss_that_recovery_regained(report):
     sentence = "Recovery regained 83.3% of the loss that pruning cost."
     assert sentence in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND).split("\n")
     untrained = replace(report, valid={name: report.valid[name] for name in ("teacher", "pruned")})
-    assert "gave back" not in model_card(untrained, source_name="Qwen/Qwen3-8B", command=COMMAND)
+    assert "regained" not in model_card(untrained, source_name="Qwen/Qwen3-8B", command=COMMAND)
 
 
 def test_without_validation_there_is_no_quality_section(report):

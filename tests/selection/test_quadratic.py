@@ -191,7 +191,7 @@ def test_more_tokens_measure_more_sets_and_few_tokens_still_choose():
 
 
 def test_a_budget_that_is_too_small_is_refused():
-    with pytest.raises(UsageError, match="--selection-budget 100 is too little: give at least"):
+    with pytest.raises(UsageError, match="--selection-budget 100 is too small: give at least"):
         num_windows(SIX, PROTECTED, 100, 12, asked=True)
     assert num_windows(SIX, PROTECTED, 100, 12, asked=False) == 1
     least = math.ceil(passes(SIX, PROTECTED) * 12)
