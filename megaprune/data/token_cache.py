@@ -204,7 +204,7 @@ def _open_there(folder: Path) -> TokenStream:
     stream = _open(folder.absolute())
     if stream is None:
         raise MegapruneError(
-            f"{folder}, which the first node sees, is not there on {socket.gethostname()}: give a folder that all nodes "
-            "share as --data-cache-path"
+            f"{folder}, which the first node sees, is not there on {socket.gethostname()}: give a folder that all "
+            "nodes share as --data-cache-path"
         )
     return stream
