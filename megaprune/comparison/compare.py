@@ -10,6 +10,8 @@ from typing import Any
 from megaprune.comparison.grid import Comparison, PlannedRun
 from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
 from megaprune.comparison.table import rows_of, write_runs, write_tables
+from megaprune.comparison.tasks import TaskScorer
+from megaprune.evaluation.task_files import load_tasks
 from megaprune.mcore import parallel
 from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
@@ -50,7 +52,10 @@ def _compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None)
             run(options, source, "compare.py", should_stop if planned.config.run.exit_on_signal else None)
     rankings = _rankings(comparison, save)
     if parallel.rank() == 0:
-        results = [_result(planned) | _rank(planned, rankings) for planned in runs]
+        results = [_result(planned, comparison.dtype) | _rank(planned, rankings) for planned in runs]
+        if comparison.tasks:
+            scorer = TaskScorer(comparison.tasks, save)
+            results = [r | {"tasks": scorer.scores(planned)} for r, planned in zip(results, runs, strict=True)]
         rows = rows_of(results)
         write_tables(rows, save)
         write_runs(results, save)
@@ -72,7 +77,9 @@ def _naming(planned: PlannedRun) -> Iterator[None]:
 
 
 def _check(comparison: Comparison) -> None:
-    """Check all runs before the first one starts."""
+    """Check the tasks and all runs before the first one starts."""
+    if comparison.tasks:
+        load_tasks(comparison.tasks.names, comparison.tasks.path)
     met = set()
     for planned in comparison.runs:
         what = (planned.model, planned.label, planned.size)
@@ -114,13 +121,13 @@ def _rank(planned: PlannedRun, rankings: dict[tuple[str, int, str], Ranking]) ->
     return {"mask_kl": ranking.kl_of.get(tuple(kept), math.nan), "percentile": ranking.percentile(kept)}
 
 
-def _result(planned: PlannedRun) -> dict[str, Any]:
+def _result(planned: PlannedRun, dtype: str) -> dict[str, Any]:
     report = json.loads((planned.folder / "report.json").read_text())
     named = {"label": planned.label, "name": planned.folder.name, "folder": planned.folder}
-    return report | _evaluation(planned) | named | {"model": planned.model, "size": planned.size}
+    return report | _evaluation(planned, dtype) | named | {"model": planned.model, "size": planned.size}
 
 
-def _evaluation(planned: PlannedRun) -> dict[str, float]:
+def _evaluation(planned: PlannedRun, dtype: str) -> dict[str, float]:
     """Return KL and agreement of the export with the original in transformers; measured once and then read."""
     path, config = planned.folder / _EVALUATION, planned.config
     if not path.is_file():
@@ -133,6 +140,7 @@ def _evaluation(planned: PlannedRun) -> dict[str, float]:
                 config.data.valid_data,
                 teacher=config.model.hf_model,
                 seq_length=config.data.seq_length,
+                dtype=dtype,
                 text_key=config.data.text_key,
                 messages_key=config.data.messages_key,
                 trust_remote_code=config.model.trust_remote_code,

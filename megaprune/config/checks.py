@@ -100,6 +100,12 @@ def _check_teacher(config: Config) -> None:
     teacher, logits = config.distillation.teacher, config.distillation.teacher_logits
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
+    alpha = config.distillation.kd_loss_alpha
+    if config.distillation.distill_loss == "ce" and alpha != 1:
+        raise UsageError(
+            f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
+            "leave one of them out"
+        )
     if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
         raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")

@@ -174,6 +174,9 @@ class DistillationConfig:
         "rest",
     )
     distill_top_k: int = flag("number of teacher logits per token (k)", 10, least=1)
+    kd_loss_alpha: float = flag(
+        "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
+    )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
         "outputs stored in --teacher-logits",

@@ -21,6 +21,7 @@ from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabu
 from megaprune.data.sources import FileSource, source_identity
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.files import aside_folder
 
 
 @dataclass(frozen=True)
@@ -266,13 +267,13 @@ def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
     number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
-        aside = folder.with_name(f"{folder.name}.{number:x}.tmp")
+        aside = aside_folder(folder, f"{number:x}")
         parallel.on_rank0(lambda: _make(aside))
         _build(lambda: build(aside), aside, folder)
         parallel.barrier()
     unseen = None
     if not folder.is_dir():
-        unseen = MegapruneError(f"{folder} is not there on every node: give a shared folder as --data-cache-path")
+        unseen = MegapruneError(f"{folder} does not exist on every node: give a shared folder as --data-cache-path")
     parallel.raise_together(unseen)
 
 

@@ -26,6 +26,7 @@ from megaprune.data.encoder import EncodedDocument, Encoder
 from megaprune.data.sources import RowKeys, find_sources, read_documents, source_identity
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.files import aside_folder
 
 _FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
@@ -98,7 +99,7 @@ def open_or_build(
 
 
 def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, name: str) -> None:
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    aside = aside_folder(folder, uuid.uuid4().hex)
     made = [parent for parent in aside.parents if not parent.exists()]
     try:
         aside.mkdir(parents=True)

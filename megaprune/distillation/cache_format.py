@@ -271,10 +271,11 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
         if record["format"] != _FORMAT or checksum != _digest(record):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise MegapruneError(f"{path} is damaged: make the cache anew with cache_teacher.py") from None
+        raise MegapruneError(f"{path} is damaged: create the cache again with cache_teacher.py") from None
     if record["version"] != _VERSION:
         raise MegapruneError(
-            f"{path} is of version {record['version']} of the format, and {_VERSION} is read here: make the cache anew"
+            f"{path} has format version {record['version']}, but this release reads version {_VERSION}: "
+            "create the cache again"
         )
     plan = CachePlan(CacheKey(**record["key"]), record["top_k"], record["computed_in"])
     if record["windows_per_shard"] != plan.windows_per_shard or record["block_bytes"] != plan.layout.num_bytes:

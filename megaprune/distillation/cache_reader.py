@@ -97,7 +97,7 @@ class TeacherCache:
         for shard in range(self.plan.num_shards):
             path = self.folder / shard_name(shard)
             if not path.is_file():
-                raise MegapruneError(f"{path} is missing: fetch it again, or make the cache anew with cache_teacher.py")
+                raise MegapruneError(f"{path} is missing: fetch it again, or create it again with cache_teacher.py")
             if path.stat().st_size != self.plan.shard_bytes(shard):
                 raise self._damaged(shard)
 
@@ -111,7 +111,7 @@ class TeacherCache:
     def _damaged(self, shard: int) -> MegapruneError:
         return MegapruneError(
             f"{self.folder / shard_name(shard)} is damaged: its bytes are not those that were written; fetch it again, "
-            "or make the cache anew with cache_teacher.py"
+            "or create it again with cache_teacher.py"
         )
 
 

@@ -42,7 +42,7 @@ def check_plan(folder: Path, plan: CachePlan) -> None:
         begun = json.loads(path.read_bytes())
         same = begun == plan.record()
     except ValueError:
-        raise MegapruneError(f"{path} is damaged: remove {folder} to begin anew") from None
+        raise MegapruneError(f"{path} is damaged: remove {folder} to start again") from None
     if not same:
         wanted = plan.record() | plan.key.__dict__
         begun = begun | begun["key"]

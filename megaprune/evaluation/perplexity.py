@@ -66,7 +66,7 @@ def evaluate_model(
         MegapruneError or UsageError: a model or data that can't be read, a teacher with another vocabulary
             size, a window beyond the model's context, or a loss that isn't finite.
     """
-    _check_positive(seq_length=seq_length, micro_batch_size=micro_batch_size, limit=limit)
+    check_positive(seq_length=seq_length, micro_batch_size=micro_batch_size, limit=limit)
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     config = _load("--hf-model", hf_model, AutoConfig, trust_remote_code).get_text_config()
@@ -182,7 +182,8 @@ def _row_sums(
     return torch.stack([loss, kl, agreed])
 
 
-def _check_positive(**values: int | None) -> None:
+def check_positive(**values: int | None) -> None:
+    """Check that numbers that are given are at least 1."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a number from 1 up")

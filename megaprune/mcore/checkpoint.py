@@ -176,7 +176,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
     except Exception as error:  # the core raises many exception types for a damaged checkpoint
-        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to begin anew") from error
+        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to start again") from error
 
 
 def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None = None) -> None:

@@ -122,7 +122,7 @@ def _finish(options: CachingOptions, plan: CachePlan) -> None:
         cache_writer.finish(options.work.path, options.output, plan)
     except OSError as error:
         raise MegapruneError(
-            f"{error.filename or options.output} can't be written ({error.strerror}): mend that, and give the same "
+            f"{error.filename or options.output} can't be written ({error.strerror}): fix this, and give the same "
             "command to go on"
         ) from None
 

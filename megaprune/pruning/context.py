@@ -100,10 +100,11 @@ class RunContext:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.options.tokens_per_iteration)
         num_kept = len(self.kept_layers) if result.mask is None else int((result.mask > 0).sum())
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
+            **result.parts,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "num_kept": num_kept,

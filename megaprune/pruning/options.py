@@ -63,6 +63,7 @@ class DistillationOptions:
     Args:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
+        alpha: share of the distillation loss; the rest is cross-entropy.
     """
 
     loss: LossKind
@@ -71,6 +72,7 @@ class DistillationOptions:
     teacher: Literal["online", "self", "cached"]
     teaches: bool
     logits: Path | None
+    alpha: float
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ def _job(
             teacher=distillation.teacher,
             teaches=config.distills,
             logits=Path(logits) if logits else None,
+            alpha=distillation.kd_loss_alpha,
         ),
     )
 

@@ -85,7 +85,7 @@ class RunDir:
         try:
             saved = dict(json.loads(self._settings.read_text()))
         except (ValueError, TypeError):
-            raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start anew") from None
+            raise MegapruneError(f"{self._settings} is damaged: remove {self.path} to start again") from None
         for name, value in settings.items():
             if name in saved and saved[name] != value:
                 raise MegapruneError(

@@ -1,8 +1,8 @@
 """One training step: the teacher's targets, the student's pass, the gradients of weights and of the mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,12 +17,17 @@ from megaprune.utils.errors import MegapruneError
 
 @dataclass(frozen=True)
 class StepResult:
-    """Measurements of a step; the same on every rank."""
+    """Measurements of a step; the same on every rank.
+
+    Args:
+        parts: the means that the loss is made of, by the names of their metrics; empty if it has one part only.
+    """
 
     loss: float
     lr: float
     grad_norm: float | None
     mask: Tensor | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -34,9 +39,9 @@ def train_step(
         MegapruneError: the loss is not finite.
     """
     trainer.zero_grad()
-    loss = _forward_backward(trainer, batches, objective, iteration)
+    loss, parts = _forward_backward(trainer, batches, objective, iteration)
     lr, grad_norm = trainer.step(iteration)
-    return StepResult(loss, lr, grad_norm)
+    return StepResult(loss, lr, grad_norm, parts=parts)
 
 
 def search_step(
@@ -60,26 +65,29 @@ def search_step(
     mask = selector.mask(iteration)
     gate.set(mask, device.torch_device())
     with nullcontext() if train_weights else frozen(trainer.model):
-        loss = _forward_backward(trainer, batches, objective, iteration)
+        loss, parts = _forward_backward(trainer, batches, objective, iteration)
     mask_grad = parallel.reduce_mask_gradient(gate.take_gradient(), trainer.model.config.sequence_parallel)
     gate.set(None)
     selector.update(mask_grad, iteration)
     lr, grad_norm = trainer.step(iteration) if train_weights else (0.0, None)
-    return StepResult(loss, lr, grad_norm, mask)
+    return StepResult(loss, lr, grad_norm, mask, parts)
 
 
 def _forward_backward(
     trainer: Trainer, batches: Sequence[schedule.MicroBatch], objective: Objective, iteration: int
-) -> float:
-    """Accumulate gradients, and return the loss of the global batch."""
+) -> tuple[float, Mapping[str, float]]:
+    """Accumulate gradients, and return the loss of the global batch and its parts."""
     targets = objective.targets(batches)
     with objective.watching(trainer.model):
-        value = schedule.mean_token_loss(
+        means = schedule.mean_loss_parts(
             trainer.ddp,
             batches,
             lambda tokens: objective.token_weights(tokens, targets[tokens.number]),
             lambda logits, tokens: objective.token_losses(logits, tokens, targets[tokens.number]),
+            list(objective.shares.values()),
         )
+    parts = dict(zip(objective.shares, means, strict=True))
+    value = sum(objective.shares[name] * mean for name, mean in parts.items())
     if not value < float("inf"):
         raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
-    return value
+    return value, parts if len(parts) > 1 else {}

@@ -85,4 +85,4 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)
+    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from megaprune.report.run_report import Report, ideal_speedup, measured_losses, perplexity
+from megaprune.report.run_report import Report, ideal_speedup, loss_recovered, measured_losses, perplexity
 from megaprune.utils.text import number_ranges
 
 CARD_NAME = "README.md"
@@ -145,6 +145,8 @@ def _quality(report: Report, adapter: bool) -> str:
     }
     if "recovered" not in losses:
         names["pruned"] = "this model"
+    share = loss_recovered(report)
+    regained = [] if share is None else ["", f"Recovery gave back {share:.1%} of the loss that pruning cost."]
     rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]
     return "\n".join(
         [
@@ -156,6 +158,7 @@ def _quality(report: Report, adapter: bool) -> str:
             "| model | loss (nats) | perplexity |",
             "| --- | ---: | ---: |",
             *rows,
+            *regained,
             "",
         ]
     )

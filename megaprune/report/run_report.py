@@ -16,6 +16,7 @@ from megaprune.utils.text import number_ranges
 from megaprune.version import __version__
 
 MODELS = ("teacher", "pruned", "stitched", "recovered")  # the keys of `valid`, in the order of their making
+_SHARE = "loss_recovered"
 OUTPUTS = (
     ("pruned model", "hf"),
     ("LoRA adapter", "adapter"),
@@ -64,8 +65,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
         found: dict[str, Any] = json.loads(strict_json(asdict(self)))
-        versions, absent = found.pop("versions"), [name for name in ("candidates", "rounds") if not found[name]]
-        return {name: value for name, value in found.items() if name not in absent} | {"versions": versions}
+        versions, share = found.pop("versions"), loss_recovered(self)
+        absent = [name for name in ("candidates", "rounds") if not found[name]]
+        found = {name: value for name, value in found.items() if name not in absent}
+        return found | ({} if share is None else {_SHARE: share}) | {"versions": versions}
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,11 @@ def read_report(path: str | Path) -> Report:
         MegapruneError: the file is missing or damaged.
     """
     try:
-        return Report(**json.loads(Path(path).read_text()))
+        found = json.loads(Path(path).read_text())
+        return Report(**{name: value for name, value in found.items() if name != _SHARE})  # it follows from `valid`
     except (OSError, ValueError, TypeError) as error:
         raise MegapruneError(
-            f"{path} is no report that can be read ({error}): remove the run to make it anew"
+            f"{path} is not a readable report ({error}): remove the run folder to run it again"
         ) from None
 
 
@@ -177,6 +181,29 @@ def measured_losses(valid: Mapping[str, Mapping[str, float | None]]) -> dict[str
     """Return report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
     losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
     return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+
+
+def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bool = True) -> float | None:
+    """Return the share of what pruning cost that recovery gave back: 1 is all, and less than 0 a further loss.
+
+    Args:
+        is_loss: whether less is better; more is, for a score.
+
+    Returns:
+        (recovered − pruned) / (teacher − pruned), or None if pruning cost nothing or a value isn't finite.
+    """
+    cost = pruned - teacher if is_loss else teacher - pruned
+    if not all(map(math.isfinite, (teacher, pruned, recovered))) or cost <= 0:
+        return None
+    return (recovered - pruned) / (teacher - pruned)
+
+
+def loss_recovered(report: Report) -> float | None:
+    """Return the share of the loss that recovery gave back; None unless all three losses were measured."""
+    losses = measured_losses(report.valid)
+    if not {"teacher", "pruned", "recovered"} <= losses.keys():
+        return None
+    return share_recovered(losses["teacher"], losses["pruned"], losses["recovered"])
 
 
 def ideal_speedup(report: Report) -> float:
@@ -198,6 +225,9 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
         ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
         ("tokens seen", f"{report.tokens_seen:,}"),
     ]
+    share = loss_recovered(report)
+    if share is not None:
+        facts.append(("loss recovered", f"{share:.1%} of what pruning cost"))
     times = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in report.stages.items())
     if times:
         facts.append(("time", times))

@@ -56,7 +56,7 @@ def explain(error: OSError, path: Path | None = None, remedy: str = _AGAIN, num_
     where = Path(error.filename or path or ".")
     reason = error.strerror or str(error)
     if error.errno not in _NO_ROOM:
-        return f"{where} can't be written ({reason}): mend that, and {remedy}"
+        return f"{where} can't be written ({reason}): fix this, and {remedy}"
     left = room_left(where)
     needs = f" and {size_text(num_bytes)} are needed" if num_bytes else ""
     limits = "make room" if left < (num_bytes or 0) else "make room, quotas and limits on files included"

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def aside_folder(final: Path) -> Path:
-    """The folder in which the parts of the folder `final` are gathered until it is whole; it then takes its name."""
-    return final.with_name(final.name + ".tmp")
+def aside_folder(final: Path, owner: str = "") -> Path:
+    """Return the temporary folder that is filled first and then renamed to `final`.
+
+    Args:
+        owner: tells apart the temporary folders of processes that may write `final` at the same time.
+    """
+    return final.with_name(f"{final.name}.{owner}.tmp" if owner else f"{final.name}.tmp")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ FLAGS = [
     ("--distill-loss ce", "ce"),
     ("--distill-tail full", "full"),
     ("--distill-top-k 5", 5),
+    ("--kd-loss-alpha 0.5", 0.5),
     ("--teacher online", "online"),
     ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
@@ -319,6 +320,9 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (SHORTGPT + ["--rounds", "9", "--lr-warmup-iters", "11"], "a round has 11 of --train-iters 100"),
         (E3 + ["--rounds", "3", "--search-iters", "2"], "--search-iters 2 can't be shared by the rounds"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
+        (E3 + ["--distill-loss", "ce", "--kd-loss-alpha", "0.5"], "--kd-loss-alpha 0.5 mixes cross-entropy"),
+        (E3 + ["--kd-loss-alpha", "1.5"], "--kd-loss-alpha 1.5 is above 1"),
+        (E3 + ["--kd-loss-alpha", "-0.1"], "--kd-loss-alpha -0.1 is less than 0"),
         # iterations
         (E3 + ["--train-iters", "0"], "--train-iters must be above 0"),
         (E3 + ["--search-iters", "101"], "--search-iters 101 is not between 1 and --train-iters 100"),

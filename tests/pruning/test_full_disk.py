@@ -93,7 +93,7 @@ def test_line(tmp_path, monkeypatch):
     )
     readonly = OSError(errno.EROFS, "Read-only file system", "/x/y")
     assert explain(readonly, tmp_path) == (
-        "/x/y can't be written (Read-only file system): mend that, and give the same command again"
+        "/x/y can't be written (Read-only file system): fix this, and give the same command again"
     )
     with pytest.raises(MegapruneError, match="needs 2.60 MB, and .* has 2.50 MB left: make room, or choose another"):
         check_room(tmp_path / "not" / "there", 2_600_000)

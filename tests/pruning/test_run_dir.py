@@ -76,7 +76,7 @@ def test_file_in_its_place(run_dir):
 def test_damaged_settings(run_dir, body):
     run_dir.begin(config())
     (run_dir.path / "run.json").write_text(body)
-    with pytest.raises(MegapruneError, match=f"run.json is damaged: remove {run_dir.path} to start anew"):
+    with pytest.raises(MegapruneError, match=f"run.json is damaged: remove {run_dir.path} to start again"):
         run_dir.check(config())
 
 

@@ -50,6 +50,13 @@ def test_surgery_alone_is_told_as_such(report):
     assert "| this model | 3.5000 | 33.12 |" in card
 
 
+def test_share_of_the_loss_that_recovery_gave_back(report):
+    sentence = "Recovery gave back 83.3% of the loss that pruning cost."
+    assert sentence in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND).split("\n")
+    untrained = replace(report, valid={name: report.valid[name] for name in ("teacher", "pruned")})
+    assert "gave back" not in model_card(untrained, source_name="Qwen/Qwen3-8B", command=COMMAND)
+
+
 def test_without_validation_there_is_no_quality_section(report):
     report = replace(report, valid={})
     assert "## Quality" not in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)

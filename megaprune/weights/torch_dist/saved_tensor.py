@@ -89,7 +89,7 @@ def data_offset(file: FileIO, start: int, length: int, shape: tuple[int, ...], n
     found = _TensorUnpickler(io.BytesIO(window.read(described.file_size))).load()
     expected = 0, shape, _strides(shape)
     if data.file_size != num_bytes or data.compress_type != zipfile.ZIP_STORED or found != expected:
-        raise ValueError("another tensor lies there than the metadata says")
+        raise ValueError("the file contains another tensor than its metadata says")
     return _entry_offset(window, data)
 
 
