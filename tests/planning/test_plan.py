@@ -167,6 +167,13 @@ def test_one_shot_methods_train_the_pruned_model_alone(plan):
     assert stages_of(record, "recovery")[0]["memory"]["optimizer"] > 0
 
 
+def test_of_several_rounds_the_first_is_planned(plan):
+    flags = ("--world-size", "2", "--method", "random", "--num-layers-to-prune")
+    _, first = plan("llama", *flags, "8", "--rounds", "2")
+    _, alone = plan("llama", *flags, "4")
+    assert stages_of(first, "recovery") == stages_of(alone, "recovery")
+
+
 def test_a_recipe_can_be_planned(plan, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num-layers-to-prune: 4\ntrain-iters: 100\nsave: runs/x\ntrain-data: [a.jsonl]\n")
