@@ -18,8 +18,6 @@ from megaprune.config.schema import (
 from megaprune.config.sizes import num_layers_to_prune
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
-from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
-from megaprune.mcore.optimizer import OptimizerOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
@@ -37,8 +35,8 @@ from megaprune.pruning.options import (
     PlanOptions,
     RunOptions,
     SelectionOptions,
-    TrainingOptions,
 )
+from megaprune.pruning.resolve_training import lora_options, optimizer_options, training_options
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
@@ -124,10 +122,10 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
     _check_selection(config, selection, arch)
     options = RunOptions(
         **job.__dict__,
-        lora=_lora_options(config, arch, hf_config),
-        optimizer=_optimizer_options(config),
+        lora=lora_options(config, arch, hf_config),
+        optimizer=optimizer_options(config),
         selection=selection,
-        training=_training_options(config, batch),
+        training=training_options(config, batch),
         output=_output_options(config),
     )
     options.pipeline.stages_of_layers(selection.fewest_layers())
@@ -148,7 +146,7 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
     return PlanOptions(
         **job.__dict__,
         world_size=world_size,
-        lora=_lora_options(config, job.model.arch, hf_config),
+        lora=lora_options(config, job.model.arch, hf_config),
         global_batch_size=batch,
         selection=selection,
         trains=trains,
@@ -346,60 +344,6 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
             f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
         )
     return size
-
-
-def _lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> LoRAOptions | None:
-    lora, family = config.lora, family_of(hf_config)
-    if lora.lora_rank is None:
-        return None
-    rules = [rule for layer in range(arch.num_layers) for rule in family.layer_rules(arch, layer)]
-    modules = {rule.megatron.split(".")[-2] for rule in rules}
-    known = [target for target in TARGETS if target in modules]
-    unknown = [target for target in lora.lora_target_modules if target not in known]
-    if unknown:
-        raise UsageError(
-            f"--lora-target-modules {unknown[0]} is not a linear layer of this model: choose from {' '.join(known)}"
-        )
-    alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
-    return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))
-
-
-def _optimizer_options(config: Config) -> OptimizerOptions:
-    recovery = config.recovery
-    return OptimizerOptions(
-        lr=recovery.lr,
-        min_lr=recovery.min_lr,
-        lr_decay_style=recovery.lr_decay_style,
-        lr_warmup_iters=recovery.lr_warmup_iters,
-        train_iters=recovery.train_iters or 0,
-        weight_decay=recovery.weight_decay,
-        clip_grad=recovery.clip_grad,
-        distributed=config.engine.use_distributed_optimizer,
-        averaged_from=averaged_from(config),
-    )
-
-
-def averaged_from(config: Config) -> int | None:
-    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are."""
-    recovery = (config.recovery.train_iters or 0) - config.search_iters
-    if not config.recovery.average_weights or recovery < 1:
-        return None
-    averaged = max(1, round(config.recovery.average_weights * recovery))
-    return config.search_iters + recovery - averaged
-
-
-def _training_options(config: Config, batch: int) -> TrainingOptions:
-    return TrainingOptions(
-        train_iters=config.recovery.train_iters or 0,
-        search_iters=config.search_iters,
-        global_batch_size=batch,
-        seed=config.recovery.seed,
-        trains_weights_in_search=config.search.search_weights == "trained",
-        endpoints_only=config.tunes_endpoints,
-        stitches=config.stitches,
-        rounds=config.recovery.rounds,
-        data_iters=config.recovery.train_iters or 0,
-    )
 
 
 def _output_options(config: Config) -> OutputOptions:
