@@ -110,8 +110,8 @@ class SearchConfig:
         "perplexity",
     )
     selection_budget: int | None = flag(
-        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
-        "of --train-iters, in which a backward pass counts as two forward passes)",
+        "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
+        "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
     protect_layers: str = flag(
@@ -139,6 +139,13 @@ class RecoveryConfig:
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
+    average_weights: float = flag(
+        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
+        "last weights",
+        0.0,
+        least=0,
+        most=1,
+    )
     stitch: Literal["none", "fold"] = flag(
         "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
         "multiplied into the down_proj of the layer before each cut (ReplaceMe)",
@@ -176,6 +183,12 @@ class DistillationConfig:
     distill_top_k: int = flag("number of teacher logits per token (k)", 10, least=1)
     kd_loss_alpha: float = flag(
         "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
+    )
+    hidden_loss_weight: float = flag(
+        "factor of an additional loss in recovery: the squared distance of each kept layer's output to that of the "
+        "teacher's same layer, relative to the teacher's squared norm; needs --teacher online or self",
+        0.0,
+        least=0,
     )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
@@ -220,6 +233,11 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str | None = flag(
         "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
         "are always balanced"
+    )
+    distributed_timeout_minutes: int = flag(
+        "limit of each collective operation, in every process group; work of rank 0 that the others wait for has none",
+        60,
+        least=1,
     )
 
 
@@ -347,7 +365,7 @@ class Config:
         """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
-            MegapruneError: it takes a keyword that is no flag.
+            MegapruneError: it takes a keyword that is not a flag.
         """
         listed = self.prune.prune_layers
         filled = {

@@ -47,12 +47,13 @@ class RunContext:
         self._should_stop = should_stop
         self.models = Models(options, source, data.teacher_cache, origin)
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
+        self.resume_from = self._latest()
         self.progress = Progress()
         if self.resume_from is not None:
-            self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            found = self.resume_from
+            self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
             self._check_batch(self.progress.global_batch_size)
-            say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+            say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
         if self._is_to_stop():
             raise RunStopped
@@ -122,8 +123,12 @@ class RunContext:
         return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
 
     def saved_weights(self) -> Path | None:
-        """Return the newest checkpoint if it contains weights."""
-        return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+        """Return the newest checkpoint if it contains weights. Collective."""
+        return None if self.weights_are_the_source else self._latest()
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint that rank 0 sees. Collective."""
+        return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -137,7 +142,7 @@ class RunContext:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
             checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
-            say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
+            say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
 
     def _is_to_stop(self) -> bool:
@@ -154,6 +159,8 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     error = None
     if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
         name = options.selection.name
-        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
+        error = MegapruneError(
+            f"--method {name} chose different layers on different ranks: it must depend on --seed alone"
+        )
     parallel.raise_together(error)
     return kept

@@ -15,7 +15,7 @@ from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.registry import Method
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class DistillationOptions:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
         alpha: share of the distillation loss; the rest is cross-entropy.
+        hidden_weight: factor of the loss on hidden states in recovery.
     """
 
     loss: LossKind
@@ -73,6 +74,7 @@ class DistillationOptions:
     teaches: bool
     logits: Path | None
     alpha: float
+    hidden_weight: float
 
 
 @dataclass(frozen=True)
@@ -174,13 +176,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Options of every job that runs a model in Megatron-Core."""
+    """Options of every job that runs a model in Megatron-Core.
+
+    Args:
+        timeout_minutes: limit of each collective operation.
+    """
 
     model: ModelOptions
     engine: EngineOptions
     pipeline: PipelineOptions
     data: DataOptions
     distillation: DistillationOptions
+    timeout_minutes: int
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -197,7 +204,7 @@ class CachingOptions(JobOptions):
     @property
     def work(self) -> RunDir:
         """Return the folder of unfinished work."""
-        return RunDir(aside_folder(self.output))
+        return RunDir(aside_of(self.output))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megaprune.config.schema import (
     RunConfig,
 )
 from megaprune.config.sizes import num_layers_to_prune
+from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
@@ -43,7 +44,7 @@ from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
-from megaprune.weights.hub import resolve_hf_model
+from megaprune.weights.hub import shared_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
@@ -60,7 +61,8 @@ _MAY_CHANGE = {
 
 
 def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
-    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
+    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing. Collective if a
+    launcher started several processes; they join the process group.
 
     Raises:
         MegapruneError: the request can't be fulfilled.
@@ -69,29 +71,39 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     parse_size(config.run.max_shard_size)
     source = open_source(config)
     windowed = _with_window(config, source.config)
-    RunDir(Path(config.run.save or "")).check(fixed_settings(windowed))
+    parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
     return resolve(windowed, source.config, world_size), source
 
 
 def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
     """Check the caching of a teacher against its folder, its model and its processes. Raises as `open_run`."""
-    check_output(output)
-    check_cacheable(config.data.train_data)
+    _join(config)
+    parallel.on_rank0(lambda: check_output(output))
+    parallel.on_rank0(lambda: check_cacheable(config.data.train_data))
     source = open_source(config)
     source.check_tensors()
     return resolve_caching(config, source.config, world_size, output), source
 
 
 def open_source(config: Config) -> TensorSource:
-    """Return the model that the flags name.
+    """Return the model that the flags name. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: it is not there, or can't be read.
+        MegapruneError: it is not there, or can't be read; on every rank.
     """
-    if config.model.load:
-        return CheckpointSource(config.model.load)
-    return HFSource(resolve_hf_model(config.model.given))
+    _join(config)
+    load = config.model.load
+    if load:
+        return parallel.together(lambda: CheckpointSource(load))
+    folder = shared_hf_model(config.model.given)
+    return parallel.together(lambda: HFSource(folder))
+
+
+def _join(config: Config) -> None:
+    """Join the process group: ranks decide together what they find in the file system."""
+    if parallel.world_size() > 1:
+        parallel.join(config.parallel.distributed_timeout_minutes)
 
 
 def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
@@ -199,7 +211,9 @@ def _job(
             teaches=config.distills,
             logits=Path(logits) if logits else None,
             alpha=distillation.kd_loss_alpha,
+            hidden_weight=distillation.hidden_loss_weight,
         ),
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
 
 
@@ -237,7 +251,7 @@ def _transformer_impl(config: Config) -> str:
     if config.lora.lora_rank is None:
         return choice
     if choice == "transformer_engine":
-        raise UsageError("--lora-rank works on Megatron's own linear layers: use --transformer-impl local")
+        raise UsageError("--lora-rank needs Megatron's own linear layers: use --transformer-impl local")
     return "local"
 
 
@@ -271,7 +285,7 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
     else:
         num_pruned = num_layers_to_prune(config.prune, num_layers)
         if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to none")
+            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
         budget = Budget.of_layers(num_layers, num_layers - num_pruned)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
@@ -293,8 +307,8 @@ def _check_selection(config: Config, selection: SelectionOptions, arch: Architec
         cut_position(selection.manual, arch.num_layers)
     if config.stitches and arch.sandwich_norm:
         raise UsageError(
-            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm behind each MLP, through which a "
-            "linear map can't be folded; leave the flag out"
+            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm after each MLP, so that a linear map "
+            "can't be folded into it; remove the flag"
         )
 
 
@@ -344,7 +358,7 @@ def _lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> Lo
     unknown = [target for target in lora.lora_target_modules if target not in known]
     if unknown:
         raise UsageError(
-            f"--lora-target-modules {unknown[0]} is no linear layer of this model: choose of {' '.join(known)}"
+            f"--lora-target-modules {unknown[0]} is not a linear layer of this model: choose from {' '.join(known)}"
         )
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
     return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))
@@ -361,7 +375,17 @@ def _optimizer_options(config: Config) -> OptimizerOptions:
         weight_decay=recovery.weight_decay,
         clip_grad=recovery.clip_grad,
         distributed=config.engine.use_distributed_optimizer,
+        averaged_from=averaged_from(config),
     )
+
+
+def averaged_from(config: Config) -> int | None:
+    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are."""
+    recovery = (config.recovery.train_iters or 0) - config.search_iters
+    if not config.recovery.average_weights or recovery < 1:
+        return None
+    averaged = max(1, round(config.recovery.average_weights * recovery))
+    return config.search_iters + recovery - averaged
 
 
 def _training_options(config: Config, batch: int) -> TrainingOptions:

@@ -80,7 +80,7 @@ class RunDir:
             raise MegapruneError(f"--save {self.path} is a file: choose a folder")
         if not self._settings.is_file():
             if any(path != self.lock for path in self.path.iterdir()):
-                raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
+                raise MegapruneError(f"--save {self.path} is not empty and holds no run: choose another folder")
             return
         try:
             saved = dict(json.loads(self._settings.read_text()))
@@ -90,7 +90,7 @@ class RunDir:
             if name in saved and saved[name] != value:
                 raise MegapruneError(
                     f"--save {self.path} holds a run with another --{name.replace('_', '-')} ({saved[name]}, now "
-                    f"{value}): choose another folder, or repeat that run's command to go on with it"
+                    f"{value}): choose another folder, or repeat that run's command to continue it"
                 )
 
     def begin(self, settings: Mapping[str, object]) -> None:
@@ -101,7 +101,9 @@ class RunDir:
         """
         self.check(settings)
         if self.hf.exists():
-            raise MegapruneError(f"--save {self.path}: another process has finished this run meanwhile: {self.hf}")
+            raise MegapruneError(
+                f"--save {self.path}: another process has finished this run in the meantime: {self.hf}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, dict(settings))

@@ -43,10 +43,10 @@ def run(
         RunStopped: `should_stop` returned True; a checkpoint was saved.
     """
     run_dir, dry_run = options.output.run_dir, options.output.dry_run
-    if run_dir.hf.exists():
+    if parallel.on_rank0_for_all(run_dir.hf.exists):
         say(f"{run_dir.path} holds the finished run already: {run_dir.hf}")
-        return read_report(run_dir.report)
-    with parallel.session(options.sizes):
+        return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
+    with parallel.session(options.sizes, options.timeout_minutes):
         tokenizer = run_tokenizer(options, source)
         if dry_run:
             say(describe(options))

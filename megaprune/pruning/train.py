@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from megaprune.distillation.hidden_states import WithHiddenStates
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.optimizer import Trainer
@@ -72,15 +73,27 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     train_iters = training.train_iters
     if run.progress.iteration < train_iters and teacher is None:
         teacher = run.models.teacher(student)
-    objective = _objective(run, teacher)
+    objective = _recovery_objective(run, student, teacher)
     for iteration in range(run.progress.iteration, train_iters):
         start = time.perf_counter()
         result = train_step(student, run.data.train_batches(iteration), objective, iteration)
         run.record(iteration, "recovery", result, start)
         run.save_if_due(student, force=iteration + 1 == train_iters)
+    if student.average is not None:
+        student.average.use()
     if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
+
+
+def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:
+    """Return the objective, with the loss on hidden states if there is one. Collective."""
+    objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
+    if not weight or teacher is None:
+        return objective
+    kept = run.kept_layers
+    numbers = kept if run.models.student_stays_whole else range(len(kept))
+    return WithHiddenStates(objective, teacher, student.model, dict(zip(numbers, kept, strict=True)), weight)
 
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:

@@ -65,10 +65,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
         found: dict[str, Any] = json.loads(strict_json(asdict(self)))
-        versions, share = found.pop("versions"), loss_recovered(self)
-        absent = [name for name in ("candidates", "rounds") if not found[name]]
-        found = {name: value for name, value in found.items() if name not in absent}
-        return found | ({} if share is None else {_SHARE: share}) | {"versions": versions}
+        versions, absent = found.pop("versions"), [name for name in ("candidates", "rounds") if not found[name]]
+        share = loss_recovered(self)
+        found |= {} if share is None else {_SHARE: share}
+        return {name: value for name, value in found.items() if name not in absent} | {"versions": versions}
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def measured_losses(valid: Mapping[str, Mapping[str, float | None]]) -> dict[str
 
 
 def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bool = True) -> float | None:
-    """Return the share of what pruning cost that recovery gave back: 1 is all, and less than 0 a further loss.
+    """Return the share of the quality lost by pruning that recovery regained: 1 is all, less than 0 a further loss.
 
     Args:
         is_loss: whether less is better; more is, for a score.
@@ -199,7 +199,7 @@ def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bo
 
 
 def loss_recovered(report: Report) -> float | None:
-    """Return the share of the loss that recovery gave back; None unless all three losses were measured."""
+    """Return the share of the loss increase that recovery regained; None unless all three losses were measured."""
     losses = measured_losses(report.valid)
     if not {"teacher", "pruned", "recovered"} <= losses.keys():
         return None

@@ -61,7 +61,7 @@ class Budget:
             who = f"those that --protect-layers keeps ({_listed(protected)})" if protected else "the smallest layer"
             raise UsageError(
                 f"--target-params: leaves {self.limit:,} parameters for layers, but {who} have {at_least:,}; "
-                "raise it or protect fewer"
+                "raise it or protect fewer layers"
             )
 
     def limit_of_round(self, number: int, rounds: int) -> int:

@@ -240,7 +240,7 @@ def test_auto_stays_within_its_budget(gated, tokens):
 
 
 def test_auto_refuses_a_budget_that_is_too_small():
-    with pytest.raises(UsageError, match="--selection-budget 100 is too little: give at least"):
+    with pytest.raises(UsageError, match="--selection-budget 100 is too small: give at least"):
         num_windows(THREE, PROTECTED, 100, 12, asked=True)
     assert num_windows(THREE, PROTECTED, 100, 12, asked=False) == 1
     assert num_windows(THREE, PROTECTED, 10**6, 12, asked=True) > 100

@@ -8,6 +8,7 @@ from tests.helpers import tiny
 from tests.helpers.launch import Launched, launch_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
+    HIDDEN_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
     MOE_FAMILIES,
@@ -87,6 +88,16 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
     for layout, sizes in of_layouts(STEP_LAYOUTS).items():
         out = folder / f"step-{layout}"
         cases[out.name] = dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=out)
+    for layout, (processes, sizes, *stages, recompute) in HIDDEN_LAYOUTS.items():
+        if processes == num_processes:
+            cases[f"hidden-{layout}"] = dict(
+                kind="hidden_states",
+                hf_model=source("qwen3_tied"),
+                sizes=sizes,
+                stages=stages,
+                recompute=recompute,
+                out=folder / f"hidden-{layout}",
+            )
     for layout, flags in of_layouts(RUN_LAYOUTS).items():
         cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
     for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():

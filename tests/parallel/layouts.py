@@ -35,6 +35,18 @@ STEP_LAYOUTS = MODEL_LAYOUTS | {
     "tp2_sp_dp2": (4, TP2 | SP),
     "pp2_dp2": (4, PP2),
 }
+# Processes, sizes, layers of the teacher (7) and of the student (4) on each stage, and activation recompute. The kept
+# layers are 0, 2, 3 and 6, so that hidden states travel to the earlier stage, to the later one, and past one.
+HIDDEN_LAYOUTS = {
+    "tp2": (2, TP2, [7], [4], None),
+    "tp2_sp": (2, TP2 | SP, [7], [4], "full"),
+    "dp2": (2, {}, [7], [4], None),
+    "pp2_to_the_first": (2, PP2, [2, 5], [3, 1], "full"),
+    "pp2_to_the_last": (2, PP2, [6, 1], [1, 3], None),
+    "pp4": (4, {"pipeline": 4}, [1, 1, 1, 4], [1, 1, 2, 0], None),
+    "tp2_sp_pp2": (4, TP2 | SP | PP2, [2, 5], [2, 2], None),
+    "pp2_dp2": (4, PP2, [6, 1], [2, 2], None),
+}
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
@@ -56,7 +68,7 @@ RUN_LAYOUTS = {
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
 # calibrated methods, and the run on one process
-SELECTING = ("auto", "shortgpt", "sleb")
+SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}

@@ -68,7 +68,7 @@ def test_r1_for_64_ranks(plan):
     assert [stage["layers"] for stage in recovery] == [stage["layers"] for stage in search]
     assert [stage["memory"]["weights"] for stage in recovery] == [stage["memory"]["weights"] for stage in search]
     assert sum(len(stage["running_layers"]) for stage in recovery) == 53
-    assert "assumed: the layers with the fewest parameters go" in text
+    assert "assumed: the layers with the fewest parameters are removed" in text
     assert (search[0]["first_rank"], search[-1]["last_rank"]) == (0, 63)
 
 
@@ -125,6 +125,17 @@ def test_a_teacher_beside_the_student_is_the_original(plan):
     for stage in (search, recovery):
         assert stage["memory"]["teacher"] == search["memory"]["weights"]
     assert recovery["memory"]["weights"] < 0.8 * search["memory"]["weights"]
+
+
+def test_a_loss_on_hidden_states_keeps_those_of_the_teacher(plan):
+    flags = ("--world-size", "16", "--tensor-model-parallel-size", "8", "--sequence-parallel", "--prune-ratio", "0.25")
+    flags = ("qwen3-32b", *flags, "--global-batch-size", "6", "--seq-length", "4096", "--bf16")
+    (without,), (stage,) = (
+        stages_of(plan(*flags, *extra)[1], "recovery") for extra in ((), ("--hidden-loss-weight", "1"))
+    )
+    # of 48 kept layers and 3 micro-batches, each rank with an eighth of the tokens
+    states = 48 * 3 * 4096 * 5120 * 2 // 8
+    assert stage["memory"]["activations"] - without["memory"]["activations"] == states
 
 
 def test_iterations_and_tokens(plan):

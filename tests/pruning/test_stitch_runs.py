@@ -80,6 +80,6 @@ def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_
 
 def test_a_norm_behind_the_mlp_is_refused(tiny_model, tiny_data, tmp_path):
     argv = tiny.stitched_argv(tiny_model("pangu_ultra_moe"), tiny_data, tmp_path / "run", "2")
-    with pytest.raises(UsageError, match="--stitch fold: .* has a norm behind each MLP"):
+    with pytest.raises(UsageError, match="--stitch fold: .* has a norm after each MLP"):
         tiny.run_here(argv)
     assert not (tmp_path / "run").exists()

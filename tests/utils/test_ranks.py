@@ -48,7 +48,7 @@ def test_the_place_of_a_process(environment, variables, is_job, place):
 
 
 @pytest.mark.parametrize("place", [("8", "8"), ("-1", "8"), ("one", "8"), ("0", "0")])
-def test_no_place_is_refused(environment, place):
+def test_invalid_ranks_are_refused(environment, place):
     environment(dict(zip(("RANK", "WORLD_SIZE"), place, strict=True)) | RENDEZVOUS)
     with pytest.raises(UsageError, match=f"RANK={place[0]} and WORLD_SIZE={place[1]}"):
         ranks.forget_stale_variables()
