@@ -1,7 +1,7 @@
 """The runs of a comparison: one per model, method, size and seed, all with the same other flags."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Comparison:
     dtype: str = "auto"
 
 
-def read_comparison(path: Path, save: Path) -> Comparison:
+def read_comparison(path: Path, save: Path, overrides: Mapping[str, Any] | None = None) -> Comparison:
     """Read the runs that a YAML file asks for, each checked like a command line.
 
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
@@ -89,12 +89,16 @@ def read_comparison(path: Path, save: Path) -> Comparison:
     recovery. So that all recover alike, methods such as `clp`, which train the layers beside the cut by default, train
     all layers here unless their mapping says otherwise. `manual` runs once, with the `prune_layers` of its mapping.
 
+    Args:
+        overrides: keys whose values replace the file's.
+
     Raises:
         UsageError: names the key or the run.
     """
     asked = read_yaml(path)
     if not isinstance(asked, dict) or not isinstance(asked.get("run"), dict):
         raise UsageError(f"--config {path} must have a key 'run', which maps the runs' common flags to values")
+    asked |= overrides or {}
     unknown = [key for key in asked if key not in _KEYS]
     if unknown:
         raise UsageError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")

@@ -200,8 +200,7 @@ def _open_there(folder: Path) -> TokenStream:
     stream = _open(folder.absolute())
     if stream is None:
         raise MegapruneError(
-            f"{folder} exists on the first node but not on {socket.gethostname()}: give --data-cache-path a folder "
-            "that "
-            "all nodes share"
+            f"{folder} exists on the first node, but not on {socket.gethostname()}: give --data-cache-path a folder "
+            "that all nodes share"
         )
     return stream

@@ -115,7 +115,7 @@ def test_tasks_are_read(tmp_path):
         ({"seeds": None}, "seeds must be a list"),
         ({"num_layers_to_prune": None}, "num_layers_to_prune, prune_ratio"),
         ({"prune_ratio": [0.5]}, "give one of"),
-        ({"methods": ["e3", "e3"]}, "asked for twice"),
+        ({"methods": ["e3", "e3"]}, "appears twice"),
         ({"methods": ["magic"]}, "magic"),
         ({"run": COMMON | {"lr": -1}}, "--lr"),
         ({"models": ["a"]}, "models must map names to flags"),
