@@ -1,6 +1,7 @@
 """Models of a run: the original, the student and the teacher, built, loaded and prepared for training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megaprune.distillation.cache_reader import TeacherCache
@@ -33,9 +34,10 @@ class Models:
         return self._options.distillation.teacher == "self"
 
     def original(self, imported: bool = True, gated: bool = True) -> PipelineModel:
-        """Return the whole model, with or without the gate."""
+        """Return the whole model, with or without the gate; without it, it is no student and has no MTP layers."""
         options, gate = self._options, self.gate if gated else None
-        model = build_model(options.model.arch, options.pipeline.original, options.engine, gate)
+        arch = options.model.arch if gated else replace(options.model.arch, num_mtp=0)
+        model = build_model(arch, options.pipeline.original, options.engine, gate)
         if imported:
             import_weights(model, self._source)
         return model

@@ -5,6 +5,7 @@ import time
 import torch
 
 from megaprune.distillation.hidden_states import WithHiddenStates
+from megaprune.distillation.multi_token import WithMTP
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
@@ -107,4 +108,6 @@ def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | No
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)
+    shard, num_mtp = run.models.shard, run.options.model.arch.num_mtp
+    objective = make_objective(distillation.loss, distillation.tail, shard, teacher, distillation.alpha)
+    return WithMTP(objective, shard, num_mtp, distillation.mtp_factor) if num_mtp else objective
