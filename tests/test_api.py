@@ -165,8 +165,8 @@ def test_score_layers_equals_a_run_and_writes_nothing(flags, model, tiny_data, t
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"method": "e3"}, "--method e3 does not score layers on calibration data: choose of auto, clp"),
-        ({"save": "run"}, "score_layers takes no save"),
+        ({"method": "e3"}, "--method e3 does not score layers on calibration data: choose one of auto, clp"),
+        ({"save": "run"}, "score_layers does not take save"),
         ({"data": []}, "data is required"),
         ({"hf_model": None}, "--hf-model is required"),
         ({"seq_length": 0}, "--seq-length 0 is less than 1"),

@@ -67,19 +67,68 @@ def check_cut(config: Config) -> None:
     Raises:
         UsageError: names the flag.
     """
-    if not config.needs_one_cut:
+    if not config.tunes_endpoints:
         return
-    flag = "--stitch linear-patch" if config.stitches else "--recovery-layers endpoints"
     if not (config.method.contiguous or config.method.names_layers):
-        raise UsageError(f"{flag} needs one contiguous cut, which --method {config.prune.method} does not make")
-    if config.stitches and not config.recovery.train_iters:
-        raise UsageError("--stitch linear-patch fades while the model heals: it needs --train-iters above 0")
-    if config.stitches and not config.data.train_data:
-        raise UsageError("--stitch linear-patch needs --train-data")
-    if config.tunes_endpoints and config.lora.lora_rank is not None:
+        raise UsageError(
+            f"--recovery-layers endpoints needs one contiguous cut, which --method {config.prune.method} does not make"
+        )
+    if config.lora.lora_rank is not None:
         raise UsageError(
             "--recovery-layers endpoints trains two layers' own weights: leave --lora-rank out, or choose all"
         )
+
+
+def check_stitch(config: Config) -> None:
+    """Check that the maps of `--stitch` can be fitted, and that the output can contain them.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if not config.stitches:
+        return
+    flag, method = f"--stitch {config.recovery.stitch}", config.method
+    if not config.data.train_data:
+        raise UsageError(f"{flag} is fitted on calibration windows: it needs --train-data")
+    if config.data.calibration_samples < 2:
+        raise UsageError(f"{flag} holds out a part of the calibration windows: --calibration-samples must be above 1")
+    if config.lora.export_adapter:
+        raise UsageError(
+            f"{flag} changes the weights below the adapters, and --export-adapter exports the source's: leave one out"
+        )
+    if config.distillation.teacher == "self":
+        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
+    if method.searches and config.search.search_weights == "trained":
+        raise UsageError(
+            f"{flag} is fitted on the source's weights, and --method {config.prune.method} trains them while it "
+            "searches: give --search-weights frozen"
+        )
+
+
+def check_rounds(config: Config) -> None:
+    """Check that a run can be divided into `--rounds`.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    rounds, train_iters = config.recovery.rounds, config.recovery.train_iters or 0
+    if rounds == 1:
+        return
+    flag, warm_up = f"--rounds {rounds}", config.recovery.lr_warmup_iters
+    if config.method.names_layers:
+        raise UsageError(f"{flag} selects layers in each round, and --method {config.prune.method} names them all")
+    if config.lora.export_adapter:
+        raise UsageError(f"{flag} merges the adapters of each round into the weights: leave --export-adapter out")
+    if config.distillation.teacher == "self":
+        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
+    shortest = train_iters // rounds
+    if train_iters and shortest <= warm_up:
+        raise UsageError(
+            f"{flag}: a round has {shortest} of --train-iters {train_iters}, which must be more than "
+            f"--lr-warmup-iters {warm_up}"
+        )
+    if config.method.searches and config.search_iters < rounds:
+        raise UsageError(f"{flag}: --search-iters {config.search_iters} can't be shared by the rounds; give more")
 
 
 def _takers(flag: str, instead: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megaprune.config.engine import EngineConfig, LoRAConfig, ParallelConfig
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
 from megaprune.config.sizes import pruned_layers_of
@@ -110,8 +111,8 @@ class SearchConfig:
         "perplexity",
     )
     selection_budget: int | None = flag(
-        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
-        "of --train-iters, in which a backward pass counts as two forward passes)",
+        "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
+        "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
     protect_layers: str = flag(
@@ -127,15 +128,28 @@ class RecoveryConfig:
     train_iters: int | None = flag(
         "total iterations of search and recovery; 0 removes layers without training", least=0
     )
+    rounds: int = flag(
+        "prune and heal in N rounds: each removes a share of the layers, selected on the model that the round before "
+        "has healed, and trains for a share of --train-iters",
+        1,
+        least=1,
+    )
     lr: float = flag("peak learning rate", 1e-4, least=0)
     min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
-    stitch: Literal["none", "linear-patch"] = flag(
-        "experimental, for one contiguous cut: linear-patch applies a linear map at the cut that approximates the "
-        "removed layers; it fades over the first half of recovery, because an exported model cannot contain it",
+    average_weights: float = flag(
+        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
+        "last weights",
+        0.0,
+        least=0,
+        most=1,
+    )
+    stitch: Literal["none", "fold"] = flag(
+        "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
+        "multiplied into the down_proj of the layer before each cut (ReplaceMe)",
         "none",
     )
     recovery_layers: Literal["all", "endpoints"] | None = flag(
@@ -186,59 +200,6 @@ class DistillationConfig:
         "online",
     )
     teacher_logits: str | None = flag("with --teacher cached: folder written by `megaprune cache-teacher`")
-
-
-@dataclass
-class LoRAConfig:
-    """Low-rank adapters, trained instead of the weights."""
-
-    _argument_group_name = "LoRA"
-    lora_rank: int | None = flag("rank of the adapters; enables LoRA", least=1)
-    lora_alpha: float | None = flag(
-        "LoRA alpha: adapters are scaled by alpha / rank (default: twice the rank)", above=0
-    )
-    lora_target_modules: list[str] = flag(
-        "linear layers that get adapters, by their Megatron names, such as linear_qkv linear_proj (default: all)", []
-    )
-    export_adapter: bool = flag("export the adapters in PEFT's format, next to the untrained pruned model", False)
-
-
-@dataclass
-class ParallelConfig:
-    """Distribution of the model over processes."""
-
-    _argument_group_name = "parallelism"
-    tensor_model_parallel_size: int = flag("number of tensor-parallel ranks", 1, least=1)
-    pipeline_model_parallel_size: int = flag("number of pipeline stages", 1, least=1)
-    expert_model_parallel_size: int = flag(
-        "number of ranks among which the experts of each layer are distributed", 1, least=1
-    )
-    expert_tensor_parallel_size: int | None = flag(
-        "number of ranks that split each expert (default: the tensor-parallel size if there are enough processes, "
-        "otherwise 1)",
-        least=1,
-    )
-    context_parallel_size: int = flag("number of context-parallel ranks; only 1 is supported", 1, least=1)
-    sequence_parallel: bool = flag("split activations along the sequence over tensor-parallel ranks", False)
-    pipeline_model_parallel_layout: str | None = flag(
-        "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
-        "are always balanced"
-    )
-
-
-@dataclass
-class EngineConfig:
-    """Options of Megatron-Core."""
-
-    _argument_group_name = "engine"
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag(
-        "layer implementation; auto uses Transformer Engine if it is available", "auto"
-    )
-    use_distributed_optimizer: bool = flag("shard the optimizer state over data-parallel ranks", False)
-    recompute_granularity: Literal["selective", "full"] | None = flag(
-        "recompute activations in the backward pass: full recomputes whole layers, selective only the attention "
-        "(default: none)"
-    )
 
 
 @dataclass
@@ -350,7 +311,7 @@ class Config:
         """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
-            MegapruneError: it takes a keyword that is no flag.
+            MegapruneError: it takes a keyword that is not a flag.
         """
         listed = self.prune.prune_layers
         filled = {
@@ -371,13 +332,8 @@ class Config:
 
     @property
     def stitches(self) -> bool:
-        """True if a map bridges the cut during recovery."""
+        """True if maps that stand in for the removed layers are folded into the pruned model."""
         return self.recovery.stitch != "none"
-
-    @property
-    def needs_one_cut(self) -> bool:
-        """True if the removed layers must be one contiguous segment."""
-        return self.tunes_endpoints or self.stitches
 
     @property
     def gradient_steps(self) -> int:

@@ -99,7 +99,7 @@ class KL(Objective):
             MegapruneError: there is no teacher.
         """
         if self._teacher is None:
-            raise MegapruneError("--distill-loss kl and adaptive compare with a teacher, and there is none")
+            raise MegapruneError("--distill-loss kl and adaptive need a teacher, and there is none")
         return self._teacher.targets(batches)
 
     def token_weights(self, tokens: LossTokens, targets: TeacherTargets) -> Tensor:

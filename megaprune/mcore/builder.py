@@ -108,7 +108,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         MegapruneError: the stages do not add up to the model's layers.
     """
     if sum(stages) != arch.num_layers:
-        raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers of {arch.num_layers}")
+        raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers, not {arch.num_layers}")
     sizes = options.sizes
     recompute: dict[str, Any] = {}
     if options.recompute_granularity:

@@ -25,7 +25,7 @@ def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: fl
     count = len(costs)
     if count < num_stages:
         raise UsageError(
-            f"--pipeline-model-parallel-size {num_stages} leaves stages without a layer: only {count} layers are left"
+            f"--pipeline-model-parallel-size {num_stages} leaves stages empty: only {count} layers are left"
         )
     prefix = [0.0]
     for cost in costs:

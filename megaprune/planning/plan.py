@@ -184,7 +184,7 @@ class _Planner:
         if selection.manual is not None:
             return selection.manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
-        assumed = "the layers with the fewest parameters go, the last ones if sizes are equal"
+        assumed = "the layers with the fewest parameters are removed, the last ones if sizes are equal"
         if self._teacher == "self":
             assumed += "; activations are those of stages without removed layers"
         return top_layers(sizes, selection.budget, selection.protected), assumed

@@ -13,7 +13,7 @@ from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import Data
-from megaprune.pruning.models import Models
+from megaprune.pruning.models import Models, Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.step import StepResult
@@ -30,23 +30,30 @@ class RunContext:
     """State of a run.
 
     Args:
+        origin: the teacher's model, if it is not `source`.
         should_stop: called on every rank before the first iteration and after each one. If it returns True on any
             rank, the run saves a checkpoint and stops.
     """
 
     def __init__(
-        self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
+        self,
+        options: RunOptions,
+        source: TensorSource,
+        data: Data,
+        should_stop: ShouldStop | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        self.options, self.source, self.data = options, source, data
+        self.options, self.source, self.data, self.origin = options, source, data, origin
         self._should_stop = should_stop
-        self.models = Models(options, source, data.teacher_cache)
+        self.models = Models(options, source, data.teacher_cache, origin)
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
+        self.resume_from = self._latest()
         self.progress = Progress()
         if self.resume_from is not None:
-            self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            found = self.resume_from
+            self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
             self._check_batch(self.progress.global_batch_size)
-            say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+            say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
         if self._is_to_stop():
             raise RunStopped
@@ -94,7 +101,7 @@ class RunContext:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.options.tokens_per_iteration)
         num_kept = len(self.kept_layers) if result.mask is None else int((result.mask > 0).sum())
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
@@ -116,8 +123,12 @@ class RunContext:
         return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
 
     def saved_weights(self) -> Path | None:
-        """Return the newest checkpoint if it contains weights."""
-        return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+        """Return the newest checkpoint if it contains weights. Collective."""
+        return None if self.weights_are_the_source else self._latest()
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint that rank 0 sees. Collective."""
+        return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -131,7 +142,7 @@ class RunContext:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
             checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
-            say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
+            say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
 
     def _is_to_stop(self) -> bool:
@@ -148,6 +159,8 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     error = None
     if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
         name = options.selection.name
-        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
+        error = MegapruneError(
+            f"--method {name} chose different layers on different ranks: it must depend on --seed alone"
+        )
     parallel.raise_together(error)
     return kept

@@ -15,7 +15,7 @@ from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.registry import Method
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,10 @@ class TrainingOptions:
     Args:
         trains_weights_in_search: whether the model's weights train together with the scores.
         endpoints_only: whether recovery trains only the layers next to the cut.
-        stitches: whether LinearPatch bridges the cut during recovery.
+        rounds: rounds of selection and recovery that share the iterations and the layers to remove.
+        first_iteration: position of the first iteration in the data, above 0 after the first round; data_iters: number
+            of iterations that the data are laid out for, which are those of all rounds.
+        stitches: whether maps that stand in for the removed layers are folded into the pruned model.
     """
 
     train_iters: int
@@ -144,6 +147,14 @@ class TrainingOptions:
     trains_weights_in_search: bool
     endpoints_only: bool
     stitches: bool
+    rounds: int = 1
+    first_iteration: int = 0
+    data_iters: int = 0
+
+    @property
+    def changes_weights(self) -> bool:
+        """Return whether the pruned model's weights differ from the source's."""
+        return self.train_iters > 0 or self.stitches
 
 
 @dataclass(frozen=True)
@@ -167,13 +178,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Options of every job that runs a model in Megatron-Core."""
+    """Options of every job that runs a model in Megatron-Core.
+
+    Args:
+        timeout_minutes: limit of each collective operation.
+    """
 
     model: ModelOptions
     engine: EngineOptions
     pipeline: PipelineOptions
     data: DataOptions
     distillation: DistillationOptions
+    timeout_minutes: int
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -190,7 +206,7 @@ class CachingOptions(JobOptions):
     @property
     def work(self) -> RunDir:
         """Return the folder of unfinished work."""
-        return RunDir(aside_folder(self.output))
+        return RunDir(aside_of(self.output))
 
 
 @dataclass(frozen=True)

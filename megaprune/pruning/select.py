@@ -12,6 +12,7 @@ from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
+from megaprune.pruning.stitch import fit_stitch
 from megaprune.pruning.train import search
 from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
@@ -106,7 +107,8 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
     options, progress, selection = run.options, run.progress, run.options.selection
     model = in_half_precision(original, options.engine)
-    run.validate("teacher", model)
+    if run.origin is None:
+        run.validate("teacher", model)
     calibration = Calibration(options, run.data, run.models, model)
     if selection.method.needs_scores:
         with progress.timed("importance"):
@@ -120,11 +122,8 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.candidates = choice.candidates
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
-    if options.training.stitches:
-        evaluator, hidden_size = calibration.evaluator(), options.model.arch.transformer["hidden_size"]
-        with progress.timed("importance"):
-            progress.stitch = evaluator.jump_across(run.kept_layers, hidden_size).tolist()
-        progress.spend("importance", 0.0, evaluator.tokens)
+    if options.training.stitches and not selection.method.searches:
+        fit_stitch(run, model)
 
 
 def _named_layers(options: RunOptions) -> list[int]:

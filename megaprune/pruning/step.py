@@ -90,5 +90,5 @@ def _forward_backward(
     parts |= objective.hook_losses()
     value = sum(part.share * part.mean for part in parts.values())
     if not value < float("inf"):
-        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
+        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or check the data")
     return value, {name: part.mean for name, part in parts.items()} if len(parts) > 1 else {}

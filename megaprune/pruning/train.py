@@ -8,11 +8,10 @@ from megaprune.distillation.hidden_states import WithHiddenStates
 from megaprune.distillation.multi_token import WithMTP
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
-from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.step import search_step, train_step
-from megaprune.selection.segments import cut_position
+from megaprune.pruning.stitch import fit_stitch, fold_stitch
 from megaprune.utils.progress import say
 
 
@@ -47,6 +46,8 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         if last:
             kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
             progress.kept_layers = agreed_layers(kept, run.options)
+            if training.stitches:
+                fit_stitch(run, student.ddp)
         run.save_if_due(student, force=last)
 
 
@@ -67,33 +68,23 @@ def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the student for the remaining iterations, and measure it before and after."""
     if "pruned" not in run.progress.valid:
         run.validate("pruned", student.ddp)
-    train_iters = run.options.training.train_iters
+    training = run.options.training
+    if training.stitches:
+        fold_stitch(run, student)
+    train_iters = training.train_iters
     if run.progress.iteration < train_iters and teacher is None:
         teacher = run.models.teacher(student)
-    objective, patch = _recovery_objective(run, student, teacher), _patch(run, student)
+    objective = _recovery_objective(run, student, teacher)
     for iteration in range(run.progress.iteration, train_iters):
         start = time.perf_counter()
-        if patch is not None:
-            patch.strength = strength_at(iteration, train_iters)
         result = train_step(student, run.data.train_batches(iteration), objective, iteration)
         run.record(iteration, "recovery", result, start)
         run.save_if_due(student, force=iteration + 1 == train_iters)
-    if patch is not None:
-        patch.strength = 0.0  # not yet 1 if there are too few iterations to fade
-    if train_iters > 0 and not run.options.output.export_adapter:
+    if student.average is not None:
+        student.average.use()
+    if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
-
-
-def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
-    """Return the map that bridges the cut during recovery, at its position."""
-    if run.progress.stitch is None:
-        return None
-    kept, num_layers = run.kept_layers, run.options.model.arch.num_layers
-    patch, behind = LinearPatch(torch.tensor(run.progress.stitch)), cut_position(kept, num_layers)
-    if behind < len(kept):
-        patch.attach(student.model, kept[behind] if run.models.student_stays_whole else behind)
-    return patch
 
 
 def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:
@@ -101,9 +92,7 @@ def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | No
     objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
     if not weight or teacher is None:
         return objective
-    kept = run.kept_layers
-    numbers = kept if run.models.student_stays_whole else range(len(kept))
-    return WithHiddenStates(objective, teacher, student.model, dict(zip(numbers, kept, strict=True)), weight)
+    return WithHiddenStates(objective, teacher, student.model, run.models.taught_layers(run.kept_layers), weight)
 
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:

@@ -108,7 +108,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise MegapruneError(f"{path}, line {number}: not JSON; remove that line and go on") from None
+                raise MegapruneError(
+                    f"{path}, line {number}: not JSON; remove this line and run the same command again"
+                ) from None
     return records
 
 
@@ -138,7 +140,7 @@ class _TensorBoard:
             self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1, flush_secs=10)
         except OSError as error:
             raise MegapruneError(
-                f"{folder} can't be written ({error.strerror}): name another folder with --tensorboard-dir"
+                f"{folder} can't be written ({error.strerror}): choose another folder with --tensorboard-dir"
             ) from None
         self._iteration = start_iteration
 

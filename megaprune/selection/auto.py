@@ -54,7 +54,7 @@ def num_windows(budget: Budget, protected: Set[int], tokens: int, seq_length: in
     """
     window = passes_of_candidates(budget, protected) * seq_length / _CANDIDATES_SHARE
     if asked and tokens < window:
-        raise UsageError(f"--selection-budget {tokens} is too little: give at least {round(window) + 1}")
+        raise UsageError(f"--selection-budget {tokens} is too small: give at least {round(window) + 1}")
     return max(1, int(tokens / window))
 
 

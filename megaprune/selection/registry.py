@@ -5,7 +5,8 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -101,7 +102,9 @@ class Method:
         options = {name: values[name] for name in self.takes - _INPUTS if name in values}
         for name in sorted(self.takes - _INPUTS - options.keys()):
             if parameters[name].default is inspect.Parameter.empty:
-                raise MegapruneError(f"--method {self.name}: its function takes {name!r} by keyword, which is no flag")
+                raise MegapruneError(
+                    f"--method {self.name}: its function takes {name!r} as a keyword, which is not a flag"
+                )
         return options
 
     def choose(
@@ -160,7 +163,7 @@ class Method:
             return layers
         if not protected <= set(layers):
             gone = sorted(protected - set(layers))
-            raise MegapruneError(f"{said}do not hold layer {gone[0]}, which --protect-layers keeps")
+            raise MegapruneError(f"{said}lack layer {gone[0]}, which --protect-layers keeps")
         cost = sum(budget.costs[layer] for layer in layers)
         if cost > budget.limit or (budget.counts_layers and cost != budget.limit):
             unit = "layers" if budget.counts_layers else "parameters"
@@ -259,6 +262,18 @@ def find(name: str) -> Method:
     raise UsageError(f"--method: invalid choice: {name!r} (choose from {', '.join(names())})")
 
 
+@contextmanager
+def registrations_undone() -> Iterator[None]:
+    """Forget the methods that the block registers when it ends. For tests of a method."""
+    _load()  # the built-in methods stay
+    before = dict(_methods)
+    try:
+        yield
+    finally:
+        _methods.clear()
+        _methods.update(before)
+
+
 def _load() -> None:
     from megaprune.selection.plugins import load_builtin, load_installed
 
@@ -275,16 +290,18 @@ def _check(method: Method) -> None:
             if name in (other.name, *other.aliases) and _origin(other) != _origin(method):
                 raise MegapruneError(f"the method {name!r} is registered already, by {other.function.__module__}")
     if method.calibrated and method.searches:
-        raise MegapruneError(f"the method {method.name!r} is either calibrated, and trains nothing, or searches")
+        raise MegapruneError(f"the method {method.name!r} can't be both calibrated and searching")
     if not method.budgets or ("list" in method.budgets and len(method.budgets) > 1):
-        raise MegapruneError(f"the method {method.name!r} counts layers, parameters or both, or takes a list alone")
+        raise MegapruneError(
+            f"the method {method.name!r} must have budgets of layers, parameters or both, or only a list"
+        )
     wanted = ["budget", "protected"]
     wanted = ["evaluator", *wanted] if method.calibrated else [*wanted, "num_steps"] if method.searches else wanted
     parameters = inspect.signature(method.function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) != len(wanted):
         raise MegapruneError(
-            f"the method {method.name!r} must take ({', '.join(wanted)}), and flags behind a *, by keyword alone"
+            f"the method {method.name!r} must take ({', '.join(wanted)}), and flags as keyword-only parameters"
         )
 
 

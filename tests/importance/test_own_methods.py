@@ -10,7 +10,7 @@ import yaml
 
 from megaprune.cli.main import attempt
 from megaprune.cli.prune import parse_config
-from megaprune.selection import names, registry
+from megaprune.selection.registry import registrations_undone
 from megaprune.utils.errors import UsageError
 from tests.helpers import tiny
 
@@ -47,12 +47,9 @@ def warm(budget, protected, num_steps, *, scores, seed):
 @pytest.fixture
 def module(tmp_path):
     """The file of the user's methods, which are forgotten afterwards."""
-    names()
-    before = dict(registry._methods)
     (tmp_path / "mine.py").write_text(METHODS)
-    yield tmp_path / "mine.py"
-    registry._methods.clear()
-    registry._methods.update(before)
+    with registrations_undone():
+        yield tmp_path / "mine.py"
 
 
 def report_of(folder):
@@ -128,10 +125,11 @@ def test_flags_follow_from_the_traits(module):
     assert "--criterion is for --method shortened, not warm" in refused(
         *("--method", "warm", "--criterion", "taylor"), *count
     )
-    assert "--stitch linear-patch needs one contiguous cut, which --method warm" in refused(
-        *("--method", "warm", "--stitch", "linear-patch"), *count
+    endpoints = ("--recovery-layers", "endpoints")
+    assert "--recovery-layers endpoints needs one contiguous cut, which --method warm" in refused(
+        *("--method", "warm", *endpoints), *count
     )
-    assert parse_config([*own, *count, "--method", "first", "--stitch", "linear-patch"]).needs_one_cut
+    assert parse_config([*own, *count, "--method", "first", *endpoints]).tunes_endpoints
     assert parse_config([*own, *count, "--method", "warm"]).search_iters == 1
     assert parse_config([*own, *count, "--method", "first"]).search_iters == 0
     # data are asked for where the method looks at them

@@ -14,11 +14,13 @@ from tests.parallel.layouts import (
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
     MTP_LAYOUTS,
+    ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
     SHEARED_LAYOUTS,
     STEP_LAYOUTS,
+    STITCH_LAYOUTS,
     STORED_LAYOUTS,
     model_layouts,
 )
@@ -116,10 +118,20 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
             cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
-    for layouts, argv_of in ((ENDPOINT_LAYOUTS, tiny.endpoint_argv), (SHEARED_LAYOUTS, tiny.sheared_argv)):
+    short_runs = (
+        (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
+        (SHEARED_LAYOUTS, tiny.sheared_argv),
+        (ROUNDS_LAYOUTS, tiny.rounds_argv),
+    )
+    for layouts, argv_of in short_runs:
         for layout, flags in layouts.items():
             save = folder / f"run-{layout}"
             cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
+    for layout, (family, gone, flags) in STITCH_LAYOUTS.items():
+        save = folder / f"run-{layout}"
+        cases[save.name] = dict(
+            kind="prune", argv=tiny.stitched_argv(tiny_model(family), tiny_data, save, gone, *flags)
+        )
     for name, (family, sizes) in LOAD_LAYOUTS.items():
         source = tiny_model(family)
         cases[f"load-{name}"] = dict(

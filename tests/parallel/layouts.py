@@ -74,11 +74,20 @@ RUN_LAYOUTS = {
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
 # calibrated methods, and the run on one process
-SELECTING = ("auto", "shortgpt", "sleb")
+SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
 SHEARED_LAYOUTS = {"sheared_tp2_sp": (*_TP2, _SP)}
+# a stitch over two cuts; at PP 2 the layers on both sides of the first are on different stages
+STITCH_LAYOUTS = {
+    "stitch_tp2_sp": ("qwen3_tied", "2,3,5", (*_TP2, _SP)),
+    "stitch_pp2": ("qwen3_tied", "2,3,4,6", _PP2),
+    "stitch_dp2": ("qwen3_tied", "2,3,5", ()),
+    "stitch_moe_tp2_sp": ("deepseek_v3", "1,4", (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
+    "stitch_moe_ep2": ("deepseek_v3", "1,4", ("--expert-model-parallel-size", "2")),
+}
+ROUNDS_LAYOUTS = {"rounds_pp2": _PP2, "rounds_tp2_sp": (*_TP2, _SP, _DISTRIBUTED)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),

@@ -68,7 +68,7 @@ def test_r1_for_64_ranks(plan):
     assert [stage["layers"] for stage in recovery] == [stage["layers"] for stage in search]
     assert [stage["memory"]["weights"] for stage in recovery] == [stage["memory"]["weights"] for stage in search]
     assert sum(len(stage["running_layers"]) for stage in recovery) == 53
-    assert "assumed: the layers with the fewest parameters go" in text
+    assert "assumed: the layers with the fewest parameters are removed" in text
     assert (search[0]["first_rank"], search[-1]["last_rank"]) == (0, 63)
 
 
@@ -165,6 +165,13 @@ def test_one_shot_methods_train_the_pruned_model_alone(plan):
     (original,) = stages_of(record, "original")
     assert original["trained_parameters"] == original["memory"]["gradients"] == original["memory"]["optimizer"] == 0
     assert stages_of(record, "recovery")[0]["memory"]["optimizer"] > 0
+
+
+def test_of_several_rounds_the_first_is_planned(plan):
+    flags = ("--world-size", "2", "--method", "random", "--num-layers-to-prune")
+    _, first = plan("llama", *flags, "8", "--rounds", "2")
+    _, alone = plan("llama", *flags, "4")
+    assert stages_of(first, "recovery") == stages_of(alone, "recovery")
 
 
 def test_a_recipe_can_be_planned(plan, tmp_path):

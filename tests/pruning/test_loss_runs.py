@@ -1,8 +1,11 @@
 """Runs with all parts of the loss: metrics, exported MTP layers, and a run that was stopped in between."""
 
+import json
+
 import pytest
 import torch
 
+from megaprune.pruning import train
 from megaprune.report.metrics import read_metrics
 from megaprune.utils.errors import RunStopped, UsageError
 from megaprune.weights.source import HFSource
@@ -68,3 +71,24 @@ def test_a_model_without_mtp_layers_is_refused(tiny_model, tiny_data, tmp_path):
     with pytest.raises(UsageError, match="--mtp-loss-scaling-factor: the model has no multi-token-prediction layers"):
         tiny.run_here(tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run", *MTP))
     assert not (tmp_path / "run").exists()
+
+
+def test_rounds_train_the_mtp_layer_and_compare_with_the_layers_of_the_original_model(
+    model, tiny_data, tmp_path, monkeypatch
+):
+    compared = []
+
+    class Recorded(train.WithHiddenStates):
+        def __init__(self, inner, teacher, student, layers, weight):
+            compared.append(list(layers.values()))
+            super().__init__(inner, teacher, student, layers, weight)
+
+    monkeypatch.setattr(train, "WithHiddenStates", Recorded)
+    flags = ("--rounds", "2", "--protect-layers", "none", "--hidden-loss-weight", "0.5")
+    argv = tiny.select_argv(model, tiny_data, tmp_path / "run", "random", *flags, *MTP)
+    tiny.run_here([*argv, "--train-iters", "2"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert compared == [each["kept_layers"] for each in report["rounds"]] and compared[1] == report["kept_layers"]
+    assert all(record["mtp_1_loss"] > 0 and record["hidden_loss"] > 0 for record in read_metrics(tmp_path / "run"))
+    found, source = HFSource(tmp_path / "run" / "hf"), HFSource(model)
+    assert not torch.equal(found.read("model.layers.3.eh_proj.weight"), source.read("model.layers.5.eh_proj.weight"))
