@@ -113,9 +113,25 @@ def _check_teacher(config: Config) -> None:
             f"--hidden-loss-weight {weight:g} needs a teacher's hidden states, and there are none with {without}: use "
             "--teacher online or self, or leave it out"
         )
+    _check_mtp(config)
     if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
         raise UsageError(f"--teacher cached is not used with {unused}: leave one of them out")
+
+
+def _check_mtp(config: Config) -> None:
+    if not config.distillation.mtp_loss_scaling_factor:
+        return
+    obstacles = {
+        "--mtp drop": config.model.mtp == "drop",
+        "--lora-rank": config.lora.lora_rank is not None,
+        "--recovery-layers endpoints": config.tunes_endpoints,
+    }
+    for flag, given in obstacles.items():
+        if given:
+            raise UsageError(
+                f"--mtp-loss-scaling-factor trains the MTP layers, which {flag} does not: leave one of them out"
+            )
 
 
 def _check_lora(config: Config) -> None:

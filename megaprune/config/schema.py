@@ -34,7 +34,7 @@ class ModelConfig:
     hf_model: str | None = flag("HF model: a folder with safetensors files, or a hub id")
     load: str | None = flag("Megatron-Core checkpoint written by `megaprune convert import`, instead of --hf-model")
     mtp: Literal["keep", "drop"] = flag(
-        "multi-token-prediction layers: copied to the output untrained, or dropped", "keep"
+        "multi-token-prediction layers: copied to the output (see --mtp-loss-scaling-factor), or dropped", "keep"
     )
     trust_remote_code: bool = flag("run the tokenizer code that comes with the model", False)
 
@@ -186,10 +186,13 @@ class DistillationConfig:
         "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
     )
     hidden_loss_weight: float = flag(
-        "factor of an additional loss in recovery: the squared distance of each kept layer's output to that of the "
-        "teacher's same layer, relative to the teacher's squared norm; needs --teacher online or self",
+        "factor of a loss on hidden states in recovery: the squared relative distance of each kept layer's output to "
+        "the teacher's",
         0.0,
         least=0,
+    )
+    mtp_loss_scaling_factor: float = flag(
+        "factor of the cross-entropy of multi-token-prediction layers; 0 copies them untrained", 0.0, least=0
     )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "

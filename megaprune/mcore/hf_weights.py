@@ -20,6 +20,7 @@ from megaprune.mcore.parallel import (
 )
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import WeightRule
+from megaprune.models.mtp import mtp_parameter_rules
 from megaprune.models.names import source_name
 from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
@@ -38,7 +39,8 @@ def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -
         transformer_engine: whether the model is built from Transformer Engine layers, whose parameter names differ.
     """
     rules: dict[str, WeightRule] = {}
-    for rule in source.family.rules(source.config):
+    ahead = mtp_parameter_rules(source.family, source.family.architecture(source.config), len(source.mtp_layers))
+    for rule in (*source.family.rules(source.config), *ahead):
         if transformer_engine:
             rule = replace(rule, megatron=rule.te or rule.megatron, shard=rule.te_shard or rule.shard)
         rules[rule.megatron] = rule
@@ -105,8 +107,8 @@ def export_weights(
         folder: an existing folder on a file system that all ranks share.
         max_shard_bytes: size limit of a safetensors file.
         whole: whether the model still holds the pruned layers, too.
-        keep_mtp: copy the source's MTP layers, which are never trained here, behind the kept layers. Their copies of
-            the embedding and the output layer are written from the trained weights.
+        keep_mtp: write MTP layers behind the kept layers: those of the model, or copies of the source's if the model
+            has none. Their copies of the embedding and the output layer are written from the trained weights.
 
     Raises:
         MegapruneError: the folder cannot be written. Raised on every rank.
@@ -130,8 +132,10 @@ def export_weights(
 
     def close() -> None:
         if dist.get_rank() == 0 and keep_mtp:
+            built = _of_mtp(source) if model.config.mtp_num_layers else set()
             for hf_name in source.mtp_own():
-                add(hf_name, source.read(hf_name))
+                if hf_name not in built:
+                    add(hf_name, source.read(hf_name))
         writer.close()
 
     write_gathered(_gathered(model, source, kept_layers, whole), write, close, folder)
@@ -188,8 +192,19 @@ def _gathered(
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     for name, parameter in model.named_weights():
         rule = rules[source_name(name, None if whole else kept_layers)]
-        if source.renamed(rule.hf[0], kept_layers) is not None:
+        if source.renamed(rule.hf[0], kept_layers) is not None and not _is_second_embedding(name):
             yield rule, gather_shards(parameter.detach(), rule)
+
+
+def _is_second_embedding(name: str) -> bool:
+    """Return whether a parameter is the copy of the embedding that MTP layers need on the last stage."""
+    return name.startswith("embedding.") and not parallel_state.is_pipeline_first_stage()
+
+
+def _of_mtp(source: TensorSource) -> set[str]:
+    """Return the HF names of the tensors that a model's MTP layers hold."""
+    arch = source.family.architecture(source.config)
+    return {name for rule in mtp_parameter_rules(source.family, arch, len(source.mtp_layers)) for name in rule.hf}
 
 
 def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:

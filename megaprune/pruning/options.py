@@ -65,6 +65,7 @@ class DistillationOptions:
         logits: folder of a cached teacher.
         alpha: share of the distillation loss; the rest is cross-entropy.
         hidden_weight: factor of the loss on hidden states in recovery.
+        mtp_factor: factor of the loss of MTP layers; 0 trains none.
     """
 
     loss: LossKind
@@ -75,6 +76,7 @@ class DistillationOptions:
     logits: Path | None
     alpha: float
     hidden_weight: float
+    mtp_factor: float
 
 
 @dataclass(frozen=True)

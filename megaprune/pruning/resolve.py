@@ -24,6 +24,7 @@ from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
+from megaprune.pruning.mtp import with_mtp
 from megaprune.pruning.options import (
     CachingOptions,
     DataOptions,
@@ -71,7 +72,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     windowed = _with_window(config, source.config)
     parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
-    return resolve(windowed, source.config, world_size), source
+    return with_mtp(resolve(windowed, source.config, world_size), source), source
 
 
 def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
@@ -210,6 +211,7 @@ def _job(
             logits=Path(logits) if logits else None,
             alpha=distillation.kd_loss_alpha,
             hidden_weight=distillation.hidden_loss_weight,
+            mtp_factor=distillation.mtp_loss_scaling_factor,
         ),
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )

@@ -53,12 +53,13 @@ def run(
 def _rounds(options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None) -> list[Report]:
     """Run the rounds, and return their reports, with layers numbered as in the model that each one started from."""
     reports: list[Report] = []
-    current, origin = source, Origin(options, source)
+    current = source
     for number in range(1, options.training.rounds + 1):
         kept = _kept(reports, options.model.arch.num_layers)
         part = round_options(options, number, kept, current)
         say(f"round {number} of {options.training.rounds}: {len(kept)} layers, {part.training.train_iters} iterations")
-        report = runner.run(part, current, command, should_stop, None if number == 1 else origin)
+        origin = Origin(options, source, kept) if number > 1 else None
+        report = runner.run(part, current, command, should_stop, origin)
         assert report is not None  # no dry run
         reports.append(report)
         current = HFSource(part.output.run_dir.hf)
@@ -76,7 +77,7 @@ def round_options(options: RunOptions, number: int, kept: Sequence[int], source:
     """
     training, output, costs = options.training, options.output, options.pipeline.layer_costs
     first, iterations = _share(training.train_iters, number, training.rounds)
-    arch = family_of(source.config).architecture(source.config)
+    arch = replace(family_of(source.config).architecture(source.config), num_mtp=options.model.arch.num_mtp)
     return replace(
         options,
         model=replace(options.model, name=str(source.folder), hf_config=source.config, arch=arch),

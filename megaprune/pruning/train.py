@@ -5,6 +5,7 @@ import time
 import torch
 
 from megaprune.distillation.hidden_states import WithHiddenStates
+from megaprune.distillation.multi_token import WithMTP
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.optimizer import Trainer
@@ -91,11 +92,11 @@ def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | No
     objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
     if not weight or teacher is None:
         return objective
-    kept = run.kept_layers
-    numbers = kept if run.models.student_stays_whole else range(len(kept))
-    return WithHiddenStates(objective, teacher, student.model, dict(zip(numbers, kept, strict=True)), weight)
+    return WithHiddenStates(objective, teacher, student.model, run.models.taught_layers(run.kept_layers), weight)
 
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)
+    shard, num_mtp = run.models.shard, run.options.model.arch.num_mtp
+    objective = make_objective(distillation.loss, distillation.tail, shard, teacher, distillation.alpha)
+    return WithMTP(objective, shard, num_mtp, distillation.mtp_factor) if num_mtp else objective

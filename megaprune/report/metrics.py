@@ -71,8 +71,8 @@ class MetricsLogger:
 
         Keys: `iteration` (count done, from 1), `stage` ("search" or "recovery"), `loss` (nats), `lr`,
         `grad_norm`, `num_kept` (layers in the mask), `tokens` (since the run's start), `seconds` (this
-        iteration's); `kd_loss`, `lm_loss` and `hidden_loss` where the loss has several parts; in the search also
-        `temperature`, `scores` and `mask` (one number per source layer).
+        iteration's); `kd_loss`, `lm_loss`, `mtp_1_loss` and `hidden_loss` where the loss has several parts; in the
+        search also `temperature`, `scores` and `mask` (one number per source layer).
         Numbers that aren't finite are null in `metrics.jsonl`.
         """
         for sink in self._sinks:

@@ -45,6 +45,7 @@ FLAGS = [
     ("--distill-top-k 5", 5),
     ("--kd-loss-alpha 0.5", 0.5),
     ("--hidden-loss-weight 2", 2.0),
+    ("--mtp-loss-scaling-factor 0.1", 0.1),
     ("--teacher online", "online"),
     ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
@@ -328,6 +329,12 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             "--hidden-loss-weight 1 needs a teacher's hidden states, and there are none with --teacher cached",
         ),
         (E3 + ["--hidden-loss-weight", "-1"], "--hidden-loss-weight -1.0 is less than 0"),
+        (
+            E3 + ["--mtp-loss-scaling-factor", "0.1", "--mtp", "drop"],
+            "the MTP layers, which --mtp drop does not",
+        ),
+        (E3 + ["--mtp-loss-scaling-factor", "0.1", "--lora-rank", "4"], "which --lora-rank does not"),
+        (E3 + ["--mtp-loss-scaling-factor", "-1"], "--mtp-loss-scaling-factor -1.0 is less than 0"),
         (E3 + ["--kd-loss-alpha", "1.5"], "--kd-loss-alpha 1.5 is above 1"),
         (E3 + ["--kd-loss-alpha", "-0.1"], "--kd-loss-alpha -0.1 is less than 0"),
         # iterations

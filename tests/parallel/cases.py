@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from megaprune.distillation.hidden_states import WithHiddenStates
 from megaprune.distillation.objectives import make_objective
 from megaprune.distillation.teachers import OnlineTeacher, vocab_shard
 from megaprune.importance.evaluator import LayerEvaluator
@@ -23,7 +22,7 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.mcore.pipeline_model import global_name
 from megaprune.models.sizes import layer_costs, output_cost
-from megaprune.pruning.step import search_step, train_step
+from megaprune.pruning.step import search_step
 from megaprune.selection.budget import Budget
 from megaprune.utils.errors import RunStopped
 from megaprune.weights.source import HFSource
@@ -111,31 +110,6 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
         "taylor": taylor,
     }
     torch.save(found, f"{out}.{parallel.rank()}")
-    parallel.finish()
-
-
-def hidden_states(
-    hf_model: str, sizes: dict[str, Any], stages: list[list[int]], recompute: str | None, out: str
-) -> None:
-    """Run two steps of recovery with a loss on hidden states, each replica with its share of four uneven windows. Write
-    to ``out`` the losses, parts and gradient norms.
-
-    Args:
-        stages: layers on each pipeline stage, of the teacher and of the student.
-    """
-    sizes, source, kept = ParallelSizes(**sizes), HFSource(hf_model), [0, 2, 3, 6]
-    arch, engine = source.family.architecture(source.config), EngineOptions(sizes, recompute_granularity=recompute)
-    parallel.initialize(sizes)
-    original, student = build_model(arch, stages[0], engine), build_model(arch.pruned(kept), stages[1], engine)
-    import_weights(original, source)
-    import_weights(student, source, kept)
-    teacher = OnlineTeacher(original, vocab_shard(arch), 10)
-    trainer = Trainer(student, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    objective = make_objective("adaptive", "rest", vocab_shard(arch), teacher, 0.5)
-    objective = WithHiddenStates(objective, teacher, trainer.model, dict(enumerate(kept)), 2.0)
-    batches = tiny.uneven_batches([1, 1, 1, 1])[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    steps = [train_step(trainer, batches, objective, iteration) for iteration in range(2)]
-    torch.save([(step.loss, step.grad_norm, step.parts) for step in steps], f"{out}.{parallel.rank()}")
     parallel.finish()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megaprune.cli import main as cli
-from tests.helpers import tiny
+from tests.helpers import mtp, tiny
 from tests.helpers.launch import Launched, launch_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
@@ -13,6 +13,7 @@ from tests.parallel.layouts import (
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
+    MTP_LAYOUTS,
     ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
@@ -36,14 +37,20 @@ def source(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
+def mtp_model(tmp_path_factory):
+    """Return a model with a multi-token-prediction layer."""
+    return mtp.make_model(tmp_path_factory.mktemp("mtp"))
+
+
+@pytest.fixture(scope="session")
+def results(tiny_model, stored_model, source, mtp_model, tiny_data, tmp_path_factory):
     """Return a function that gives the results for a number of processes. A failed case fails only its own tests."""
     launched = {}
 
     def get(num_processes) -> Launched:
         if num_processes not in launched:
             folder = tmp_path_factory.mktemp(f"processes{num_processes}")
-            cases = _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data)
+            cases = _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, tiny_data)
             launched[num_processes] = launch_cases(num_processes, cases, folder)
         return launched[num_processes]
 
@@ -58,7 +65,7 @@ def _imported(model, folder):
     return out
 
 
-def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
+def _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, tiny_data):
     """Return the cases for a number of processes, each named after its output in the folder."""
 
     def argv(name, flags):
@@ -88,16 +95,15 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
     for layout, sizes in of_layouts(STEP_LAYOUTS).items():
         out = folder / f"step-{layout}"
         cases[out.name] = dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=out)
-    for layout, (processes, sizes, *stages, recompute) in HIDDEN_LAYOUTS.items():
-        if processes == num_processes:
-            cases[f"hidden-{layout}"] = dict(
-                kind="hidden_states",
-                hf_model=source("qwen3_tied"),
-                sizes=sizes,
-                stages=stages,
-                recompute=recompute,
-                out=folder / f"hidden-{layout}",
-            )
+    for kind, layouts, model in (
+        ("hidden_states", HIDDEN_LAYOUTS, source("qwen3_tied")),
+        ("multi_token", MTP_LAYOUTS, mtp_model),
+    ):
+        for layout, (processes, sizes, *stages, recompute) in layouts.items():
+            if processes == num_processes:
+                out = folder / f"{kind}-{layout}"
+                case = dict(kind=f"loss_cases.{kind}", hf_model=model, sizes=sizes, stages=stages, out=out)
+                cases[out.name] = case | dict(recompute=recompute)
     for layout, flags in of_layouts(RUN_LAYOUTS).items():
         cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
     for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():

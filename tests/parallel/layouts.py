@@ -35,17 +35,23 @@ STEP_LAYOUTS = MODEL_LAYOUTS | {
     "tp2_sp_dp2": (4, TP2 | SP),
     "pp2_dp2": (4, PP2),
 }
-# Processes, sizes, layers of the teacher (7) and of the student (4) on each stage, and activation recompute. The kept
-# layers are 0, 2, 3 and 6, so that hidden states travel to the earlier stage, to the later one, and past one.
+# Losses of recovery: processes, sizes, layers of the teacher and of the student on each stage, and recomputation. The
+# kept layers are those of loss_cases, so that hidden states travel to the earlier stage, to the later one, or past one.
 HIDDEN_LAYOUTS = {
     "tp2": (2, TP2, [7], [4], None),
     "tp2_sp": (2, TP2 | SP, [7], [4], "full"),
     "dp2": (2, {}, [7], [4], None),
     "pp2_to_the_first": (2, PP2, [2, 5], [3, 1], "full"),
     "pp2_to_the_last": (2, PP2, [6, 1], [1, 3], None),
-    "pp4": (4, {"pipeline": 4}, [1, 1, 1, 4], [1, 1, 2, 0], None),
+    "pp4": (4, {"pipeline": 4}, [1, 1, 1, 4], [1, 1, 1, 1], None),
     "tp2_sp_pp2": (4, TP2 | SP | PP2, [2, 5], [2, 2], None),
     "pp2_dp2": (4, PP2, [6, 1], [2, 2], None),
+}
+MTP_LAYOUTS = {
+    "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
+    "ep2": (2, _EP2, [5], [3], None),
+    "pp2": (2, PP2, [2, 3], [2, 1], None),
+    "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2, [4, 1], [1, 2], "full"),
 }
 
 _TP2 = ("--tensor-model-parallel-size", "2")

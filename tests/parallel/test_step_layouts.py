@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.parallel import cases
-from tests.parallel.layouts import HIDDEN_LAYOUTS, STEP_LAYOUTS
+from tests.parallel.layouts import STEP_LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +32,3 @@ def test_step_is_the_same_at_every_layout(results, alone, layout):
         assert [other[name] for name in ("loss", "norm", "parts")] == [
             found[0][name] for name in ("loss", "norm", "parts")
         ]
-
-
-@pytest.fixture(scope="module")
-def hidden_alone(source, tmp_path_factory):
-    """Steps with a loss on hidden states on one process."""
-    out = tmp_path_factory.mktemp("hidden") / "step"
-    cases.hidden_states(source("qwen3_tied"), {}, [[7], [4]], None, out)
-    return torch.load(f"{out}.0")
-
-
-@pytest.mark.parametrize("layout", HIDDEN_LAYOUTS)
-def test_loss_on_hidden_states_is_the_same_at_every_layout(results, hidden_alone, layout):
-    processes = HIDDEN_LAYOUTS[layout][0]
-    out = results(processes).path(f"hidden-{layout}")
-    found = [torch.load(f"{out}.{rank}") for rank in range(processes)]
-    assert all(other == found[0] for other in found[1:])
-    for (loss, norm, parts), (wanted_loss, wanted_norm, wanted) in zip(found[0], hidden_alone, strict=True):
-        assert parts.keys() == {"kd_loss", "lm_loss", "hidden_loss"} and wanted["hidden_loss"] > 0.01
-        assert parts == {name: pytest.approx(mean, rel=1e-5) for name, mean in wanted.items()}
-        assert loss == pytest.approx(wanted_loss, rel=1e-5) and norm == pytest.approx(wanted_norm, rel=1e-4)
