@@ -19,7 +19,7 @@ def model_name() -> str:
     return torch.cuda.get_device_name()
 
 
-def bind_local_device(local_rank: int) -> torch.device:
+def bind_local_device(local_rank: int) -> torch.device | None:
     """Make ``cuda:local_rank`` the device of this process, and return it: NCCL then connects when the group is made.
 
     Raises:
