@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
+from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.step import StepResult
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
@@ -37,14 +39,15 @@ class RunContext:
     def __init__(
         self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
     ) -> None:
-        self.options, self.source, self.data = options, source, data
-        self._should_stop = should_stop
-        self.models = Models(options, source, data.teacher_cache)
+        self.source, self._should_stop = source, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
         self.progress = Progress()
         if self.resume_from is not None:
             self.progress = Progress(**checkpoint.load_state(self.resume_from))
+        self.options, self.data = options, data
+        self.shorten(self.progress.other_iterations)
+        if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)
             say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
@@ -60,6 +63,26 @@ class RunContext:
             wandb_project=options.output.wandb_project,
             start_iteration=self.progress.iteration,
         )
+
+    def shorten(self, iterations: int) -> None:
+        """Leave out a number of training iterations, and let the learning rate fall over the others."""
+        training, optimizer = self.options.training, self.options.optimizer
+        training = replace(training, train_iters=training.train_iters - iterations)
+        optimizer = replace(optimizer, train_iters=training.train_iters)
+        self.options = replace(self.options, training=training, optimizer=optimizer)
+        self.data = replace(self.data, training=training)
+        self.models = Models(self.options, self.source, self.data.teacher_cache)
+
+    def branch(self, folder: Path, iterations: int) -> "RunContext":
+        """Return a run in a folder of its own, which begins like this one or goes on from its own checkpoint.
+
+        Args:
+            iterations: number of training iterations that it leaves out.
+        """
+        output = replace(self.options.output, run_dir=RunDir(folder), tensorboard_dir=None, wandb_project=None)
+        begun = RunContext(replace(self.options, output=output), self.source, self.data, self._should_stop)
+        begun.shorten(iterations)
+        return begun
 
     def _check_batch(self, begun_with: int | None) -> None:
         """Refuse to resume with another batch size. Without --global-batch-size, it follows the number of replicas."""
@@ -102,7 +125,7 @@ class RunContext:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "num_kept": num_kept,
-            "tokens": (iteration + 1) * self.options.tokens_per_iteration,
+            "tokens": (iteration + 1 + self.progress.other_iterations) * self.options.tokens_per_iteration,
             "seconds": seconds,
         }
         if result.mask is not None:
@@ -111,13 +134,17 @@ class RunContext:
 
     @property
     def weights_are_the_source(self) -> bool:
-        """Return whether the weights still equal the source, because only scores were trained."""
-        training = self.options.training
-        return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
+        """Return whether the weights still equal the source, because nothing or only scores were trained."""
+        iteration, training = self.progress.iteration, self.options.training
+        return iteration == 0 or (iteration <= training.search_iters and not training.trains_weights_in_search)
 
     def saved_weights(self) -> Path | None:
         """Return the newest checkpoint if it contains weights."""
         return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+
+    def save_state(self) -> None:
+        """Save the progress of a run that has trained nothing yet."""
+        checkpoint.save(self.options.output.run_dir.checkpoints, 0, None, self.progress.state())
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -133,6 +160,10 @@ class RunContext:
         if stopping:
             say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
             raise RunStopped
+
+    def close(self) -> None:
+        """Close the metrics."""
+        self.metrics.close()
 
     def _is_to_stop(self) -> bool:
         return self._should_stop is not None and parallel.any_rank(self._should_stop())
