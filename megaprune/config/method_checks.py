@@ -14,7 +14,7 @@ _BUDGETS: dict[str, BudgetKind] = {
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
-_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
+_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters", "heal_candidates", "heal_iters")
 
 
 def check_budget(prune: PruneConfig) -> None:
@@ -58,6 +58,11 @@ def check_method_flags(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
         raise UsageError(f"--search-iters {search_iters} is less than 1")
+    if config.heal_iters * config.search.heal_candidates > train_iters:
+        raise UsageError(
+            f"--heal-iters {config.heal_iters} of --heal-candidates {config.search.heal_candidates} are more than "
+            f"--train-iters {train_iters}"
+        )
     config.method_options()  # raises if the method's function has a parameter that is not a flag
 
 

@@ -115,6 +115,15 @@ class SearchConfig:
         "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
     )
+    heal_candidates: int = flag(
+        "with --method auto: number of candidates that recovery begins with; after --heal-iters iterations of each, "
+        "the best one goes on. All of them are part of --train-iters. 1 chooses by KL alone",
+        1,
+        least=1,
+    )
+    heal_iters: int | None = flag(
+        "with --heal-candidates: iterations of each candidate (default: a twentieth of --train-iters)", least=0
+    )
     protect_layers: str = flag(
         "layers that are never removed, separated by commas: first, last, numbers from 0; or none", "first,last"
     )
@@ -344,6 +353,14 @@ class Config:
     def tenth_of_training(self) -> int:
         """Default number of search iterations (E3-Pruner)."""
         return max(1, round((self.recovery.train_iters or 0) / 10))
+
+    @property
+    def heal_iters(self) -> int:
+        """Number of iterations of each candidate before one is chosen; 0 if one is chosen without training."""
+        if not self.method.heals or self.search.heal_candidates == 1:
+            return 0
+        train_iters, chosen = self.recovery.train_iters or 0, self.search.heal_iters
+        return round(train_iters / 20) if chosen is None else chosen
 
     @property
     def search_iters(self) -> int:

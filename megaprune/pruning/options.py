@@ -108,6 +108,7 @@ class SelectionOptions:
         manual: kept layers given by the user.
         init_scale: standard deviation of the initial scores of a search.
         token_budget: tokens that a method with `--selection-budget` may spend.
+        heal_candidates: number of candidates that are trained for `heal_iters` iterations before one is chosen.
         token_budget_given: whether the user set the budget; if so, a budget that is too small is refused.
     """
 
@@ -121,6 +122,8 @@ class SelectionOptions:
     init_scale: float
     token_budget: int
     token_budget_given: bool
+    heal_candidates: int = 1
+    heal_iters: int = 0
 
     def fewest_layers(self) -> list[int]:
         """Return the layers of the shortest model that the selection may produce."""

@@ -8,6 +8,7 @@ from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.pruning.candidates import branches, contenders
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
@@ -120,10 +121,12 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
+        progress.contenders = contenders(choice.candidates, selection)
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
     if options.training.stitches and not selection.method.searches:
-        fit_stitch(run, model)
+        for each in branches(run):
+            fit_stitch(each, model)
 
 
 def _named_layers(options: RunOptions) -> list[int]:

@@ -27,6 +27,8 @@ BudgetKind = Literal["layers", "parameters", "list"]
 HELD_OUT_WINDOWS = 4
 # Flags of every method that trains its scores together with the weights.
 SEARCH_FLAGS = frozenset({"search_iters", "search_weights"})
+# Flags of every method whose best candidates are trained for a while before one of them is chosen.
+HEAL_FLAGS = frozenset({"heal_candidates", "heal_iters"})
 # Keywords of a method that are not flags.
 _INPUTS = frozenset({"scores", "held_out"})
 
@@ -60,6 +62,7 @@ class Method:
     recovers: Literal["all", "endpoints"] = "all"
     check: Callable[[Budget, Set[int]], None] | None = None
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None
+    heals: bool = False
 
     @property
     def takes(self) -> frozenset[str]:
@@ -70,7 +73,8 @@ class Method:
     @property
     def flags(self) -> frozenset[str]:
         """Return the flags that the method takes, by field name."""
-        return (self.takes - _INPUTS) | (SEARCH_FLAGS if self.searches else frozenset())
+        searching = SEARCH_FLAGS if self.searches else frozenset[str]()
+        return (self.takes - _INPUTS) | searching | (HEAL_FLAGS if self.heals else frozenset())
 
     @property
     def needs_scores(self) -> bool:
@@ -188,6 +192,7 @@ def register(
     recovers: Literal["all", "endpoints"] = "all",
     check: Callable[[Budget, Set[int]], None] | None = None,
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None,
+    heals: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register a function as a method for `--method`.
 
@@ -212,6 +217,8 @@ def register(
         check: raises if the method can't choose within a budget, before the model is loaded.
         windows: the number of calibration windows for a budget, protected layers, a number of tokens, a sequence
             length, and whether the user asked for that number; for methods with `--selection-budget`.
+        heals: the best candidates of the `Choice`, by their `kl`, are trained for a few iterations, and the best one
+            then is kept.
 
     Raises:
         MegapruneError: the name is taken, or the function's parameters do not have this form.
@@ -231,6 +238,7 @@ def register(
             recovers,
             check,
             windows,
+            heals,
         )
         _check(method)
         _methods[name] = method
