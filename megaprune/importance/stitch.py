@@ -5,8 +5,8 @@ output of the last layer that is removed, T minimizes the weighted sum over toke
 ridge * |T - 1|^2. With T = 1 + C this is ridge regression of L - X on M. T can be folded into the weights of a's MLP,
 so that the model keeps its shape.
 
-Not in the paper (ours): each token is weighted by 1 / |L|, so that a few tokens with very large hidden states, which the
-norms behind the cut divide by their magnitude, do not decide everything. The ridge is the best of a grid on held-out
+Not in the paper (ours): each token is weighted by 1 / |L|, so that a few tokens with very large hidden states, whose
+magnitude the norms behind the cut remove, do not decide everything. The ridge is the best of a grid on held-out
 windows; if none of them helps there, the map is left out.
 """
 
