@@ -14,7 +14,12 @@ _BUDGETS: dict[str, BudgetKind] = {
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
-_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters", "heal_candidates", "heal_iters")
+_OWN_FLAGS = (
+    *("criterion", "selection_budget", "search_weights", "search_iters", "search_preset"),
+    *("heal_candidates", "heal_iters"),
+)
+# Settings of trained scores, which the default search of e3 does not have.
+_TRAINED_SCORES = ("mask_lr", "mask_init_scale")
 
 
 def check_budget(prune: PruneConfig) -> None:
@@ -50,6 +55,10 @@ def check_method_flags(config: Config) -> None:
         given = getattr(config.search, flag) not in (0, getattr(defaults, flag))
         if given and flag not in method.flags:
             raise UsageError(f"{flag_name(flag)} is for {_takers(flag, name)}")
+    if "search_preset" in method.flags and config.search.search_preset == "measured":
+        for flag in _TRAINED_SCORES:
+            if getattr(config.search, flag) is not None:
+                raise UsageError(f"{flag_name(flag)} is for --search-preset paper: measured values are not trained")
     search_iters = config.search.search_iters
     if method.searches:
         if train_iters == 0:

@@ -94,10 +94,24 @@ class SearchConfig:
         "search iterations, part of --train-iters (default: a tenth of it); with --method clp, which trains no "
         "weights, in addition to --train-iters"
     )
-    mask_lr: float = flag("learning rate of the layer scores (Adam); it decreases to 0 over the search", 0.02, above=0)
-    mask_init_scale: float = flag("standard deviation of the initial layer scores", 16.0, above=0)
-    mask_ramp: float = flag(
-        "fraction of the search during which the number of kept layers decreases to the target", 0.05, above=0, most=1
+    search_preset: Literal["measured", "paper"] = flag(
+        "search of --method e3. measured: the value of each layer beside the others, from half-open gates in single "
+        "windows; paper: scores trained by Adam through the relaxed mask, as in the text of E3-Pruner",
+        "measured",
+    )
+    mask_lr: float | None = flag(
+        "with --search-preset paper: learning rate of the layer scores (default: --lr)", above=0
+    )
+    mask_init_scale: float | None = flag(
+        "with --search-preset paper: standardize the logarithms of the initial scores to this standard deviation "
+        "(default: the KLs themselves)",
+        above=0,
+    )
+    mask_ramp: float | None = flag(
+        "fraction of the search during which the number of kept layers decreases to the target (default: 0.5; with "
+        "--search-preset paper, 1)",
+        above=0,
+        most=1,
     )
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights are trained during the search, or stay unchanged until recovery", "trained"

@@ -23,7 +23,7 @@ from megaprune.utils.disk import one_line
 from megaprune.utils.progress import say
 
 # A candidate whose KL is higher than the best by this factor does not catch up.
-_CLOSE = 1.5
+CLOSE = 1.5
 # The share of the removed layers by which contenders differ at least, so that they are worth a comparison.
 _DIFFERENCE = 0.15
 # Windows on which the trained candidates are compared, if the iterations that follow have so many.
@@ -41,7 +41,7 @@ def contenders(candidates: Sequence[Mapping[str, Any]], selection: SelectionOpti
     for candidate in ranked:
         kept = candidate["kept_layers"]
         apart = max(1, round(_DIFFERENCE * (selection.budget.num_layers - len(kept))))
-        if candidate["kl"] <= _CLOSE * ranked[0]["kl"] and all(len(set(other) - set(kept)) >= apart for other in found):
+        if candidate["kl"] <= CLOSE * ranked[0]["kl"] and all(len(set(other) - set(kept)) >= apart for other in found):
             found.append(kept)
     return found[: selection.heal_candidates] if len(found) > 1 else []
 
@@ -125,7 +125,7 @@ def _go_on_with_best(run: RunContext) -> None:
         progress.pruned, progress.stitched = branch.progress.pruned, branch.progress.stitched
         progress.valid |= branch.progress.valid
         progress.contenders, progress.other_iterations = [], others
-        parallel.on_rank0(lambda: _take_files(run, branch.options.output.run_dir.path))
+        parallel.on_rank0(lambda: take_files(run, branch.options.output.run_dir.path))
         checkpoint.save(run.options.output.run_dir.checkpoints, progress.iteration, student, progress.state())
     run.resume_from = checkpoint.latest(run.options.output.run_dir.checkpoints)
     run.shorten(others)
@@ -139,7 +139,7 @@ def _add_stages(run: RunContext, number: int, chosen: bool) -> None:
         run.progress.spend(name if chosen else "comparison", spent["seconds"], int(spent["tokens"]))
 
 
-def _take_files(run: RunContext, folder: Path) -> None:
+def take_files(run: RunContext, folder: Path) -> None:
     """Take the records and the maps of the contender that was chosen."""
     tokens = run.progress.other_iterations * run.options.tokens_per_iteration
     for record in read_metrics(folder):

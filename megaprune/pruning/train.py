@@ -18,11 +18,12 @@ from megaprune.utils.progress import say
 def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the whole model and the layers' scores, and select the layers that stay."""
     training, selection, progress = run.options.training, run.options.selection, run.progress
-    method, scores = selection.method, None
+    method, kl = selection.method, None
     if method.needs_scores:
-        scores = torch.tensor(progress.scores)
+        # before the first step; a resumed search replaces what it was made of by its state
+        kl = torch.tensor(progress.scores)
     selector = method.selector(
-        selection.budget, selection.protected, training.search_iters, selection.method_options, scores
+        selection.budget, selection.protected, training.search_iters, selection.method_options, kl
     )
     if run.resume_from is not None:
         assert progress.selector is not None  # every checkpoint of a search holds it

@@ -26,7 +26,7 @@ def argv_of(tiny_model, tiny_data, save, *extra):
 @pytest.fixture(autouse=True)
 def any_candidate_is_close(monkeypatch):
     """The layers of a random model hardly matter, and differences of their KL are noise."""
-    monkeypatch.setattr(candidates, "_CLOSE", 1e9)
+    monkeypatch.setattr(candidates, "CLOSE", 1e9)
 
 
 def report_of(save):
@@ -47,7 +47,7 @@ def candidate(kl, *kept, chosen=False):
 
 
 def test_contenders_are_close_and_differ(monkeypatch):
-    monkeypatch.setattr(candidates, "_CLOSE", 1.5)
+    monkeypatch.setattr(candidates, "CLOSE", 1.5)
     best, same = candidate(1.0, 0, 1, 2, 3, 4, 5, chosen=True), candidate(1.0, 0, 1, 2, 3, 4, 5)
     other, third = candidate(1.2, 0, 1, 2, 3, 4, 6), candidate(1.4, 0, 1, 2, 3, 7, 6)
     far = candidate(1.6, 0, 1, 2, 8, 7, 6)
@@ -113,7 +113,7 @@ def uninterrupted(tiny_model, tiny_data, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--lora-rank", "4", "--teacher", "self"), ("--stitch", "fold")])
 def test_an_interrupted_comparison_goes_on(tiny_model, tiny_data, tmp_path, monkeypatch, uninterrupted, extra):
-    monkeypatch.setattr(candidates, "_CLOSE", 1e9)
+    monkeypatch.setattr(candidates, "CLOSE", 1e9)
     whole, save = uninterrupted(*extra), tmp_path / "run"
     argv, measured = argv_of(tiny_model, tiny_data, save, *extra), 0
 
@@ -129,11 +129,11 @@ def test_an_interrupted_comparison_goes_on(tiny_model, tiny_data, tmp_path, monk
         tiny.run_here(argv)
     assert measured == 1 and (save / "candidates" / "0").exists()
     monkeypatch.setattr(candidates, "mean_loss", measures.mean_loss)
-    monkeypatch.setattr(candidates, "_take_files", stopping)
+    monkeypatch.setattr(candidates, "take_files", stopping)
     with pytest.raises(KeyboardInterrupt):
         tiny.run_here(argv)
     monkeypatch.undo()
-    monkeypatch.setattr(candidates, "_CLOSE", 1e9)
+    monkeypatch.setattr(candidates, "CLOSE", 1e9)
     tiny.run_here(argv)
     assert_same(save, whole)
     reports = [report_of(folder) for folder in (save, whole)]
