@@ -287,7 +287,7 @@ def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | Non
         huggingface_hub.HfApi().dataset_info(source.dataset_id, timeout=20)
     except Exception as error:  # wrong id, no network, no access: the classes differ between client versions
         raise MegapruneError(
-            f"{place} does not exist, and the hub has no such dataset ({first_line(error)})"
+            f"{place} does not exist, and the hub does not provide it as a dataset ({first_line(error)})"
         ) from error
     try:
         kept = {"cache_dir": str(hub_cache)} if hub_cache else {}

@@ -28,7 +28,7 @@ def bind_local_device(local_rank: int) -> torch.device | None:
     visible = torch.cuda.device_count()
     if local_rank >= visible:
         raise UsageError(
-            f"LOCAL_RANK {local_rank} names no GPU: this process sees {visible}; start as many processes on a node as "
+            f"LOCAL_RANK {local_rank} has no GPU: this process sees {visible}; start as many processes on a node as "
             "it has GPUs, and hide none of them (CUDA_VISIBLE_DEVICES, srun --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)

@@ -76,7 +76,7 @@ class Progress:
                 if settings.get(name) != self._settings.get(name)
             )
         except (ValueError, KeyError, AttributeError):
-            raise MegapruneError(f"{self.path} is no unfinished work of this command: remove it") from None
+            raise MegapruneError(f"{self.path} is not unfinished work of this command: remove it") from None
         if changed:
             raise MegapruneError(
                 f"{self.path} was begun with other settings ({', '.join(changed)}): run the same command again, or "

@@ -201,8 +201,8 @@ def _check(options: GenerateOptions, output: Path) -> None:
     _refuse_existing(output)
     if options.prompts and options.chat:
         raise UsageError(
-            "--chat goes without --prompts: with it the model asks its own questions; rows with --messages-key are "
-            "answered as chats without it"
+            "--chat can't be combined with --prompts: the model asks its own questions; without --chat, rows with "
+            "--messages-key are answered as chats"
         )
     if not options.prompts and options.num_samples is None:
         raise UsageError("--num-samples is required without --prompts")
@@ -210,7 +210,7 @@ def _check(options: GenerateOptions, output: Path) -> None:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise MegapruneError(f"--output {output} is there already: remove it first, or choose another name")
+        raise MegapruneError(f"--output {output} already exists: remove it first, or choose another name")
 
 
 def _config(folder: Path, name: str) -> Mapping[str, Any]:

@@ -53,8 +53,8 @@ def on_rank0_for_all(action: Callable[[], T]) -> T:
 
 
 def on_each_node(action: Callable[[], T]) -> T:
-    """Return what the action returns on the first rank of this node, which alone runs it, however long it takes.
-    Collective where a process group exists; elsewhere this process runs the action.
+    """Return what the action returns on the first rank of this node to arrive, which alone runs it, however long it
+    takes. Collective where a process group exists; elsewhere this process runs the action.
 
     Raises:
         MegapruneError: the action raised it on some node. Raised on every rank.
@@ -64,9 +64,9 @@ def on_each_node(action: Callable[[], T]) -> T:
     if world_size() == 1 or not dist.is_initialized():
         return action()
     store, key = _announcement()
-    first, error, result = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    node, error, result = f"{key}/{_node()}", None, None
     try:
-        result = _announced(store, f"{key}/{_node()}", first, action)
+        result = _announced(store, node, store.add(f"{node}/arrived", 1) == 1, action)
     except MegapruneError as met:
         error = met
     store.add(f"{key}/done", 1)

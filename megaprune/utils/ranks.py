@@ -63,14 +63,14 @@ def _check_local_rank(size: int) -> None:
     """Refuse processes of a launcher that does not say which GPU is whose: all of a node would take the first one."""
     local = os.environ.get("LOCAL_RANK")
     if local is not None and not local.isdecimal():
-        raise UsageError(f"LOCAL_RANK={local} in the environment is no number of a process on its node: 0, 1, ...")
+        raise UsageError(f"LOCAL_RANK={local} in the environment is not the number of a process on its node: 0, 1, ...")
     if local is not None or size == 1:
         return
     for mark, (launcher, source) in _LAUNCHERS.items():
         if mark in os.environ:
             raise UsageError(
                 f"LOCAL_RANK is not set, and without it all processes that {launcher} started on a node would use its "
-                f"first GPU: set LOCAL_RANK=${source} in each process, or start them by torchrun"
+                f"first GPU: set LOCAL_RANK=${source} in each process, or start them with torchrun"
             )
 
 

@@ -60,7 +60,10 @@ def test_unknown_dataset_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     message = refusal("org/none", tmp_path)
-    assert "org/none does not exist and is not a dataset id" in message and "404 Client Error" in message
+    assert (
+        "org/none does not exist, and the hub does not provide it as a dataset" in message
+        and "404 Client Error" in message
+    )
 
 
 def test_hub_dataset_that_ends_early(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_values_of_a_wrong_type(model_type, key, value):
 
 def test_layer_types_are_as_many_as_the_layers():
     said = refusal(QWEN3_32B | {"layer_types": ["full_attention"] * 63})
-    assert said == "qwen3: 'layer_types' in config.json names 63 layers of 64"
+    assert said == "qwen3: 'layer_types' in config.json names 63 layers, but the model has 64"
 
 
 def test_what_may_be_left_out_is_what_transformers_takes_for_it():

@@ -32,8 +32,7 @@ def long_work() -> None:
 
 def once_a_node(out: str, nodes: list[str]) -> None:
     """Run an action once on each node, and meet the error of another node's first rank."""
-    os.environ["GROUP_RANK"], local = nodes[dist.get_rank()], nodes[: dist.get_rank()].count(nodes[dist.get_rank()])
-    before, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], str(local)
+    before, os.environ["GROUP_RANK"] = os.environ["GROUP_RANK"], nodes[dist.get_rank()]
     try:
         found = rank0.on_each_node(lambda: (Path(out, f"rank{dist.get_rank()}").touch(), os.environ["GROUP_RANK"])[1])
         assert found == nodes[dist.get_rank()]
@@ -44,7 +43,7 @@ def once_a_node(out: str, nodes: list[str]) -> None:
         else:
             raise AssertionError("not raised")
     finally:
-        os.environ["LOCAL_RANK"] = before
+        os.environ["GROUP_RANK"] = before
 
 
 def finished_elsewhere(views: list[str], flags: dict[str, Any]) -> None:

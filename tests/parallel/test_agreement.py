@@ -30,16 +30,17 @@ def test_rank_0_decides_for_all(tiny_model, tiny_data, tmp_path):
         seq_length=tiny.SEQ_LENGTH,
         distill_loss="ce",
     )
-    (tmp_path / "nodes").mkdir()
+    nodes = {"one": ["0", "0"], "two": ["0", "1"]}
+    for name in nodes:
+        (tmp_path / name).mkdir()
     cases = [
-        dict(kind="agreement_cases.once_a_node", out=tmp_path / "nodes", nodes=["0", "0"]),
-        dict(kind="agreement_cases.once_a_node", out=tmp_path / "nodes", nodes=["0", "1"]),
+        *(dict(kind="agreement_cases.once_a_node", out=tmp_path / name, nodes=of) for name, of in nodes.items()),
         dict(kind="agreement_cases.finished_elsewhere", views=views, flags=cut),
         dict(kind="agreement_cases.stale_checkpoints", flags=trained, save=tmp_path / "run"),
         dict(kind="agreement_cases.long_work"),
     ]
     launch(2, cases, tmp_path)
-    assert {path.name for path in (tmp_path / "nodes").iterdir()} == {"rank0", "rank1"}
+    assert {name: len(list((tmp_path / name).iterdir())) for name in nodes} == {"one": 1, "two": 2}
     assert not list(views[1].iterdir()), "rank 1 began a run of its own"
 
 

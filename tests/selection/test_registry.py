@@ -180,7 +180,7 @@ def test_wrong_registrations_are_refused(registered, traits, function, said):
 
 def test_what_is_no_flag_is_refused(registered):
     register("mine")(lambda budget, protected, *, strength: [])
-    with pytest.raises(MegapruneError, match="--method mine: its function takes 'strength' by keyword"):
+    with pytest.raises(MegapruneError, match="--method mine: its function takes 'strength' as a keyword"):
         find("mine").options(USUAL)
 
 
