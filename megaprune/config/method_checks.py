@@ -14,7 +14,12 @@ _BUDGETS: dict[str, BudgetKind] = {
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
-_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
+_OWN_FLAGS = (
+    *("criterion", "selection_budget", "search_weights", "search_iters", "search_preset"),
+    *("heal_candidates", "heal_iters"),
+)
+# Settings of trained scores, which the default search of e3 does not have.
+_TRAINED_SCORES = ("mask_lr", "mask_init_scale")
 
 
 def check_budget(prune: PruneConfig) -> None:
@@ -50,6 +55,10 @@ def check_method_flags(config: Config) -> None:
         given = getattr(config.search, flag) not in (0, getattr(defaults, flag))
         if given and flag not in method.flags:
             raise UsageError(f"{flag_name(flag)} is for {_takers(flag, name)}")
+    if "search_preset" in method.flags and config.search.search_preset == "measured":
+        for flag in _TRAINED_SCORES:
+            if getattr(config.search, flag) is not None:
+                raise UsageError(f"{flag_name(flag)} is for --search-preset paper: measured values are not trained")
     search_iters = config.search.search_iters
     if method.searches:
         if train_iters == 0:
@@ -58,6 +67,11 @@ def check_method_flags(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
         raise UsageError(f"--search-iters {search_iters} is less than 1")
+    if config.heal_iters * config.search.heal_candidates > train_iters:
+        raise UsageError(
+            f"--heal-iters {config.heal_iters} of --heal-candidates {config.search.heal_candidates} are more than "
+            f"--train-iters {train_iters}"
+        )
     config.method_options()  # raises if the method's function has a parameter that is not a flag
 
 

@@ -266,10 +266,11 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
         protected=protected,
         manual=manual,
         calibration_samples=config.data.calibration_samples,
-        init_scale=config.search.mask_init_scale,
         # One iteration of a search: a forward pass, and a backward pass, which counts as two.
         token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
         token_budget_given=given is not None,
+        heal_candidates=config.search.heal_candidates,
+        heal_iters=config.heal_iters,
     )
 
 

@@ -208,7 +208,7 @@ def test_command_says_what_it_wrote(model, texts, tmp_path, capsys):
         ("--prompts texts.jsonl --temperature -1", 2, "--temperature"),
         ("--prompts empty.jsonl", 1, "--prompts holds no documents"),
         ("--prompts tools.jsonl", 1, "tools.jsonl, line 1: a chat with a message of role 'tool' is not a prompt"),
-        ("--prompts open.jsonl", 1, "open.jsonl, line 1: a chat that is a prompt ends with"),
+        ("--prompts open.jsonl", 1, "open.jsonl, line 1: a chat must end with a message of the user"),
         ("", 2, "--num-samples is required without --prompts"),
     ],
 )

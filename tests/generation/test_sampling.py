@@ -37,10 +37,10 @@ def test_tokens_are_chosen_by_their_probability(options, expected):
 
 
 def test_a_row_draws_from_its_own_seed():
-    logits = torch.zeros(3, 1000)
+    logits = torch.zeros(3, 100_000)
 
     def chosen(seeds):
-        choice = TokenChoice(Sampling(1.0, 1.0, 1, 1000), seeds)
+        choice = TokenChoice(Sampling(1.0, 1.0, 1, 100_000), seeds)
         return [choice(torch.empty(0), logits[: len(seeds)]).argmax(-1).tolist() for _ in range(3)]
 
     assert [step[1:] for step in chosen([4, 5, 6])] == chosen([5, 6])
