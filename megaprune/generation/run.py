@@ -223,7 +223,7 @@ def _config(folder: Path, name: str) -> Mapping[str, Any]:
 
 def _end_tokens(folder: Path) -> frozenset[int]:
     """Return the tokens that end a generation, as the model's own files name them."""
-    found: set[int] = set()
+    found: set[Any] = set()
     for name in ("config.json", "generation_config.json"):
         given = _json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         found |= set(given if isinstance(given, list) else [given])
