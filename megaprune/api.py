@@ -53,7 +53,7 @@ def prune(
     resolved = _config(config, flags)
     # Imported here and below, so that wrong flags are reported before megatron loads.
     from megaprune.pruning.resolve import open_run
-    from megaprune.pruning.runner import run
+    from megaprune.pruning.rounds import run
     from megaprune.utils.ranks import world_size
 
     options, source = open_run(resolved, world_size())
@@ -86,9 +86,7 @@ def score_layers(
     """
     fixed = [name for name in ("save", "train_iters", "train_data") if name in flags]
     if fixed:
-        raise UsageError(
-            f"score_layers takes no {fixed[0]}: it trains nothing and writes nothing, and scores on `data`"
-        )
+        raise UsageError(f"score_layers does not take {fixed[0]}: it neither trains nor writes, and reads only `data`")
     sized = any(flags.get(name) is not None for name in WHAT_TO_PRUNE)
     given: dict[str, Any] = {"hf_model": hf_model, "train_data": list(data), "method": method, "train_iters": 0}
     config = Config(*fill(GROUPS, given | ({} if sized else {"num_layers_to_prune": 1}) | flags))
@@ -122,7 +120,7 @@ def remove_layers(
         UsageError: an argument is wrong.
     """
     if mtp not in ("keep", "drop"):
-        raise UsageError(f"--mtp {mtp!r} is neither keep nor drop")
+        raise UsageError(f"--mtp {mtp!r}: give keep or drop")
     from megaprune.pruning.surgery import remove_layers_of
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource

@@ -47,7 +47,10 @@ def _table(result: dict[str, Any]) -> str:
             ("top-1 agreement", f"{result['top1_agreement']:.2%}"),
         ]
     for task, metrics in result.get("tasks", {}).items():
-        rows += [(f"{task} {name}", f"{value:.4f}") for name, value in metrics.items() if _is_score(name, value)]
+        rows += [(f"{task} {name}", _score(metrics, name)) for name, value in metrics.items() if _is_score(name, value)]
+    if "tasks_mean" in result:
+        mean = result["tasks_mean"]
+        rows += [("mean of tasks", f"{mean['score']:.4f}" + _plus_minus(mean["stderr"]))]
     width = max(len(name) for name, _ in rows) + 2 if rows else 0
     return "\n".join([result["hf_model"], *(f"  {name:<{width}}{value}" for name, value in rows)])
 
@@ -55,3 +58,12 @@ def _table(result: dict[str, Any]) -> str:
 def _is_score(name: str, value: Any) -> bool:
     """Return whether a value of lm_eval is a score. It lists "acc,none", "acc_stderr,none" and the task's alias."""
     return isinstance(value, float) and "_stderr" not in name
+
+
+def _score(metrics: dict[str, Any], name: str) -> str:
+    metric, _, filter_name = name.partition(",")
+    return f"{metrics[name]:.4f}" + _plus_minus(metrics.get(f"{metric}_stderr,{filter_name}"))
+
+
+def _plus_minus(error: Any) -> str:
+    return f" ± {error:.4f}" if isinstance(error, float) else ""

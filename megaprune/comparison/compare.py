@@ -4,16 +4,19 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megaprune.comparison.grid import Comparison, PlannedRun
 from megaprune.comparison.ranking import Ranking, all_masks, rank_all_masks
 from megaprune.comparison.table import rows_of, write_runs, write_tables
+from megaprune.comparison.tasks import TaskScorer
+from megaprune.evaluation.task_files import load_tasks
 from megaprune.mcore import parallel
 from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
-from megaprune.pruning.runner import run
+from megaprune.pruning.rounds import run
 from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError
@@ -50,7 +53,10 @@ def _compare(comparison: Comparison, save: Path, should_stop: ShouldStop | None)
             run(options, source, "compare.py", should_stop if planned.config.run.exit_on_signal else None)
     rankings = _rankings(comparison, save)
     if parallel.rank() == 0:
-        results = [_result(planned) | _rank(planned, rankings) for planned in runs]
+        results = [_result(planned, comparison.dtype) | _rank(planned, rankings) for planned in runs]
+        if comparison.tasks:
+            scorer = TaskScorer(comparison.tasks, save)
+            results = [r | {"tasks": scorer.scores(planned)} for r, planned in zip(results, runs, strict=True)]
         rows = rows_of(results)
         write_tables(rows, save)
         write_runs(results, save)
@@ -72,7 +78,9 @@ def _naming(planned: PlannedRun) -> Iterator[None]:
 
 
 def _check(comparison: Comparison) -> None:
-    """Check all runs before the first one starts."""
+    """Check the tasks and all runs before the first one starts."""
+    if comparison.tasks:
+        load_tasks(comparison.tasks.names, comparison.tasks.path)
     met = set()
     for planned in comparison.runs:
         what = (planned.model, planned.label, planned.size)
@@ -95,12 +103,12 @@ def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], 
     """Return the rankings that the file asks for; each is measured once and then read."""
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
-        key = _masks_of(planned)
+        key = parallel.on_rank0_for_all(partial(_masks_of, planned))
         if key not in found and not planned.config.method.names_layers:
             model, pruned, protected = key
             name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
             path = save / ("-".join(filter(None, name)) + ".json")
-            if not path.is_file():
+            if not parallel.on_rank0_for_all(path.is_file):
                 say(f"measuring all masks for {path}")
             found[key] = rank_all_masks(planned.config, comparison.rank_windows, path)
     return found
@@ -114,13 +122,13 @@ def _rank(planned: PlannedRun, rankings: dict[tuple[str, int, str], Ranking]) ->
     return {"mask_kl": ranking.kl_of.get(tuple(kept), math.nan), "percentile": ranking.percentile(kept)}
 
 
-def _result(planned: PlannedRun) -> dict[str, Any]:
+def _result(planned: PlannedRun, dtype: str) -> dict[str, Any]:
     report = json.loads((planned.folder / "report.json").read_text())
     named = {"label": planned.label, "name": planned.folder.name, "folder": planned.folder}
-    return report | _evaluation(planned) | named | {"model": planned.model, "size": planned.size}
+    return report | _evaluation(planned, dtype) | named | {"model": planned.model, "size": planned.size}
 
 
-def _evaluation(planned: PlannedRun) -> dict[str, float]:
+def _evaluation(planned: PlannedRun, dtype: str) -> dict[str, float]:
     """Return KL and agreement of the export with the original in transformers; measured once and then read."""
     path, config = planned.folder / _EVALUATION, planned.config
     if not path.is_file():
@@ -133,6 +141,7 @@ def _evaluation(planned: PlannedRun) -> dict[str, float]:
                 config.data.valid_data,
                 teacher=config.model.hf_model,
                 seq_length=config.data.seq_length,
+                dtype=dtype,
                 text_key=config.data.text_key,
                 messages_key=config.data.messages_key,
                 trust_remote_code=config.model.trust_remote_code,

@@ -3,11 +3,14 @@
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from megaprune.comparison import task_columns
+from megaprune.report.run_report import share_recovered
 
 Row = dict[str, Any]
 _COLUMNS = {
@@ -17,19 +20,24 @@ _COLUMNS = {
     "pruned_loss": "pruned loss",
     "recovered_loss": "recovered loss",
     "spread": "± over seeds",
+    "loss_share": "loss recovered",
     "kl": "KL",
     "top1_agreement": "top-1",
     "tokens": "training tokens",
     "selection_tokens": "selection tokens",
     "seconds": "seconds",
+    "selection_share": "time in selection",
     "jaccard": "Jaccard",
     "mask_kl": "mask KL",
     "percentile": "percentile",
     "kept": "kept layers (first seed)",
 }
 _WHERE_KNOWN = ("mask_kl", "percentile")  # shown only if a run has them
+_SELECTION = ("importance", "search")  # the stages that choose the layers
 _FORMATS = {
     "top1_agreement": "{:.1%}",
+    "loss_share": "{:.1%}",
+    "selection_share": "{:.1%}",
     "tokens": "{:,}",
     "selection_tokens": "{:,}",
     "seconds": "{:.0f}",
@@ -43,9 +51,10 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
 
     Args:
         results: report.json's contents, with `model`, `label`, `size`, `kl`, `top1_agreement`, and `mask_kl` and
-            `percentile` of the mask among all masks.
+            `percentile` of the mask among all masks; with `tasks`, the harness's metrics of each model by task.
     """
     runs = _runs(results)
+    scores = [column for column in runs if column.startswith(task_columns.PREFIX)]
     mean = statistics.fmean  # NaN where a run has no value
     groups = runs.groupby(["model", "size", "label"], sort=False)
     table = groups.agg(
@@ -62,9 +71,13 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
         seconds=("seconds", mean),
         jaccard=("pruned_layers", _jaccard),
         mask_kl=("mask_kl", mean),
+        selection_share=("selection_share", mean),
         percentile=("percentile", mean),
         kept=("kept", _first),
+        **{column: (column, mean) for column in scores},
     )
+    table["loss_share"] = [_share(row) for row in table.to_dict("records")]
+    table = task_columns.with_shares(table)
     keys = [{key: own[key].iloc[0] for key in ("model", "label", "size")} for _, own in groups]
     return [of_group | row for of_group, row in zip(keys, table.to_dict("records"), strict=True)]
 
@@ -93,13 +106,30 @@ def _runs(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
             **{key: result[key] for key in ("kl", "top1_agreement", "mask_kl", "percentile")},
             "tokens": result["tokens_seen"],
             "selection_tokens": result["stages"].get("importance", {}).get("tokens", 0),
-            "seconds": sum(stage["seconds"] for stage in result["stages"].values()),
+            "seconds": _seconds(result["stages"], result["stages"]),
+            "selection_share": _selection_share(result["stages"]),
+            **task_columns.of_result(result.get("tasks", {})),
             "kept": " ".join(map(str, result["kept_layers"])),
             "pruned_layers": frozenset(result["pruned_layers"]),
         }
         for result in results
     ]
     return _frame(rows)
+
+
+def _share(row: Row) -> float:
+    share = share_recovered(row["teacher_loss"], row["pruned_loss"], row["recovered_loss"])
+    return math.nan if share is None else share
+
+
+def _selection_share(stages: dict[str, dict[str, float]]) -> float:
+    """Return the share of a run's time that was spent on choosing layers."""
+    whole = _seconds(stages, stages)
+    return _seconds(stages, _SELECTION) / whole if whole else math.nan
+
+
+def _seconds(stages: dict[str, dict[str, float]], names: Iterable[str]) -> float:
+    return sum(stages[name]["seconds"] for name in names if name in stages)
 
 
 def _frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -134,6 +164,7 @@ def _markdown(model: str, table: pd.DataFrame) -> list[str]:
         "|" + " --- |" * len(columns),
         *("| " + " | ".join(_shown(key, row[key]) for key in columns) + " |" for row in rows),
         "",
+        *task_columns.markdown(rows),
     ]
 
 

@@ -1,68 +1,90 @@
 """Benchmark tasks through lm-evaluation-harness."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from megaprune.evaluation.task_files import quiet
 
-from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.text import first_line
+# The metric of a task that enters a mean: the first of these that the task has, so normalized by length if possible.
+_HEADLINES = ("acc_norm", "acc", "exact_match")
+# Accuracies have standard errors in closed form; the harness's 100,000 take a minute for a perplexity.
+_BOOTSTRAP_ITERS = 1000
 
 
-def run_harness(
-    hf_model: str,
-    tasks: Sequence[str],
-    *,
-    micro_batch_size: int = 8,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
-    limit: int | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Run `tasks` on `hf_model` with lm_eval.simple_evaluate and return {task: {metric: value}}.
+@dataclass(frozen=True)
+class TaskOptions:
+    """The tasks to run, and how.
 
     Args:
-        tasks: names of tasks, groups or tags, or paths of task YAML files.
-        dtype: a torch dtype, or "auto" for the model's own.
-        limit: examples of each task; None for all. For trial runs only.
-
-    Raises:
-        MegapruneError: lm_eval isn't installed, or a task's data can't be fetched.
-        UsageError: it doesn't know a task.
+        names: names of tasks, groups or tags, or paths of task YAML files.
+        path: a folder of task files, of data files for the tasks that come with megaprune, or of both.
+        limit: items of each task, from the first on; None for all.
+        num_fewshot: solved items shown before each; None for the task's own number.
     """
-    task_manager = find_tasks(tasks)
+
+    names: Sequence[str]
+    path: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    num_fewshot: int | None = None
+
+
+def run_harness(model: Any, tokenizer: Any, tasks: Sequence[Any], options: TaskOptions) -> dict[str, dict[str, Any]]:
+    """Run tasks on a loaded model with lm_eval.simple_evaluate. Progress is shown on stderr.
+
+    Args:
+        tasks: from `load_tasks`.
+
+    Returns:
+        {task: {metric: value}} as the harness names them ("acc,none", "acc_stderr,none"), with `items`, the number
+        of items that were run.
+    """
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
-    try:
-        results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": hf_model, "dtype": dtype, "trust_remote_code": trust_remote_code},
+    with quiet():  # it says that a loaded model takes no loading options
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    with quiet("lm_eval.evaluator"):  # it says that --num-fewshot replaces the task's own number
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
             tasks=list(tasks),
-            batch_size=micro_batch_size,
-            device=str(device),
-            limit=limit,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            bootstrap_iters=_BOOTSTRAP_ITERS,
             log_samples=False,
-            task_manager=task_manager,
         )
-    except OSError as error:  # the datasets library's classes for what can't be fetched are OSErrors
-        raise MegapruneError(
-            f"--tasks {','.join(tasks)}: a task's data can't be read ({first_line(error)}); "
-            "tasks are fetched from the Hugging Face hub when first used"
-        ) from error
-    return results["results"]
+    counts = found.get("n-samples", {})
+    return {
+        task: _measured(metrics) | ({"items": counts[task]["effective"]} if task in counts else {})
+        for task, metrics in found["results"].items()
+    }
 
 
-def find_tasks(tasks: Sequence[str]) -> Any:
-    """Return lm_eval's TaskManager after checking that it knows all `tasks`. Raises as `run_harness`."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MegapruneError(
-            "--tasks: lm-evaluation-harness isn't installed; run `pip install 'megaprune[eval]'`"
-        ) from error
-    task_manager = TaskManager()
-    for task in tasks:
-        if task not in task_manager.all_tasks and not Path(task).is_file():
-            raise UsageError(f"--tasks {task}: lm_eval has no such task; `lm-eval ls tasks` lists them")
-    return task_manager
+def headline(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the main score of a task, and its standard error (NaN if unknown); None if it has no such score.
+
+    It is the accuracy normalized by length where the task has it, else the accuracy, else exact match.
+    """
+    for wanted in _HEADLINES:
+        for name, value in metrics.items():
+            metric, _, filter_name = name.partition(",")
+            if metric == wanted and isinstance(value, float):
+                error = metrics.get(f"{metric}_stderr,{filter_name}")
+                return value, error if isinstance(error, float) else math.nan
+    return None
+
+
+def mean_score(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
+    """Return the mean of the tasks' scores and its standard error; None if there is no score."""
+    scores = [score for score in map(headline, tasks.values()) if score is not None]
+    if not scores:
+        return None
+    error = math.sqrt(sum(error**2 for _, error in scores)) / len(scores)
+    return {"score": sum(value for value, _ in scores) / len(scores), "stderr": error}
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's metrics without the harness's own notes beside them."""
+    return {name: value for name, value in metrics.items() if "," in name or name == "alias"}

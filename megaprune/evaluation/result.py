@@ -15,7 +15,9 @@ class Evaluation:
         tokens: tokens that were predicted.
         kl: mean KL divergence of the model from the teacher, in nats per token.
         top1_agreement: share of positions where both rank the same token first.
-        tasks: lm-evaluation-harness's metrics by task.
+        tasks: lm-evaluation-harness's metrics by task, with the number of `items`.
+        tasks_mean: mean `score` of the tasks, and its `stderr`. A task's score is its accuracy, normalized by length
+            where the task has that, or its exact match.
     """
 
     hf_model: str
@@ -29,6 +31,7 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
     tasks: dict[str, dict[str, Any]] | None = None
+    tasks_mean: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measured values, as the command writes them."""

@@ -1,12 +1,14 @@
 """An evaluation: loss and agreement on held-out text, and tasks of lm-evaluation-harness."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megaprune.data.tokenizer import tokenizer_in
-from megaprune.evaluation.harness import find_tasks, run_harness
-from megaprune.evaluation.perplexity import evaluate_model, resolve_device, resolve_dtype
+from megaprune.evaluation.harness import TaskOptions, mean_score, run_harness
+from megaprune.evaluation.perplexity import check_positive, evaluate_model, load_model, resolve_device, resolve_dtype
 from megaprune.evaluation.result import Evaluation
+from megaprune.evaluation.task_files import load_tasks
 from megaprune.utils.errors import UsageError
 
 
@@ -16,48 +18,70 @@ def evaluate_all(
     *,
     teacher: str | None,
     tasks: str | None,
-    seq_length: int | None,
-    micro_batch_size: int,
+    task_path: str | None,
+    task_limit: int | None,
+    task_batch_size: int,
+    num_fewshot: int | None,
     dtype: str,
-    text_key: str,
-    messages_key: str,
     limit: int | None,
     trust_remote_code: bool,
+    **windows: Any,
 ) -> Evaluation:
     """Measure what the flags of `megaprune evaluate` ask for.
 
+    Args:
+        windows: other arguments of `evaluate_model`.
+
     Raises:
-        MegapruneError or UsageError: as `evaluate_model` and `run_harness`, before anything is measured.
+        MegapruneError or UsageError: as `evaluate_model` and `load_tasks`. What concerns the tasks is said before the
+            loss is computed.
     """
-    names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    names = list(dict.fromkeys(task.strip() for task in (tasks or "").split(",") if task.strip()))
     if not data and not names:
         raise UsageError("nothing to evaluate on: give --data, --tasks or both")
     if teacher and not data:
         raise UsageError("--teacher needs --data, the text on which to compare the two models")
-    device = resolve_device("auto")
-    torch_dtype = resolve_dtype(dtype, device)
-    if names:
-        find_tasks(names)  # reports a missing package or a wrong name before the loss is computed
-        if Path(hf_model).is_dir():
-            tokenizer_in(hf_model, trust_remote_code, "--hf-model")
-    common: dict[str, Any] = {
-        "micro_batch_size": micro_batch_size,
-        "device": device,
-        "limit": limit,
-        "trust_remote_code": trust_remote_code,
-    }
+    if task_path and not names:
+        raise UsageError("--task-path needs --tasks, the tasks to run")
+    check_positive(limit=limit, task_limit=task_limit, task_batch_size=task_batch_size)
+    common: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = TaskOptions(names, task_path, task_limit or limit, task_batch_size, num_fewshot)
+    loaded = load_tasks(names, task_path) if names else []
+    if names and Path(hf_model).is_dir():
+        tokenizer_in(hf_model, trust_remote_code, "--hf-model")
     result: dict[str, Any] = {"hf_model": hf_model}
     if data:
-        result = evaluate_model(
-            hf_model,
-            data,
-            teacher=teacher,
-            seq_length=seq_length,
-            dtype=dtype,
-            text_key=text_key,
-            messages_key=messages_key,
-            **common,
-        )
-    if names:
-        result["tasks"] = run_harness(hf_model, names, dtype=torch_dtype, **common)
+        result = evaluate_model(hf_model, data, teacher=teacher, limit=limit, **common, **windows)
+    if loaded:
+        result |= evaluate_tasks(hf_model, loaded, options, **common)
     return Evaluation(**result)
+
+
+def evaluate_tasks(
+    hf_model: str, tasks: Sequence[Any], options: TaskOptions, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Return the metrics of the tasks as `tasks`, the mean of their scores as `tasks_mean`, and the model's `dtype`.
+
+    Args:
+        tasks: from `load_tasks`.
+
+    Raises:
+        MegapruneError: the model can't be read.
+    """
+    model, tokenizer = open_model(hf_model, dtype, trust_remote_code)
+    found = run_harness(model, tokenizer, tasks, options)
+    return {"dtype": str(model.dtype).removeprefix("torch."), "tasks": found, "tasks_mean": mean_score(found)}
+
+
+def open_model(hf_model: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return a model on megaprune's device, and its tokenizer.
+
+    Args:
+        dtype: as `--dtype`.
+
+    Raises:
+        MegapruneError: either can't be read.
+    """
+    device = resolve_device("auto")
+    tokenizer = tokenizer_in(hf_model, trust_remote_code, "--hf-model")
+    return load_model("--hf-model", hf_model, resolve_dtype(dtype, device), device, trust_remote_code), tokenizer

@@ -65,7 +65,7 @@ def resolve_engine(name: str) -> str:
     if name == "auto":
         return VLLM if installed and device.torch_device().type == "cuda" else TRANSFORMERS
     if name == VLLM and not installed:
-        raise UsageError("--engine vllm: vLLM is not installed here; install it, or use --engine transformers")
+        raise UsageError("--engine vllm: vLLM is not installed: install it, or use --engine transformers")
     return name
 
 
@@ -78,11 +78,11 @@ def load_engine(name: str, folder: Path, bf16: bool, sampling: Sampling, trust_r
     Raises:
         MegapruneError: the engine can't load the model.
     """
-    make = _VLLM if name == VLLM else _Transformers
+    make = VLLMEngine if name == VLLM else TransformersEngine
     return make(folder, bf16, sampling, trust_remote_code)
 
 
-class _Transformers:
+class TransformersEngine:
     def __init__(self, folder: Path, bf16: bool, sampling: Sampling, trust_remote_code: bool) -> None:
         where = device.torch_device()
         dtype = resolve_dtype("bf16" if bf16 else "auto", where)
@@ -149,7 +149,7 @@ def _by_draw(scores: torch.Tensor, top_p: float, draws: torch.Tensor) -> torch.T
     return place if order is None else order.gather(1, place)
 
 
-class _VLLM:
+class VLLMEngine:
     def __init__(self, folder: Path, bf16: bool, sampling: Sampling, trust_remote_code: bool) -> None:
         from vllm import LLM
 

@@ -76,10 +76,10 @@ class Progress:
                 if settings.get(name) != self._settings.get(name)
             )
         except (ValueError, KeyError, AttributeError):
-            raise MegapruneError(f"{self.path} is no unfinished work of this command: remove it") from None
+            raise MegapruneError(f"{self.path} is not unfinished work of this command: remove it") from None
         if changed:
             raise MegapruneError(
-                f"{self.path} was begun with other settings ({', '.join(changed)}): give the same command again, or "
+                f"{self.path} was begun with other settings ({', '.join(changed)}): run the same command again, or "
                 "remove this file to start over"
             )
         return len(whole) + 1

@@ -179,7 +179,7 @@ class Writer:
                 list(messages), tokenize=False, add_generation_prompt=True, **prompt.arguments
             )
         except Exception as error:  # templates raise whatever they like
-            raise MegapruneError(f"{prompt.where}: the chat template refuses it ({first_line(error)})") from error
+            raise MegapruneError(f"{prompt.where}: the chat template rejects it ({first_line(error)})") from error
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _before_question(self, prompt: ChatPrompt) -> list[int]:
@@ -191,7 +191,8 @@ class Writer:
         before, found, _ = text.partition(_PLACE)
         if not found or not before:
             raise UsageError(
-                "--chat: the chat template writes nothing before the user's words, so none can be asked for"
+                "--chat: the chat template writes nothing before the user's words, so the model can't be asked to "
+                "write them"
             )
         return self._tokenizer(before, add_special_tokens=False).input_ids
 
@@ -245,8 +246,8 @@ def _turns(messages: Sequence[dict[str, Any]], where: str) -> list[list[dict[str
         if role not in _ROLES or message.get("tool_calls"):
             what = f"of role {role!r}" if role not in _ROLES else "that calls tools"
             raise MegapruneError(
-                f"{where}: a chat with a message {what} is no prompt, because the model's own answers replace those in "
-                "it: leave such rows out"
+                f"{where}: a chat with a message {what} is not a prompt, because the model's own answers replace "
+                "those in it: remove such rows"
             )
         if role == "assistant":
             turns.append([])

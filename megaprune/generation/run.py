@@ -201,8 +201,8 @@ def _check(options: GenerateOptions, output: Path) -> None:
     _refuse_existing(output)
     if options.prompts and options.chat:
         raise UsageError(
-            "--chat goes without --prompts: with it the model asks its own questions; rows with --messages-key are "
-            "answered as chats without it"
+            "--chat can't be combined with --prompts: the model asks its own questions; without --chat, rows with "
+            "--messages-key are answered as chats"
         )
     if not options.prompts and options.num_samples is None:
         raise UsageError("--num-samples is required without --prompts")
@@ -210,13 +210,13 @@ def _check(options: GenerateOptions, output: Path) -> None:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise MegapruneError(f"--output {output} is there already: remove it first, or choose another name")
+        raise MegapruneError(f"--output {output} already exists: remove it first, or choose another name")
 
 
 def _config(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise MegapruneError(f"--hf-model {name}: no config.json there; a finished run's model is in RUN_DIR/hf")
+        raise MegapruneError(f"--hf-model {name}: it contains no config.json; a finished run's model is in RUN_DIR/hf")
     config = _json(path)
     return config.get("text_config", config)
 
@@ -234,9 +234,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MegapruneError(f"{path} can't be read ({error}): fetch it again") from error
+        raise MegapruneError(f"{path} can't be read ({error}): download it again") from error
     if not isinstance(found, dict):
-        raise MegapruneError(f"{path} holds no JSON object: fetch it again")
+        raise MegapruneError(f"{path} holds no JSON object: download it again")
     return found
 
 

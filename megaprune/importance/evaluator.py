@@ -10,7 +10,7 @@ import torch
 
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import VocabShard, cross_entropy
-from megaprune.importance.measures import block_influence, jump_across, mask_gradient, mask_losses
+from megaprune.importance.measures import block_influence, mask_gradient, mask_losses
 from megaprune.mcore.gradients import taylor_importance
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -62,7 +62,7 @@ class LayerEvaluator:
             masks = self._masks(new)
             found = mask_losses(self._model, self._gate, self._taken(share), masks, self._shard, loss)
             if not found.isfinite().any():
-                raise MegapruneError("no loss on the calibration windows is finite: look at the model and --train-data")
+                raise MegapruneError("no loss on the calibration windows is finite: check the model and --train-data")
             known.update(zip(new, found.nan_to_num(nan=float("inf")).tolist(), strict=True))
             self._book(shared_cost(masks, loss), share)
         return [known[tuple(kept)] for kept in kept_sets]
@@ -122,12 +122,6 @@ class LayerEvaluator:
         )
         self._book(_PASSES_OF_A_GRADIENT - 1, 1.0)
         return found / torch.tensor(self._budget.costs)
-
-    def jump_across(self, kept: Sequence[int], hidden_size: int) -> torch.Tensor:
-        """Return LinearPatch's scale across the only cut among these kept layers, [hidden_size]."""
-        gone = sorted(set(range(self._budget.num_layers)) - set(kept))
-        self._book(1.0, 1.0)
-        return jump_across(self._model, self._taken(1.0), gone[0], gone[-1], hidden_size)
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:

@@ -9,7 +9,6 @@ from megaprune import device
 from megaprune.distillation.losses import VocabShard, cross_entropy, full_kl
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.layers.gated import LayerGate, frozen
-from megaprune.mcore.layers.linear_patch import hadamard
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.selection.evaluator import LossKind
 from megaprune.selection.masks import shared_order
@@ -124,7 +123,7 @@ def block_influence(model: PipelineModel, batches: Sequence[schedule.MicroBatch]
     weights = [torch.ones(())]
 
     def before(tokens: schedule.LossTokens) -> None:
-        weights[0] = _own_share(tokens.loss_mask, model)
+        weights[0] = own_share(tokens.loss_mask, model)
 
     def measure(layer: int, entering: Tensor, leaving: Tensor) -> None:
         similarity = torch.cosine_similarity(entering.float(), leaving.float(), dim=-1)
@@ -137,38 +136,7 @@ def block_influence(model: PipelineModel, batches: Sequence[schedule.MicroBatch]
     return (total / count).float()
 
 
-def jump_across(
-    model: PipelineModel, batches: Sequence[schedule.MicroBatch], first: int, last: int, hidden_size: int
-) -> Tensor:
-    """Return LinearPatch's d: the factor by which the layers `first` to `last` change the mean magnitude of the hidden
-    states, per channel in the Hadamard basis, [hidden_size] fp32 on the CPU. Collective; the result has the same bits
-    on every rank.
-
-    Tokens without loss are not counted.
-    """
-    # magnitudes before the first layer and after the last one, summed over tokens
-    sums = torch.zeros(2, hidden_size, dtype=torch.float64, device=device.torch_device())
-    weights = [torch.ones(())]
-
-    def before(tokens: schedule.LossTokens) -> None:
-        weights[0] = _own_share(tokens.loss_mask, model)
-
-    def add(row: int, hidden: Tensor) -> None:
-        sums[row] += (hadamard(hidden.float()).abs() * weights[0].unsqueeze(-1)).sum((0, 1))
-
-    def measure(layer: int, before_it: Tensor, behind_it: Tensor) -> None:
-        if layer == first:
-            add(0, before_it)
-        if layer == last:
-            add(1, behind_it)
-
-    with model.watched_layers(measure):
-        schedule.forward(model, batches, lambda logits, tokens: None, before)
-    entering, leaving = parallel.sum_over_all(sums)
-    return (leaving / entering.clamp_min(torch.finfo(torch.float32).tiny)).float()
-
-
-def _own_share(weights: Tensor, model: PipelineModel) -> Tensor:
+def own_share(weights: Tensor, model: PipelineModel) -> Tensor:
     """Return the part of a micro-batch's weights [s, b] that belongs to the hidden states on this rank."""
     place = parallel.tensor_parallel()
     return weights.chunk(place.size)[place.rank] if model.config.sequence_parallel else weights

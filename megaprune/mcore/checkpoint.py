@@ -5,7 +5,6 @@ the layers are renamed.
 """
 
 import logging
-import os
 import queue
 import re
 import shutil
@@ -29,7 +28,7 @@ from megaprune.mcore.optimizer import Trainer
 from megaprune.models.names import is_adapter, source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place
 
 # The writers of 0.16.1 report through a manager process, which supports saving in the background. The process takes
 # seconds to start and 400 MB per rank, and it survives when its rank is killed. Saves here are synchronous, so a queue
@@ -60,7 +59,7 @@ serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-_GO_ON = "give the same command to go on from the last checkpoint"
+_GO_ON = "run the same command to continue from the last checkpoint"
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
 
@@ -104,7 +103,7 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
         MegapruneError: the checkpoint cannot be written. Raised on every rank.
     """
     final = folder / f"iter_{iteration:07d}"
-    aside = aside_folder(final)
+    aside = aside_of(final)
     sharded = _sharded_state(trainer) if trainer else {}
     num_bytes = sum(parallel.all_gather_objects(_bytes_of(sharded)))
     try:
@@ -149,9 +148,7 @@ def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
 def _finish(aside: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name, and delete older ones."""
     with disk.one_line(final, _GO_ON):
-        if final.exists():  # from an earlier save of the same iteration
-            shutil.rmtree(final)
-        os.replace(aside, final)
+        put_in_place(aside, final, replace=True)  # an earlier save of the same iteration may exist
     for path in final.parent.iterdir():
         if path != final and _FOLDER.match(path.name.removesuffix(".tmp")):
             shutil.rmtree(path, ignore_errors=True)
@@ -176,7 +173,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
     except Exception as error:  # the core raises many exception types for a damaged checkpoint
-        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to begin anew") from error
+        raise MegapruneError(f"{checkpoint} can't be read ({error}): remove it to start again") from error
 
 
 def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None = None) -> None:

@@ -83,7 +83,10 @@ def forward(
 
 
 def forward_backward(
-    model: PipelineModel, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
+    model: PipelineModel,
+    batches: Sequence[MicroBatch],
+    loss: Callable[[Tensor, LossTokens], Tensor],
+    announce: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
 
@@ -92,6 +95,8 @@ def forward_backward(
         batches: micro-batches of this rank, all of one shape.
         loss: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
             predict; returns a scalar. The schedule takes the mean over micro-batches and replicas.
+        announce: called on every stage with the number of a micro-batch before its forward pass, and again before its
+            backward pass, since the passes of several micro-batches may alternate.
 
     Returns:
         The detached losses on the last pipeline stage; an empty list on the others.
@@ -104,7 +109,8 @@ def forward_backward(
 
         return loss_func
 
-    return _run(model, batches, _forward_step(batches, with_copy, None), forward_only=False)
+    before = None if announce is None else lambda tokens: announce(tokens.number)
+    return _run(model, batches, _forward_step(batches, with_copy, before, announce), forward_only=False)
 
 
 def mean_token_loss(
@@ -127,30 +133,66 @@ def mean_token_loss(
     Returns:
         The mean loss in nats per token, the same on every rank.
     """
+    return mean_loss_parts(model, batches, weights, token_losses, [1.0])[0]
+
+
+def mean_loss_parts(
+    model: PipelineModel,
+    batches: Sequence[MicroBatch],
+    weights: Callable[[LossTokens], Tensor],
+    token_losses: Callable[[Tensor, LossTokens], Tensor],
+    shares: Sequence[float],
+    announce: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Run micro-batches forward and backward with a sum of weighted means of their tokens' losses. Collective.
+
+    Each part of the loss has its own weights, and its mean is taken over the global batch.
+
+    Args:
+        model: as in `mean_token_loss`.
+        batches: as in `mean_token_loss`.
+        weights: as in `mean_token_loss`; with several parts [parts, s, b].
+        token_losses: as in `mean_token_loss`; with several parts [parts, s, b].
+        shares: factor of each part in the loss.
+        announce: as in `forward_backward`.
+
+    Returns:
+        The mean of each part in nats per token, before the factor, the same on every rank.
+    """
     tokens = [LossTokens(batch, number) for number, batch in enumerate(batches)]
     weighing: list[Tensor] = []
+    factors = torch.tensor(shares, device=device.torch_device())
     scale: float | Tensor = 0.0
+    parts: list[Tensor] = []
     if parallel.is_last_stage():
         weighing = [weights(of_batch) for of_batch in tokens]
         # The scale cancels the means that the schedule and DDP take over micro-batches and replicas.
-        total = parallel.sum_over_data_parallel(torch.stack([w.sum() for w in weighing]).sum())
+        total = parallel.sum_over_data_parallel(torch.stack([_sums(w, shares) for w in weighing]).sum(0))
         scale = len(batches) * parallel.data_parallel_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def loss(logits: Tensor, given: LossTokens) -> Tensor:
         of_batch = tokens[given.number]  # already on the device
-        return (weighing[given.number] * token_losses(logits, of_batch)).sum() * scale
+        found = _sums(weighing[given.number] * token_losses(logits, of_batch), shares) * scale
+        parts.append(found.detach())
+        return (found * factors).sum()
 
-    losses = forward_backward(model, batches, loss)
-    mean = torch.zeros((), device=device.torch_device())
-    if losses:
-        mean = parallel.sum_over_data_parallel(torch.stack(losses).mean()) / parallel.data_parallel_size()
-    return parallel.broadcast_from_last_stage(mean.item())
+    forward_backward(model, batches, loss, announce)
+    means = torch.zeros(len(shares), device=device.torch_device())
+    if parts:
+        means = parallel.sum_over_data_parallel(torch.stack(parts).mean(0)) / parallel.data_parallel_size()
+    return parallel.broadcast_from_last_stage(means.tolist())
+
+
+def _sums(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """Return the sums [parts] of values [s, b], or [parts, s, b] with several parts."""
+    return values.reshape(len(shares), -1).sum(-1)
 
 
 def _forward_step(
     batches: Sequence[MicroBatch],
     loss_func_for: Callable[[Tensor, LossTokens], Any],
     before: Callable[[LossTokens], None] | None,
+    before_backward: Callable[[int], None] | None = None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
     """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
@@ -167,6 +209,8 @@ def _forward_step(
             attention_mask=None,  # causal attention throughout
             labels=batch.labels,  # makes LogitsModel return the logits without a copy
         )
+        if before_backward is not None and output.requires_grad:
+            output.register_hook(lambda _: before_backward(number))
         return output, loss_func_for(output, tokens)
 
     return step

@@ -4,24 +4,26 @@ import time
 
 import torch
 
+from megaprune.distillation.hidden_states import WithHiddenStates
+from megaprune.distillation.multi_token import WithMTP
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
-from megaprune.mcore.layers.linear_patch import LinearPatch, strength_at
 from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.step import search_step, train_step
-from megaprune.selection.segments import cut_position
+from megaprune.pruning.stitch import fit_stitch, fold_stitch
 from megaprune.utils.progress import say
 
 
 def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the whole model and the layers' scores, and select the layers that stay."""
     training, selection, progress = run.options.training, run.options.selection, run.progress
-    method, scores = selection.method, None
+    method, kl = selection.method, None
     if method.needs_scores:
-        scores = torch.tensor(progress.scores)
+        # before the first step; a resumed search replaces what it was made of by its state
+        kl = torch.tensor(progress.scores)
     selector = method.selector(
-        selection.budget, selection.protected, training.search_iters, selection.method_options, scores
+        selection.budget, selection.protected, training.search_iters, selection.method_options, kl
     )
     if run.resume_from is not None:
         assert progress.selector is not None  # every checkpoint of a search holds it
@@ -45,6 +47,8 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         if last:
             kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
             progress.kept_layers = agreed_layers(kept, run.options)
+            if training.stitches:
+                fit_stitch(run, student.ddp)
         run.save_if_due(student, force=last)
 
 
@@ -63,39 +67,41 @@ def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
 
 def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the student for the remaining iterations, and measure it before and after."""
-    if "pruned" not in run.progress.valid:
-        run.validate("pruned", student.ddp)
-    train_iters = run.options.training.train_iters
-    if run.progress.iteration < train_iters and teacher is None:
-        teacher = run.models.teacher(student)
-    objective, patch = _objective(run, teacher), _patch(run, student)
-    for iteration in range(run.progress.iteration, train_iters):
-        start = time.perf_counter()
-        if patch is not None:
-            patch.strength = strength_at(iteration, train_iters)
-        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
-        run.record(iteration, "recovery", result, start)
-        run.save_if_due(student, force=iteration + 1 == train_iters)
-    if patch is not None:
-        patch.strength = 0.0  # not yet 1 if there are too few iterations to fade
+    training = run.options.training
+    heal(run, student, teacher, training.train_iters)
     if student.average is not None:
         student.average.use()
-    if train_iters > 0 and not run.options.output.export_adapter:
+    if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
 
 
-def _patch(run: RunContext, student: Trainer) -> LinearPatch | None:
-    """Return the map that bridges the cut during recovery, at its position."""
-    if run.progress.stitch is None:
-        return None
-    kept, num_layers = run.kept_layers, run.options.model.arch.num_layers
-    patch, behind = LinearPatch(torch.tensor(run.progress.stitch)), cut_position(kept, num_layers)
-    if behind < len(kept):
-        patch.attach(student.model, kept[behind] if run.models.student_stays_whole else behind)
-    return patch
+def heal(run: RunContext, student: Trainer, teacher: Teacher | None, until: int) -> None:
+    """Measure the student, stitch it, and train it up to an iteration."""
+    if "pruned" not in run.progress.valid:
+        run.validate("pruned", student.ddp)
+    if run.options.training.stitches:
+        fold_stitch(run, student)
+    if run.progress.iteration < until and teacher is None:
+        teacher = run.models.teacher(student)
+    objective = _recovery_objective(run, student, teacher)
+    for iteration in range(run.progress.iteration, until):
+        start = time.perf_counter()
+        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
+        run.record(iteration, "recovery", result, start)
+        run.save_if_due(student, force=iteration + 1 == until)
+
+
+def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:
+    """Return the objective, with the loss on hidden states if there is one. Collective."""
+    objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
+    if not weight or teacher is None:
+        return objective
+    return WithHiddenStates(objective, teacher, student.model, run.models.taught_layers(run.kept_layers), weight)
 
 
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher)
+    shard, num_mtp = run.models.shard, run.options.model.arch.num_mtp
+    objective = make_objective(distillation.loss, distillation.tail, shard, teacher, distillation.alpha)
+    return WithMTP(objective, shard, num_mtp, distillation.mtp_factor) if num_mtp else objective

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from megaprune.report.run_report import Report, ideal_speedup, measured_losses, perplexity
+from megaprune.report.run_report import Report, ideal_speedup, loss_recovered, measured_losses, perplexity
 from megaprune.utils.text import number_ranges
 
 CARD_NAME = "README.md"
@@ -118,7 +118,7 @@ def _training_clause(report: Report, adapter: bool) -> str:
         return f"trained a LoRA adapter on {report.tokens_seen:,} tokens, which is not part of these weights"
     if report.tokens_seen:
         return f"trained the model on {report.tokens_seen:,} tokens"
-    return "left every remaining weight as it was"
+    return "left all remaining weights unchanged"
 
 
 def _mixture_rows(report: Report) -> str:
@@ -137,9 +137,16 @@ def _quality(report: Report, adapter: bool) -> str:
     if not losses:
         return ""
     recovered = "this model with its adapter" if adapter else "this model"
-    names = {"teacher": "source", "pruned": "pruned, before recovery", "recovered": recovered}
+    names = {
+        "teacher": "source",
+        "pruned": "pruned, before recovery",
+        "stitched": "stitched, before recovery",
+        "recovered": recovered,
+    }
     if "recovered" not in losses:
         names["pruned"] = "this model"
+    share = loss_recovered(report)
+    regained = [] if share is None else ["", f"Recovery regained {share:.1%} of the loss that pruning cost."]
     rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]
     return "\n".join(
         [
@@ -151,6 +158,7 @@ def _quality(report: Report, adapter: bool) -> str:
             "| model | loss (nats) | perplexity |",
             "| --- | ---: | ---: |",
             *rows,
+            *regained,
             "",
         ]
     )

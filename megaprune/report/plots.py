@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from megaprune.report.run_report import measured_losses
 from megaprune.utils.files import whole_file
 
-BLUE, ORANGE, GRAY, PALE = "#1f5fa8", "#d9822b", "#6b7280", "#e8ecf1"
+BLUE, ORANGE, GREEN, GRAY, PALE = "#1f5fa8", "#d9822b", "#4d8f5b", "#6b7280", "#e8ecf1"
 MASK_COLORS = ListedColormap([PALE, BLUE])
 SMOOTHING = 1 / 30  # of a stage: the width of the loss curve's moving average
 DPI = 160
@@ -130,7 +130,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
 
 def _draw_valid(axes: Axes, points: dict[str, float]) -> None:
     names, losses = list(points), list(points.values())
-    colors = {"teacher": GRAY, "pruned": ORANGE, "recovered": BLUE}
+    colors = {"teacher": GRAY, "pruned": ORANGE, "stitched": GREEN, "recovered": BLUE}
     bars = axes.bar(names, losses, color=[colors[name] for name in names], width=0.65)
     axes.bar_label(bars, fmt="%.3f", padding=2)
     axes.set(title="validation (nats)", ylim=(0, max(losses) * 1.12))

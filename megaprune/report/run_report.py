@@ -15,7 +15,8 @@ from megaprune.utils.files import strict_json, write_json
 from megaprune.utils.text import number_ranges
 from megaprune.version import __version__
 
-MODELS = ("teacher", "pruned", "recovered")  # the keys of `valid`, in the order of their making
+MODELS = ("teacher", "pruned", "stitched", "recovered")  # the keys of `valid`, in the order of their making
+_SHARE = "loss_recovered"
 OUTPUTS = (
     ("pruned model", "hf"),
     ("LoRA adapter", "adapter"),
@@ -35,9 +36,10 @@ class Report:
         layer_kinds_before: number of dense and of MoE layers.
         seq_length: tokens of one training window.
         stages: seconds and tokens of each stage, in the order run.
-        valid: validation loss in nats of the teacher, the pruned and the recovered model, where measured.
+        valid: validation loss in nats of the teacher, the pruned, the stitched and the recovered model, where measured.
         versions: of the packages that decide the numbers.
         candidates: the alternatives that the method considered, with its measure of each.
+        rounds: with `--rounds`, the layers kept after each round, and its tokens and losses.
     """
 
     method: str
@@ -58,12 +60,15 @@ class Report:
     valid: dict[str, dict[str, float | None]]
     versions: dict[str, str]
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
         found: dict[str, Any] = json.loads(strict_json(asdict(self)))
-        candidates, versions = found.pop("candidates"), found.pop("versions")
-        return found | ({"candidates": candidates} if candidates else {}) | {"versions": versions}
+        versions, share = found.pop("versions"), loss_recovered(self)
+        absent = [name for name in ("candidates", "rounds") if not found[name]]
+        found = {name: value for name, value in found.items() if name not in absent}
+        return found | ({} if share is None else {_SHARE: share}) | {"versions": versions}
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def build_report(
         kept_layers: source indices, from 0, of the layers in the pruned model.
         scores: one per source layer, higher = keep; None if the method does not score single layers.
         stages: {name: {"seconds": s, "tokens": n}} in the order run.
-        valid: {"teacher" | "pruned" | "recovered": {"loss": nats}}, those measured; {} for no `--valid-data`.
+        valid: {"loss": nats} of each of `MODELS` that was measured; {} for no `--valid-data`.
         seq_length: tokens of one training window.
         candidates: the alternatives that the method considered, with its measure of each.
     """
@@ -153,10 +158,11 @@ def read_report(path: str | Path) -> Report:
         MegapruneError: the file is missing or damaged.
     """
     try:
-        return Report(**json.loads(Path(path).read_text()))
+        found = json.loads(Path(path).read_text())
+        return Report(**{name: value for name, value in found.items() if name != _SHARE})  # it follows from `valid`
     except (OSError, ValueError, TypeError) as error:
         raise MegapruneError(
-            f"{path} is no report that can be read ({error}): remove the run to make it anew"
+            f"{path} is not a readable report ({error}): remove the run folder to run it again"
         ) from None
 
 
@@ -175,6 +181,29 @@ def measured_losses(valid: Mapping[str, Mapping[str, float | None]]) -> dict[str
     """Return report.json's `valid` as {model: loss in nats}, in order, without losses that aren't finite."""
     losses = {name: valid[name]["loss"] for name in MODELS if name in valid}
     return {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+
+
+def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bool = True) -> float | None:
+    """Return the share of what pruning cost that recovery gave back: 1 is all, and less than 0 a further loss.
+
+    Args:
+        is_loss: whether less is better; more is, for a score.
+
+    Returns:
+        (recovered − pruned) / (teacher − pruned), or None if pruning cost nothing or a value isn't finite.
+    """
+    cost = pruned - teacher if is_loss else teacher - pruned
+    if not all(map(math.isfinite, (teacher, pruned, recovered))) or cost <= 0:
+        return None
+    return (recovered - pruned) / (teacher - pruned)
+
+
+def loss_recovered(report: Report) -> float | None:
+    """Return the share of the loss that recovery gave back; None unless all three losses were measured."""
+    losses = measured_losses(report.valid)
+    if not {"teacher", "pruned", "recovered"} <= losses.keys():
+        return None
+    return share_recovered(losses["teacher"], losses["pruned"], losses["recovered"])
 
 
 def ideal_speedup(report: Report) -> float:
@@ -196,6 +225,9 @@ def result_table(report: Report, run_dir: str | Path | None = None) -> str:
         ("ideal speed-up", f"{ideal_speedup(report):.2f}x"),
         ("tokens seen", f"{report.tokens_seen:,}"),
     ]
+    share = loss_recovered(report)
+    if share is not None:
+        facts.append(("loss recovered", f"{share:.1%} of what pruning cost"))
     times = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in report.stages.items())
     if times:
         facts.append(("time", times))
@@ -227,6 +259,8 @@ def _model_rows(report: Report) -> list[str]:
     losses = measured_losses(report.valid)
     rows = [f"{'model':<12}{'layers':>8}{'parameters':>20}{'valid loss':>13}{'perplexity':>14}"]
     for name in MODELS if losses else ("teacher", "pruned"):
+        if name == "stitched" and name not in losses:
+            continue  # made by --stitch alone
         layers, params = report.num_layers, report.params_after
         if name == "teacher":
             layers, params = layers + len(report.pruned_layers), report.params_before

@@ -38,6 +38,12 @@ def cut_positions(kept: Sequence[int], num_layers: int) -> list[int]:
     return [i for i, (before, behind) in enumerate(itertools.pairwise(padded)) if behind - before > 1]
 
 
+def cuts(kept: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+    """Return the first and the last layer of each contiguous segment of removed layers."""
+    padded = [-1, *kept, num_layers]
+    return [(before + 1, behind - 1) for before, behind in itertools.pairwise(padded) if behind - before > 1]
+
+
 def cut_position(kept: Sequence[int], num_layers: int) -> int:
     """Return the position, among the kept layers, of the layer after the cut; their number if the cut is at the end.
 
@@ -47,8 +53,7 @@ def cut_position(kept: Sequence[int], num_layers: int) -> int:
     cuts = cut_positions(kept, num_layers)
     if len(cuts) != 1:
         raise MegapruneError(
-            "--recovery-layers endpoints and --stitch need one contiguous cut; the kept layers "
-            f"{list(kept)} have {len(cuts)}"
+            f"--recovery-layers endpoints needs one contiguous cut; the kept layers {list(kept)} have {len(cuts)}"
         )
     return cuts[0]
 

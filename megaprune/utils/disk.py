@@ -16,7 +16,7 @@ _OF_PATHS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # The forms in which writers in other languages and processes report an error number.
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\bcode: (\d+)|\bos error (\d+)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
-_AGAIN = "give the same command again"
+_AGAIN = "run the same command again"
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -56,7 +56,7 @@ def explain(error: OSError, path: Path | None = None, remedy: str = _AGAIN, num_
     where = Path(error.filename or path or ".")
     reason = error.strerror or str(error)
     if error.errno not in _NO_ROOM:
-        return f"{where} can't be written ({reason}): mend that, and {remedy}"
+        return f"{where} can't be written ({reason}): fix this, and {remedy}"
     left = room_left(where)
     needs = f" and {size_text(num_bytes)} are needed" if num_bytes else ""
     limits = "make room" if left < (num_bytes or 0) else "make room, quotas and limits on files included"

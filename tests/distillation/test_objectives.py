@@ -52,6 +52,26 @@ def test_weights_and_losses(kind, batch, logits):
 
 
 @pytest.mark.parametrize("kind", ["kl", "adaptive"])
+def test_a_mixture_has_both_parts_each_with_its_own_weights(kind, batch, logits):
+    student, original = logits
+    batch.loss_mask[1, 2] = 0
+    tokens, wanted = LossTokens(batch, 0), teacher_targets(original, 4, SHARD)
+    objective = make_objective(kind, "rest", SHARD, FixedTeacher(wanted), 0.25)
+    (targets,) = objective.targets([batch])
+    assert dict(objective.shares) == {"kd_loss": 0.25, "lm_loss": 0.75}
+    weights = objective.token_weights(tokens, targets)
+    assert torch.equal(weights[0], tokens.loss_mask * (wanted.entropy if kind == "adaptive" else 1))
+    assert torch.equal(weights[1], tokens.loss_mask)
+    losses = objective.token_losses(student, tokens, targets)
+    assert torch.equal(losses[0], distillation_loss(student, wanted, SHARD, "rest"))
+    assert torch.equal(losses[1], cross_entropy(student, batch.labels.t(), SHARD))
+
+
+def test_all_distillation_is_no_mixture():
+    assert list(make_objective("adaptive", "rest", SHARD, None, 1.0).shares) == ["kd_loss"]
+
+
+@pytest.mark.parametrize("kind", ["kl", "adaptive"])
 def test_a_distillation_loss_without_a_teacher_is_refused_at_the_first_step(kind, batch):
     with pytest.raises(MegapruneError, match="--distill-loss"):
         make_objective(kind, "rest", SHARD, None).targets([batch])

@@ -150,7 +150,7 @@ def test_killed_work_goes_on_to_the_same_bytes(model, texts, tmp_path, monkeypat
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     generate(model, whole, texts, num_samples=7)
     unfinished = tmp_path / "stopped.jsonl.tmp"
-    complete, calls = engines._Transformers.complete, []
+    complete, calls = engines.TransformersEngine.complete, []
 
     def until_the_third(self, *given):
         calls.append(given)
@@ -159,12 +159,12 @@ def test_killed_work_goes_on_to_the_same_bytes(model, texts, tmp_path, monkeypat
         return complete(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engines._Transformers, "complete", until_the_third)
+        patch.setattr(engines.TransformersEngine, "complete", until_the_third)
         generate(model, stopped, texts, num_samples=7)
     assert not stopped.exists() and len(unfinished.read_text().splitlines()) == 1 + 4
     with unfinished.open("a") as file:
         file.write(torn)
-    monkeypatch.setattr(engines._Transformers, "complete", lambda *given: calls.append(given) or complete(*given))
+    monkeypatch.setattr(engines.TransformersEngine, "complete", lambda *given: calls.append(given) or complete(*given))
     generate(model, stopped, texts, num_samples=7)
     assert len(calls) == 3 + 2
     assert stopped.read_bytes() == whole.read_bytes()
@@ -177,7 +177,7 @@ def test_unfinished_work_of_other_settings_is_refused(model, texts, tmp_path):
     with pytest.raises(MegapruneError, match=r"out\.jsonl\.tmp was begun with other settings \(.*seed.*\)"):
         generate(model, tmp_path / "out.jsonl", texts)
     unfinished.write_text("anything\nelse\n")
-    with pytest.raises(MegapruneError, match=r"out\.jsonl\.tmp is no unfinished work of this command"):
+    with pytest.raises(MegapruneError, match=r"out\.jsonl\.tmp is not unfinished work of this command"):
         generate(model, tmp_path / "out.jsonl", texts)
     assert unfinished.read_text() == "anything\nelse\n"
 
@@ -189,7 +189,7 @@ def test_command_says_what_it_wrote(model, texts, tmp_path, capsys):
     assert f"{output}: 5 rows" in capsys.readouterr().out
     assert len(output.read_text().splitlines()) == 5
     status, line = cli.attempt("generate-data", list(map(str, words)))
-    assert status == 1 and f"--output {output} is there already" in line
+    assert status == 1 and f"--output {output} already exists" in line
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_command_says_what_it_wrote(model, texts, tmp_path, capsys):
     [
         ("--prompts no.jsonl", 2, "--prompts no.jsonl does not exist"),
         ("--prompts texts.jsonl --text-key body", 1, "has neither 'body' nor 'messages'"),
-        ("--prompts texts.jsonl --chat", 2, "--chat goes without --prompts"),
+        ("--prompts texts.jsonl --chat", 2, "--chat can't be combined with --prompts"),
         ("--prompts texts.jsonl --output out.json", 2, "--output out.json: the rows are JSON lines"),
         ("--prompts texts.jsonl --output .", 2, "--output . is a folder"),
         ("--prompts texts.jsonl --hf-model nowhere", 1, "--hf-model nowhere does not exist"),
@@ -207,7 +207,7 @@ def test_command_says_what_it_wrote(model, texts, tmp_path, capsys):
         ("--prompts texts.jsonl --top-p 0", 2, "--top-p"),
         ("--prompts texts.jsonl --temperature -1", 2, "--temperature"),
         ("--prompts empty.jsonl", 1, "--prompts holds no documents"),
-        ("--prompts tools.jsonl", 1, "tools.jsonl, line 1: a chat with a message of role 'tool' is no prompt"),
+        ("--prompts tools.jsonl", 1, "tools.jsonl, line 1: a chat with a message of role 'tool' is not a prompt"),
         ("--prompts open.jsonl", 1, "open.jsonl, line 1: a chat must end with a message of the user"),
         ("", 2, "--num-samples is required without --prompts"),
     ],

@@ -254,7 +254,6 @@ def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
         "--lr": 2e-3,
         "--lr-warmup-iters": 3,
         "--weight-decay": 0.1,
-        "--mask-lr": 0.2,
         "--max-shard-size": "100KB",
     }
     return [str(word) for pair in flags.items() for word in pair] + list(extra)
@@ -275,7 +274,7 @@ def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str
 def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -> list[str]:
     """Return the flags of a run that selects its layers by calibration data and does not train."""
     argv = prune_argv(model, data, save, "--method", method, *extra)
-    for flag in ("--search-iters", "--mask-lr", "--lr-warmup-iters"):
+    for flag in ("--search-iters", "--lr-warmup-iters"):
         at = argv.index(flag)
         del argv[at : at + 2]
     return [*argv, "--train-iters", "0"]
@@ -284,6 +283,22 @@ def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -
 def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Return the flags of a short run by CLP, which then trains the two layers next to the cut."""
     return [*select_argv(model, data, save, "clp", *extra), "--train-iters", "4", "--search-iters", "9"]
+
+
+def stitched_argv(model: Path, data: Path, save: Path, gone: str, *extra: str) -> list[str]:
+    """Return the flags of a run that folds maps of the named layers into the layers before them and does not train."""
+    argv = select_argv(model, data, save, "manual", "--stitch", "fold")
+    at = argv.index("--num-layers-to-prune")
+    argv[at : at + 2] = ["--prune-layers", gone]
+    return [*argv, *extra]
+
+
+def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Return the flags of a short run in two rounds, each with a stitch."""
+    return [
+        *select_argv(model, data, save, "shortgpt", "--num-layers-to-prune", "3", "--rounds", "2", "--stitch", "fold"),
+        *("--train-iters", "4", "--lr-warmup-iters", "1", "--lr", "3e-4", *extra),
+    ]
 
 
 def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:

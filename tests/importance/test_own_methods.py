@@ -10,7 +10,7 @@ import yaml
 
 from megaprune.cli.main import attempt
 from megaprune.cli.prune import parse_config
-from megaprune.selection import names, registry
+from megaprune.selection.registry import registrations_undone
 from megaprune.utils.errors import UsageError
 from tests.helpers import tiny
 
@@ -47,12 +47,9 @@ def warm(budget, protected, num_steps, *, scores, seed):
 @pytest.fixture
 def module(tmp_path):
     """The file of the user's methods, which are forgotten afterwards."""
-    names()
-    before = dict(registry._methods)
     (tmp_path / "mine.py").write_text(METHODS)
-    yield tmp_path / "mine.py"
-    registry._methods.clear()
-    registry._methods.update(before)
+    with registrations_undone():
+        yield tmp_path / "mine.py"
 
 
 def report_of(folder):
@@ -92,7 +89,7 @@ def test_an_alias_keeps_the_name_that_was_typed(tiny_model, tiny_data, tmp_path)
 def test_in_a_comparison(tiny_model, tiny_data, tmp_path, module):
     words = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path)
     flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
-    common = {key: flags[key] for key in flags if key not in ("save", "num-layers-to-prune", "search-iters", "mask-lr")}
+    common = {key: flags[key] for key in flags if key not in ("save", "num-layers-to-prune", "search-iters")}
     common |= {"train-iters": 1, "lr-warmup-iters": 0, "method-module": str(module)}
     asked = {"run": common, "methods": ["deepest", "first"], "num_layers_to_prune": [2], "seeds": [1234]}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))
@@ -128,10 +125,11 @@ def test_flags_follow_from_the_traits(module):
     assert "--criterion is for --method shortened, not warm" in refused(
         *("--method", "warm", "--criterion", "taylor"), *count
     )
-    assert "--stitch linear-patch needs one contiguous cut, which --method warm" in refused(
-        *("--method", "warm", "--stitch", "linear-patch"), *count
+    endpoints = ("--recovery-layers", "endpoints")
+    assert "--recovery-layers endpoints needs one contiguous cut, which --method warm" in refused(
+        *("--method", "warm", *endpoints), *count
     )
-    assert parse_config([*own, *count, "--method", "first", "--stitch", "linear-patch"]).needs_one_cut
+    assert parse_config([*own, *count, "--method", "first", *endpoints]).tunes_endpoints
     assert parse_config([*own, *count, "--method", "warm"]).search_iters == 1
     assert parse_config([*own, *count, "--method", "first"]).search_iters == 0
     # data are asked for where the method looks at them

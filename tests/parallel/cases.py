@@ -7,7 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megaprune.distillation.objectives import make_objective
-from megaprune.distillation.teachers import vocab_shard
+from megaprune.distillation.teachers import OnlineTeacher, vocab_shard
 from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model
@@ -97,8 +97,18 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
     )
     taylor = evaluator.taylor_importance()
     trainer = Trainer(built, engine, OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0))
-    result = search_step(trainer, batches, make_objective("ce", "rest", vocab_shard(arch), None), 0, selector, gate)
-    found = {"loss": result.loss, "norm": result.grad_norm, "mask": selector.mask_grad, "taylor": taylor}
+    original = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), engine)
+    import_weights(original, source)
+    teacher = OnlineTeacher(original, vocab_shard(arch), 10)
+    objective = make_objective("adaptive", "rest", vocab_shard(arch), teacher, 0.3)
+    result = search_step(trainer, batches, objective, 0, selector, gate)
+    found = {
+        "loss": result.loss,
+        "parts": result.parts,
+        "norm": result.grad_norm,
+        "mask": selector.mask_grad,
+        "taylor": taylor,
+    }
     torch.save(found, f"{out}.{parallel.rank()}")
     parallel.finish()
 

@@ -24,8 +24,11 @@ def test_step_is_the_same_at_every_layout(results, alone, layout):
     torch.testing.assert_close(found[0]["mask"], alone["mask"], atol=1e-6, rtol=1e-4)
     assert found[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert found[0]["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+    assert found[0]["parts"] == {name: pytest.approx(mean, rel=1e-5) for name, mean in alone["parts"].items()}
     torch.testing.assert_close(found[0]["taylor"], alone["taylor"], atol=0, rtol=1e-4)
     for other in found[1:]:
         assert torch.equal(other["taylor"], found[0]["taylor"])
         assert torch.equal(other["mask"], found[0]["mask"])  # the scores must be identical on all ranks
-        assert (other["loss"], other["norm"]) == (found[0]["loss"], found[0]["norm"])
+        assert [other[name] for name in ("loss", "norm", "parts")] == [
+            found[0][name] for name in ("loss", "norm", "parts")
+        ]

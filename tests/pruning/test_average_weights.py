@@ -7,7 +7,7 @@ import torch
 
 from megaprune.config.schema import Config
 from megaprune.mcore.averaging import WeightAverage
-from megaprune.pruning.resolve import averaged_from
+from megaprune.pruning.resolve_training import averaged_from
 from megaprune.utils.errors import RunStopped
 from tests.helpers import tiny
 

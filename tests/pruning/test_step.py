@@ -32,18 +32,18 @@ def build(source, gate=None):
     return model
 
 
-def trainer_of(model):
-    options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=1.0)
+def trainer_of(model, clip_grad=1.0):
+    options = OptimizerOptions(1e-3, 0.0, "constant", 0, 10, weight_decay=0.0, clip_grad=clip_grad)
     return Trainer(model, EngineOptions(ParallelSizes()), options)
 
 
-def step(source, kind, sizes, searching):
+def step(source, kind, sizes, searching, kd_alpha=1.0, clip_grad=1.0):
     """Return the step's result, and its gradients: of the parameters and, in a search, of the mask."""
     gate, selector = LayerGate(), tiny.FixedMask()
-    trainer = trainer_of(build(source, gate))
+    trainer = trainer_of(build(source, gate), clip_grad)
     shard = vocab_shard(source.family.architecture(source.config))
     teacher = None if kind == "ce" else OnlineTeacher(build(source), shard, 10)
-    objective = make_objective(kind, "rest", shard, teacher)
+    objective = make_objective(kind, "rest", shard, teacher, kd_alpha)
     if searching:
         result = search_step(trainer, tiny.uneven_batches(sizes), objective, 0, selector, gate)
     else:
@@ -67,6 +67,29 @@ def test_the_global_batch_counts_not_the_micro_batches(source, kind):
             )
 
 
+class WindowMasks(tiny.FixedMask):
+    """Selector with a half-open gate in each window of the step."""
+
+    def window_masks(self, step, count):
+        masks = self.mask(step).repeat(count, 1)
+        masks[range(count), [(2 * window + 1) % 7 for window in range(count)]] = 0.5
+        return masks
+
+
+def test_masks_of_windows_follow_the_windows(source, monkeypatch):
+    monkeypatch.setattr(tiny, "FixedMask", WindowMasks)
+    (result, grads), *others = [step(source, "adaptive", sizes, True) for sizes in ([4], [2, 2], [1, 1, 1, 1])]
+    assert grads["mask"].shape == (4, 7)
+    # no token of the first window counts
+    assert grads["mask"][0].abs().max() == 0 and grads["mask"][[1, 2, 3], [3, 5, 0]].abs().min() > 1e-3
+    assert torch.equal(result.mask, WindowMasks().mask(0))
+    half_open = WindowMasks().window_masks(0, 4) == 0.5
+    for other, other_grads in others:
+        assert other.loss == pytest.approx(result.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+        torch.testing.assert_close(other_grads["mask"][half_open], grads["mask"][half_open], atol=1e-6, rtol=1e-4)
+
+
 def test_loss_and_gradient_are_those_of_transformers(source):
     model = tiny.load_hf(source.folder)
     total, count = 0.0, 0.0
@@ -83,6 +106,20 @@ def test_loss_and_gradient_are_those_of_transformers(source):
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert result.lr == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["kl", "adaptive"])
+def test_a_mixture_is_the_sum_of_its_parts_and_so_is_its_gradient(source, kind):
+    (mixed, grads), (kd, kd_grads), (lm, lm_grads) = (
+        step(source, of, [1, 3], searching=True, kd_alpha=alpha, clip_grad=0.0)
+        for of, alpha in ((kind, 0.3), (kind, 1.0), ("ce", 1.0))
+    )
+    assert kd.loss > 1e-3 and not kd.parts and not lm.parts
+    assert mixed.parts == {"kd_loss": pytest.approx(kd.loss, rel=1e-5), "lm_loss": pytest.approx(lm.loss, rel=1e-5)}
+    assert mixed.loss == pytest.approx(0.3 * kd.loss + 0.7 * lm.loss, rel=1e-5)
+    for name, grad in grads.items():
+        wanted = 0.3 * kd_grads[name] + 0.7 * lm_grads[name]
+        torch.testing.assert_close(grad, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=1e-4, msg=name)
 
 
 def test_a_teacher_teaches_nothing_to_itself(source):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from megaprune.report.run_report import perplexity, read_report, result_table, write_report
+from megaprune.report.run_report import perplexity, read_report, result_table, share_recovered, write_report
 from megaprune.utils.files import whole_file
 
 
-def test_layers_are_told_by_source_index(report):
+def test_layers_are_reported_by_source_index(report):
     assert report.num_layers == 5
     assert report.kept_layers == [0, 1, 2, 5, 7]
     assert report.pruned_layers == [3, 4, 6]
@@ -36,7 +36,7 @@ def test_no_nan_in_the_file(tmp_path, report):
     assert json.loads(text)["valid"]["pruned"]["loss"] is None
 
 
-def test_experts_are_told_apart(report):
+def test_experts_are_reported_separately(report):
     assert "dense" not in result_table(report)
     report = replace(
         report,
@@ -74,6 +74,7 @@ def test_result_table(tmp_path, report):
         "pruned layers": "3-4, 6",
         "ideal speed-up": "1.60x",
         "tokens seen": "1,228,800",
+        "loss recovered": "83.3% of what pruning cost",
         "time": "search 1.2 s, recovery 9.0 s",
         "pruned model": str(tmp_path / "hf"),
     }
@@ -85,6 +86,32 @@ def test_result_table_without_validation(report):
     assert "teacher            8           8,000,000            -             -" in table
 
 
-def test_perplexity_of_a_hopeless_loss():
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [
+        ((2.0, 3.5, 2.25), 1.25 / 1.5),
+        ((2.0, 3.0, 3.5), -0.5),
+        ((2.0, 3.0, 1.5), 1.5),
+        ((2.0, 2.0, 1.5), None),  # pruning cost nothing
+        ((2.0, 1.9, 1.8), None),
+        ((2.0, math.inf, 2.5), None),
+        ((2.0, math.nan, 2.5), None),
+    ],
+)
+def test_share_of_the_loss_that_recovery_regained(report, losses, share):
+    assert share_recovered(*losses) == pytest.approx(share)
+    assert share_recovered(*(-loss for loss in losses), is_loss=False) == pytest.approx(share)
+    valid = {name: {"loss": loss} for name, loss in zip(("teacher", "pruned", "recovered"), losses, strict=True)}
+    report = replace(report, valid=valid)
+    assert report.to_dict().get("loss_recovered") == pytest.approx(share)
+    assert ("loss recovered" in result_table(report)) == (share is not None)
+
+
+def test_no_share_without_recovery(report):
+    report = replace(report, valid={name: report.valid[name] for name in ("teacher", "pruned")})
+    assert "loss_recovered" not in report.to_dict() and "loss recovered" not in result_table(report)
+
+
+def test_perplexity_of_a_very_high_loss():
     assert perplexity(math.log(10)) == pytest.approx(10)
     assert perplexity(1e4) == math.inf
