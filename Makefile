@@ -1,4 +1,5 @@
 # make demo   prune the demo model end to end, on CPU, in minutes
+# make smollm2   prune a real LLM of 30 layers end to end, on CPU, in about an hour; TASKS=FOLDER also scores benchmark tasks
 # make test         run every test that this machine can run, in under 20 minutes on 2 cores
 # make test-quick   run the tests that start no torchrun and take seconds, in under 3 minutes
 # make docs   build the documentation site in site/
@@ -11,13 +12,13 @@ DOCS_STAMP := .venv/.docs-installed
 
 # With glibc's defaults, small training steps on a CPU spend half of their time on returning memory to the kernel and
 # faulting it in again.
-test test-quick demo: export MALLOC_MMAP_THRESHOLD_ := 1073741824
-test test-quick demo: export MALLOC_TRIM_THRESHOLD_ := 2000000000
-test test-quick demo: export MALLOC_TOP_PAD_ := 268435456
+test test-quick demo smollm2: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+test test-quick demo smollm2: export MALLOC_TRIM_THRESHOLD_ := 2000000000
+test test-quick demo smollm2: export MALLOC_TOP_PAD_ := 268435456
 # One thread per process, because the demo and the parallel tests start several processes.
-test test-quick demo: export OMP_NUM_THREADS := 1
+test test-quick demo smollm2: export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test test-quick lint format docs clean
+.PHONY: setup demo smollm2 test test-quick lint format docs clean
 
 setup: $(STAMP)
 
@@ -35,6 +36,13 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/torchrun --nproc-per-node 2 tools/prune.py --config examples/demo/demo.yaml
+
+# Resumable: what is finished is not repeated. docs/evaluation.md says where the data of the tasks are.
+SMOLLM2_TASKS := arc_easy,piqa,winogrande,openbookqa,lambada_openai,copa
+smollm2: $(STAMP)
+	$(BIN)/python examples/smollm2/prepare.py runs/smollm2/data
+	$(BIN)/torchrun --nproc-per-node 2 tools/compare.py --config examples/smollm2/smollm2.yaml --save runs/smollm2/results \
+		$(if $(TASKS),--tasks $(SMOLLM2_TASKS) --task-path $(TASKS) --task-limit 200 --task-pruned true)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

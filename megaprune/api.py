@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from megaprune.config.checks import check_for_scoring, check_run
 from megaprune.config.evaluation import EvaluateConfig
+from megaprune.config.generation import GenerateConfig
 from megaprune.config.mapping import fill, overridden
 from megaprune.config.schema import ALTERNATIVES, GROUPS, WHAT_TO_PRUNE, Config
 from megaprune.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from megaprune.evaluation.result import Evaluation
+    from megaprune.generation.run import Generated
     from megaprune.report.run_report import LayerScores, Report
     from megaprune.weights.torch_dist.engine import Conversion
 
-__all__ = ["evaluate", "export_hf", "import_hf", "prune", "remove_layers", "score_layers"]
+__all__ = ["evaluate", "export_hf", "generate_data", "import_hf", "prune", "remove_layers", "score_layers"]
 
 
 def prune(
@@ -51,7 +53,7 @@ def prune(
     resolved = _config(config, flags)
     # Imported here and below, so that wrong flags are reported before megatron loads.
     from megaprune.pruning.resolve import open_run
-    from megaprune.pruning.runner import run
+    from megaprune.pruning.rounds import run
     from megaprune.utils.ranks import world_size
 
     options, source = open_run(resolved, world_size())
@@ -84,9 +86,7 @@ def score_layers(
     """
     fixed = [name for name in ("save", "train_iters", "train_data") if name in flags]
     if fixed:
-        raise UsageError(
-            f"score_layers takes no {fixed[0]}: it trains nothing and writes nothing, and scores on `data`"
-        )
+        raise UsageError(f"score_layers does not take {fixed[0]}: it neither trains nor writes, and reads only `data`")
     sized = any(flags.get(name) is not None for name in WHAT_TO_PRUNE)
     given: dict[str, Any] = {"hf_model": hf_model, "train_data": list(data), "method": method, "train_iters": 0}
     config = Config(*fill(GROUPS, given | ({} if sized else {"num_layers_to_prune": 1}) | flags))
@@ -120,7 +120,7 @@ def remove_layers(
         UsageError: an argument is wrong.
     """
     if mtp not in ("keep", "drop"):
-        raise UsageError(f"--mtp {mtp!r} is neither keep nor drop")
+        raise UsageError(f"--mtp {mtp!r}: give keep or drop")
     from megaprune.pruning.surgery import remove_layers_of
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource
@@ -160,6 +160,31 @@ def evaluate(
     from megaprune.evaluation.run import evaluate_all
 
     return evaluate_all(**vars(config))
+
+
+def generate_data(
+    hf_model: str | Path, output: str | Path, prompts: Sequence[str | Path] = (), **flags: Any
+) -> "Generated":
+    """Let a model write text or chats for its own calibration and recovery. The same call continues interrupted work.
+
+    Args:
+        output: the file of JSON lines to write, for `--train-data`; it appears when it is complete.
+        prompts: texts to continue or chats to answer.
+        flags: other flags of `megaprune generate-data`, such as `max_new_tokens` and `temperature`.
+
+    Returns:
+        The number of rows and tokens, and the speed.
+
+    Raises:
+        MegapruneError: the model or the prompts can't be used, or the output can't be written.
+        UsageError: an argument is wrong.
+    """
+    given = {"hf_model": str(hf_model), "output": str(output), "prompts": [str(path) for path in prompts]}
+    [config] = fill([GenerateConfig], given | flags)
+    from megaprune.generation.run import GenerateOptions
+    from megaprune.generation.run import generate_data as generate
+
+    return generate(GenerateOptions(**vars(config)))
 
 
 def import_hf(

@@ -149,7 +149,7 @@ def test_score_layers_equals_a_run_and_writes_nothing(flags, model, tiny_data, t
     data, common = flags["train_data"], {name: flags[name] for name in ("seq_length", "calibration_samples")}
     scores = megaprune.score_layers(hf_model=model, data=data, **common)
     sized = megaprune.score_layers(hf_model=model, data=data, method="sleb", num_layers_to_prune=2, **common)
-    with pytest.raises(megaprune.UsageError, match="sleb chooses layers together"):
+    with pytest.raises(megaprune.UsageError, match="sleb selects layers together"):
         megaprune.score_layers(hf_model=model, data=data, method="sleb", **common)
     assert capfd.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
@@ -165,8 +165,8 @@ def test_score_layers_equals_a_run_and_writes_nothing(flags, model, tiny_data, t
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"method": "e3"}, "--method e3 does not score layers on calibration data: choose of auto, clp"),
-        ({"save": "run"}, "score_layers takes no save"),
+        ({"method": "e3"}, "--method e3 does not score layers on calibration data: choose one of auto, clp"),
+        ({"save": "run"}, "score_layers does not take save"),
         ({"data": []}, "data is required"),
         ({"hf_model": None}, "--hf-model is required"),
         ({"seq_length": 0}, "--seq-length 0 is less than 1"),

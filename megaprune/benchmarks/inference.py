@@ -190,7 +190,9 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds; all mean the same here
-        raise MegapruneError(f"{folder} holds no model that transformers knows: {str(error).splitlines()[0]}") from None
+        raise MegapruneError(
+            f"{folder} contains no model that transformers can load: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _num_layers(folder: Path) -> int:
@@ -228,9 +230,7 @@ def _in_vllm(folder: Path, dtype: str) -> Generate:
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
-        raise UsageError(
-            "--engine vllm: vLLM is not installed here; install it, or use --engine transformers"
-        ) from None
+        raise UsageError("--engine vllm: vLLM is not installed: install it, or use --engine transformers") from None
     # Both models are in memory at once, so that their rounds can alternate.
     model = LLM(str(folder), dtype=dtype, skip_tokenizer_init=True, gpu_memory_utilization=0.4)
 

@@ -122,7 +122,7 @@ class TeacherCacheOptions:
     def check(self) -> None:
         """Raise UsageError for options that are missing."""
         if not (self.hf_model and self.data):
-            raise UsageError("--hf-model and --data are required: a trained model, and text that it knows")
+            raise UsageError("--hf-model and --data are required: a trained model, and text like its training data")
         _check_output(self.output)
 
 

@@ -48,7 +48,7 @@ def measure(options: TeacherCacheOptions) -> Result:
         UsageError: there are several processes.
     """
     if parallel.world_size() > 1:
-        raise UsageError("teacher-cache is for one process: start it without torchrun")
+        raise UsageError("teacher-cache runs in one process: start it without torchrun")
     source, sizes = HFSource(resolve_hf_model(str(options.hf_model))), parallel.ParallelSizes()
     positions = source.family.architecture(source.config).max_position_embeddings
     seq_length = options.seq_length or min(_LONGEST_DEFAULT_WINDOW, positions)

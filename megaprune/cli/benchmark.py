@@ -29,10 +29,10 @@ class _Benchmark:
 
 BENCHMARKS = {
     "train-step": _Benchmark(
-        "train_step", TrainStepOptions, "The cost of a search step by that of a plain training step."
+        "train_step", TrainStepOptions, "The cost of a search step relative to a plain training step."
     ),
-    "convert": _Benchmark("convert", ConvertOptions, "The cost of a conversion by that of copying its bytes."),
-    "inference": _Benchmark("inference", InferenceOptions, "The speed of a pruned model by that of its original."),
+    "convert": _Benchmark("convert", ConvertOptions, "The cost of a conversion relative to copying its bytes."),
+    "inference": _Benchmark("inference", InferenceOptions, "The speed of a pruned model relative to its original."),
     "teacher-cache": _Benchmark(
         "teacher_cache", TeacherCacheOptions, "The cost of caching a teacher, and the error of the cache."
     ),

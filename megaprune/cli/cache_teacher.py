@@ -12,7 +12,7 @@ from megaprune.utils.errors import UsageError
 
 _DESCRIPTION = (
     "Caches the teacher's top-k logits, log-sum-exp and entropy of every training token, for --teacher cached. Takes "
-    "the flags and the recipes of prune.py; what they say of pruning and training changes nothing here."
+    "the flags and the recipes of prune.py; those for pruning and training have no effect."
 )
 
 

@@ -23,7 +23,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="convert.py", description="HF safetensors to a Megatron-Core checkpoint and back.")
+    parser = Parser(prog="convert.py", description="Convert HF safetensors to a Megatron-Core checkpoint and back.")
     verbs = parser.add_subparsers(required=True, metavar="{import,export,verify}", parser_class=Parser)
 
     def add(name: str, help: str, work: object) -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (importing, exporting):
         verb.add_argument("--workers", type=_positive, help="threads per process (default: 2; under torchrun: 1)")
         verb.add_argument("--resume", action="store_true", help="continue interrupted work")
-    verifying = add("verify", "compares two HF folders tensor by tensor", _verify)
+    verifying = add("verify", "compare two HF folders tensor by tensor", _verify)
     verifying.add_argument("--hf-model", required=True, help="first HF folder")
     verifying.add_argument("--hf-path", required=True, help="second HF folder")
     return parser

@@ -21,13 +21,14 @@ from megaprune.utils.ranks import forget_stale_variables, rank, world_size
 
 VERBS = {
     "prune": "prune and heal a model",
-    "cache-teacher": "a teacher's logits for all training data, to learn from without it",
-    "convert": "HF safetensors to a Megatron-Core checkpoint and back",
-    "evaluate": "loss, perplexity and agreement with a teacher of an HF model",
-    "compare": "several methods on one model, at equal budgets",
-    "benchmark": "speed ratios, measured side by side",
-    "preprocess-data": "text or chat to Megatron's indexed datasets",
-    "plan": "layers, parameters and memory of every rank, without weights or accelerators",
+    "cache-teacher": "store a teacher's logits for all training data",
+    "convert": "convert HF safetensors to a Megatron-Core checkpoint and back",
+    "evaluate": "compute an HF model's loss, perplexity and agreement with a teacher",
+    "compare": "compare several methods on one model at equal budgets",
+    "benchmark": "measure speed ratios side by side",
+    "generate-data": "write text or chats with the model itself",
+    "preprocess-data": "convert text or chat to Megatron's indexed datasets",
+    "plan": "compute every rank's layers, parameters and memory without weights or accelerators",
 }
 
 # Verbs whose processes may also be started by another launcher than torchrun.

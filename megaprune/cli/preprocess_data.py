@@ -80,7 +80,7 @@ def _options(config: PreprocessConfig) -> "PreprocessOptions":
             f"--output-prefix {config.output_prefix}: give the dataset's path without .bin or .idx, not a folder's"
         )
     if config.chat_template and not Path(config.chat_template).is_file():
-        raise UsageError(f"--chat-template {config.chat_template} is no file")
+        raise UsageError(f"--chat-template {config.chat_template} is not a file")
     options = PreprocessOptions(
         config.input,
         config.tokenizer,

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megaprune.evaluation.task_files import load_tasks
 from megaprune.mcore import parallel
 from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
-from megaprune.pruning.runner import run
+from megaprune.pruning.rounds import run
 from megaprune.report.metrics import read_metrics
 from megaprune.report.plots import plot_comparison, plot_recovery
 from megaprune.utils.errors import MegapruneError
@@ -102,12 +103,12 @@ def _rankings(comparison: Comparison, save: Path) -> dict[tuple[str, int, str], 
     """Return the rankings that the file asks for; each is measured once and then read."""
     found: dict[tuple[str, int, str], Ranking] = {}
     for planned in comparison.runs if comparison.rank_windows else []:
-        key = _masks_of(planned)
+        key = parallel.on_rank0_for_all(partial(_masks_of, planned))
         if key not in found and not planned.config.method.names_layers:
             model, pruned, protected = key
             name = ["masks", model, str(pruned), protected.replace(",", "+"), f"{comparison.rank_windows}windows"]
             path = save / ("-".join(filter(None, name)) + ".json")
-            if not path.is_file():
+            if not parallel.on_rank0_for_all(path.is_file):
                 say(f"measuring all masks for {path}")
             found[key] = rank_all_masks(planned.config, comparison.rank_windows, path)
     return found

@@ -1,7 +1,7 @@
 """The runs of a comparison: one per model, method, size and seed, all with the same other flags."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Comparison:
     dtype: str = "auto"
 
 
-def read_comparison(path: Path, save: Path) -> Comparison:
+def read_comparison(path: Path, save: Path, overrides: Mapping[str, Any] | None = None) -> Comparison:
     """Read the runs that a YAML file asks for, each checked like a command line.
 
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
@@ -89,18 +89,24 @@ def read_comparison(path: Path, save: Path) -> Comparison:
     recovery. So that all recover alike, methods such as `clp`, which train the layers beside the cut by default, train
     all layers here unless their mapping says otherwise. `manual` runs once, with the `prune_layers` of its mapping.
 
+    Args:
+        overrides: keys whose values replace the file's.
+
     Raises:
         UsageError: names the key or the run.
     """
     asked = read_yaml(path)
     if not isinstance(asked, dict) or not isinstance(asked.get("run"), dict):
         raise UsageError(f"--config {path} must have a key 'run', which maps the runs' common flags to values")
+    asked |= overrides or {}
     unknown = [key for key in asked if key not in _KEYS]
     if unknown:
         raise UsageError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
     own = [key for key in asked["run"] if str(key).replace("-", "_") in _NOT_COMMON]
     if own:
-        raise UsageError(f"--config {path}: {own[0]} has no place under 'run', whose flags all runs share")
+        raise UsageError(
+            f"--config {path}: {own[0]} is not allowed under 'run', which holds the flags that all runs share"
+        )
     sizes = [key for key in WHAT_TO_PRUNE if key in asked]
     if len(sizes) != 1 or sizes[0] == "prune_layers":
         raise UsageError(f"--config {path}: give one of num_layers_to_prune, prune_ratio, target_params, as a list")
@@ -113,7 +119,7 @@ def read_comparison(path: Path, save: Path) -> Comparison:
     names = [run.folder.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UsageError(f"--config {path}: {twice[0]} is asked for twice; give the methods labels of their own")
+        raise UsageError(f"--config {path}: {twice[0]} appears twice; give each method a label of its own")
     dtype = str(asked.get("dtype", "auto"))
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--config {path}: dtype must be one of auto, {', '.join(DTYPES)}")
@@ -154,12 +160,12 @@ def _methods(path: Path, asked: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     for method in _listed(path, asked, "methods"):
         own = dict(method) if isinstance(method, dict) else {"method": method}
         if not isinstance(own.get("method"), str):
-            raise UsageError(f"--config {path}: {method!r} is no method: give a name, or a mapping with 'method'")
+            raise UsageError(f"--config {path}: {method!r} is not a method: give a name, or a mapping with 'method'")
         label = _as_folder(path, "label", own.pop("label", own["method"]))
         for lever, flags in levers.items():
             wrong = [key for key in flags or {} if str(key).replace("-", "_") in _NOT_COMMON]
             if wrong:
-                raise UsageError(f"--config {path}: {wrong[0]} has no place under 'levers'")
+                raise UsageError(f"--config {path}: {wrong[0]} is not allowed under 'levers'")
             name = "-".join(filter(None, [label, _as_folder(path, "lever", lever)]))
             yield name, _normalized(own) | _normalized(flags or {})
 
@@ -177,7 +183,7 @@ def _tasks(path: Path, asked: dict[str, Any], dtype: str) -> TaskSettings | None
     for key, least in (("task_limit", 1), ("task_batch_size", 1), ("num_fewshot", 0)):
         value = asked.get(key)
         if key in asked and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UsageError(f"--config {path}: {key} must be a number from {least} up")
+            raise UsageError(f"--config {path}: {key} must be a number of at least {least}")
     if not isinstance(asked.get("task_pruned", False), bool):
         raise UsageError(f"--config {path}: task_pruned must be true or false")
     if not isinstance(asked.get("task_path", ""), str):

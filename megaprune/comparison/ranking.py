@@ -50,16 +50,16 @@ def all_masks(selection: SelectionOptions) -> list[tuple[int, ...]]:
         raise UsageError("rank_windows: masks are ranked by number of layers, not with target_params")
     if math.comb(len(free), chosen) > MOST_MASKS:
         raise UsageError(
-            f"rank_windows: {math.comb(len(free), chosen):,} masks are too many to measure, the most is {MOST_MASKS:,}"
+            f"rank_windows: {math.comb(len(free), chosen):,} masks are too many to measure (at most {MOST_MASKS:,})"
         )
     return [tuple(sorted({*protected, *some})) for some in itertools.combinations(free, chosen)]
 
 
 def rank_all_masks(config: Config, num_windows: int, path: Path) -> Ranking:
     """Measure every mask on the first validation windows, or read the result of an earlier call. Collective."""
-    if not path.is_file():
+    if not parallel.on_rank0_for_all(path.is_file):
         options, source = open_run(config, parallel.world_size())
-        with parallel.session(options.sizes):
+        with parallel.session(options.sizes, options.timeout_minutes):
             masks, models = all_masks(options.selection), Models(options, source)
             tokenizer = run_tokenizer(options, source)
             data = prepare_data(options, source, tokenizer, cache_dir(options))
@@ -69,5 +69,5 @@ def rank_all_masks(config: Config, num_windows: int, path: Path) -> Ranking:
                 kl += mask_losses(model, models.gate, batches, some, models.shard, "kl").tolist()
             if parallel.rank() == 0:
                 write_json(path, {" ".join(map(str, kept)): value for kept, value in zip(masks, kl, strict=True)})
-    read = json.loads(path.read_text())
+    read = parallel.on_rank0_for_all(lambda: json.loads(path.read_text()))
     return Ranking({tuple(map(int, kept.split())): value for kept, value in read.items()})

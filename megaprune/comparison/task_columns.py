@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 
 from megaprune.evaluation.harness import headline, mean_score
-from megaprune.report.run_report import MODELS, share_recovered
+from megaprune.report.run_report import share_recovered
 
 PREFIX = "task "
+SCORED = ("teacher", "pruned", "recovered")  # the models whose tasks may be scored
 _MEAN = "mean"
 
 
@@ -31,7 +32,7 @@ def of_result(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
 
 
 def with_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Add to a table the share of each score's loss that recovery gave back; NaN where it was not measured."""
+    """Add to a table the share of each score's loss that recovery regained; NaN where it was not measured."""
     shares = {
         f"{PREFIX}{task} share": [_share(row, task) for row in table.to_dict("records")]
         for task in _tasks(table.columns)
@@ -79,7 +80,7 @@ def _cell(row: Mapping[str, Any], task: str) -> str:
 
 
 def _share(row: Mapping[str, Any], task: str) -> float:
-    teacher, pruned, recovered = (_value(row, task, model) for model in MODELS)
+    teacher, pruned, recovered = (_value(row, task, model) for model in SCORED)
     share = share_recovered(teacher, pruned, recovered, is_loss=False)
     return math.nan if share is None else share
 

@@ -1,6 +1,6 @@
 """Checks across settings: required combinations, exclusions, and flags that a method does not use."""
 
-from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_stitch
+from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_rounds, check_stitch
 from megaprune.config.schema import (
     WHAT_TO_PRUNE,
     Config,
@@ -28,6 +28,7 @@ def check_run(config: Config) -> None:
     _check_lora(config)
     check_cut(config)
     check_stitch(config)
+    check_rounds(config)
     _check_teacher(config)
     training = config.recovery.train_iters > 0
     if not config.data.train_data and (training or config.method.calibrated):
@@ -59,7 +60,7 @@ def check_for_scoring(config: Config) -> None:
     if not config.method.calibrated:
         calibrated = ", ".join(method.name for method in registry.methods() if method.calibrated)
         raise UsageError(
-            f"--method {config.prune.method} does not score layers on calibration data: choose of {calibrated}"
+            f"--method {config.prune.method} does not score layers on calibration data: choose one of {calibrated}"
         )
     if not config.data.train_data:
         raise UsageError("data is required: the text on which layers are scored")
@@ -105,9 +106,32 @@ def _check_teacher(config: Config) -> None:
             f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
             "leave one of them out"
         )
+    weight = config.distillation.hidden_loss_weight
+    if weight and (teacher == "cached" or config.distillation.distill_loss == "ce"):
+        without = "--teacher cached" if teacher == "cached" else "--distill-loss ce"
+        raise UsageError(
+            f"--hidden-loss-weight {weight:g} needs a teacher's hidden states, and there are none with {without}: use "
+            "--teacher online or self, or leave it out"
+        )
+    _check_mtp(config)
     if teacher == "cached" and not config.distills:
         unused = "--distill-loss ce" if config.distillation.distill_loss == "ce" else "--train-iters 0"
-        raise UsageError(f"--teacher cached has nothing to teach with {unused}: leave one of them out")
+        raise UsageError(f"--teacher cached is not used with {unused}: leave one of them out")
+
+
+def _check_mtp(config: Config) -> None:
+    if not config.distillation.mtp_loss_scaling_factor:
+        return
+    obstacles = {
+        "--mtp drop": config.model.mtp == "drop",
+        "--lora-rank": config.lora.lora_rank is not None,
+        "--recovery-layers endpoints": config.tunes_endpoints,
+    }
+    for flag, given in obstacles.items():
+        if given:
+            raise UsageError(
+                f"--mtp-loss-scaling-factor trains the MTP layers, which {flag} does not: leave one of them out"
+            )
 
 
 def _check_lora(config: Config) -> None:
@@ -118,7 +142,7 @@ def _check_lora(config: Config) -> None:
         if config.distillation.teacher == "self":
             raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
     if config.lora.export_adapter and config.recovery.train_iters == 0:
-        raise UsageError("--export-adapter needs --train-iters above 0: untrained, there is no adapter")
+        raise UsageError("--export-adapter needs --train-iters above 0: without training there is no adapter")
 
 
 def _check_iterations(config: Config) -> None:

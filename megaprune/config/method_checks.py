@@ -14,7 +14,10 @@ _BUDGETS: dict[str, BudgetKind] = {
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
-_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters", "search_preset")
+_OWN_FLAGS = (
+    *("criterion", "selection_budget", "search_weights", "search_iters", "search_preset"),
+    *("heal_candidates", "heal_iters"),
+)
 # Settings of trained scores, which the default search of e3 does not have.
 _TRAINED_SCORES = ("mask_lr", "mask_init_scale")
 
@@ -64,6 +67,11 @@ def check_method_flags(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
         raise UsageError(f"--search-iters {search_iters} is less than 1")
+    if config.heal_iters * config.search.heal_candidates > train_iters:
+        raise UsageError(
+            f"--heal-iters {config.heal_iters} of --heal-candidates {config.search.heal_candidates} are more than "
+            f"--train-iters {train_iters}"
+        )
     config.method_options()  # raises if the method's function has a parameter that is not a flag
 
 
@@ -104,11 +112,37 @@ def check_stitch(config: Config) -> None:
         )
     if config.distillation.teacher == "self":
         raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
-    if method.searches and config.search.search_weights == "trained":
+    if method.searches and config.search.search_weights == "trained" and config.lora.lora_rank is not None:
         raise UsageError(
-            f"{flag} is fitted on the source's weights, and --method {config.prune.method} trains them while it "
-            "searches: give --search-weights frozen"
+            f"{flag} changes the weights below the adapters, and --method {config.prune.method} trains the adapters "
+            "while it searches: give --search-weights frozen"
         )
+
+
+def check_rounds(config: Config) -> None:
+    """Check that a run can be divided into `--rounds`.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    rounds, train_iters = config.recovery.rounds, config.recovery.train_iters or 0
+    if rounds == 1:
+        return
+    flag, warm_up = f"--rounds {rounds}", config.recovery.lr_warmup_iters
+    if config.method.names_layers:
+        raise UsageError(f"{flag} selects layers in each round, and --method {config.prune.method} names them all")
+    if config.lora.export_adapter:
+        raise UsageError(f"{flag} merges the adapters of each round into the weights: leave --export-adapter out")
+    if config.distillation.teacher == "self":
+        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
+    shortest = train_iters // rounds
+    if train_iters and shortest <= warm_up:
+        raise UsageError(
+            f"{flag}: a round has {shortest} of --train-iters {train_iters}, which must be more than "
+            f"--lr-warmup-iters {warm_up}"
+        )
+    if config.method.searches and config.search_iters < rounds:
+        raise UsageError(f"{flag}: --search-iters {config.search_iters} can't be shared by the rounds; give more")
 
 
 def _takers(flag: str, instead: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megaprune.config.engine import EngineConfig, LoRAConfig, ParallelConfig
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
 from megaprune.config.sizes import pruned_layers_of
@@ -33,7 +34,7 @@ class ModelConfig:
     hf_model: str | None = flag("HF model: a folder with safetensors files, or a hub id")
     load: str | None = flag("Megatron-Core checkpoint written by `megaprune convert import`, instead of --hf-model")
     mtp: Literal["keep", "drop"] = flag(
-        "multi-token-prediction layers: copied to the output untrained, or dropped", "keep"
+        "multi-token-prediction layers: copied to the output (see --mtp-loss-scaling-factor), or dropped", "keep"
     )
     trust_remote_code: bool = flag("run the tokenizer code that comes with the model", False)
 
@@ -124,9 +125,18 @@ class SearchConfig:
         "perplexity",
     )
     selection_budget: int | None = flag(
-        "with --method auto: maximum number of tokens in its forward passes (default: the cost of a search of a tenth "
-        "of --train-iters, in which a backward pass counts as two forward passes)",
+        "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
+        "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
+    )
+    heal_candidates: int = flag(
+        "with --method auto: number of candidates that recovery begins with; after --heal-iters iterations of each, "
+        "the best one goes on. All of them are part of --train-iters. 1 chooses by KL alone",
+        1,
+        least=1,
+    )
+    heal_iters: int | None = flag(
+        "with --heal-candidates: iterations of each candidate (default: a twentieth of --train-iters)", least=0
     )
     protect_layers: str = flag(
         "layers that are never removed, separated by commas: first, last, numbers from 0; or none", "first,last"
@@ -141,12 +151,25 @@ class RecoveryConfig:
     train_iters: int | None = flag(
         "total iterations of search and recovery; 0 removes layers without training", least=0
     )
+    rounds: int = flag(
+        "prune and heal in N rounds: each removes a share of the layers, selected on the model that the round before "
+        "has healed, and trains for a share of --train-iters",
+        1,
+        least=1,
+    )
     lr: float = flag("peak learning rate", 1e-4, least=0)
     min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
         "decay of the learning rate after the warm-up", "cosine"
     )
     lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
+    average_weights: float = flag(
+        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
+        "last weights",
+        0.0,
+        least=0,
+        most=1,
+    )
     stitch: Literal["none", "fold"] = flag(
         "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
         "multiplied into the down_proj of the layer before each cut (ReplaceMe)",
@@ -185,65 +208,21 @@ class DistillationConfig:
     kd_loss_alpha: float = flag(
         "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
     )
+    hidden_loss_weight: float = flag(
+        "factor of a loss on hidden states in recovery: the squared relative distance of each kept layer's output to "
+        "the teacher's",
+        0.0,
+        least=0,
+    )
+    mtp_loss_scaling_factor: float = flag(
+        "factor of the cross-entropy of multi-token-prediction layers; 0 copies them untrained", 0.0, least=0
+    )
     teacher: Literal["online", "self", "cached"] = flag(
         "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
         "outputs stored in --teacher-logits",
         "online",
     )
     teacher_logits: str | None = flag("with --teacher cached: folder written by `megaprune cache-teacher`")
-
-
-@dataclass
-class LoRAConfig:
-    """Low-rank adapters, trained instead of the weights."""
-
-    _argument_group_name = "LoRA"
-    lora_rank: int | None = flag("rank of the adapters; enables LoRA", least=1)
-    lora_alpha: float | None = flag(
-        "LoRA alpha: adapters are scaled by alpha / rank (default: twice the rank)", above=0
-    )
-    lora_target_modules: list[str] = flag(
-        "linear layers that get adapters, by their Megatron names, such as linear_qkv linear_proj (default: all)", []
-    )
-    export_adapter: bool = flag("export the adapters in PEFT's format, next to the untrained pruned model", False)
-
-
-@dataclass
-class ParallelConfig:
-    """Distribution of the model over processes."""
-
-    _argument_group_name = "parallelism"
-    tensor_model_parallel_size: int = flag("number of tensor-parallel ranks", 1, least=1)
-    pipeline_model_parallel_size: int = flag("number of pipeline stages", 1, least=1)
-    expert_model_parallel_size: int = flag(
-        "number of ranks among which the experts of each layer are distributed", 1, least=1
-    )
-    expert_tensor_parallel_size: int | None = flag(
-        "number of ranks that split each expert (default: the tensor-parallel size if there are enough processes, "
-        "otherwise 1)",
-        least=1,
-    )
-    context_parallel_size: int = flag("number of context-parallel ranks; only 1 is supported", 1, least=1)
-    sequence_parallel: bool = flag("split activations along the sequence over tensor-parallel ranks", False)
-    pipeline_model_parallel_layout: str | None = flag(
-        "pipeline stages of the original model, such as Ettt|tttL (default: balanced); the stages of the pruned model "
-        "are always balanced"
-    )
-
-
-@dataclass
-class EngineConfig:
-    """Options of Megatron-Core."""
-
-    _argument_group_name = "engine"
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = flag(
-        "layer implementation; auto uses Transformer Engine if it is available", "auto"
-    )
-    use_distributed_optimizer: bool = flag("shard the optimizer state over data-parallel ranks", False)
-    recompute_granularity: Literal["selective", "full"] | None = flag(
-        "recompute activations in the backward pass: full recomputes whole layers, selective only the attention "
-        "(default: none)"
-    )
 
 
 @dataclass
@@ -355,7 +334,7 @@ class Config:
         """Return the keyword arguments of the method, with defaults that depend on the training filled in.
 
         Raises:
-            MegapruneError: it takes a keyword that is no flag.
+            MegapruneError: it takes a keyword that is not a flag.
         """
         listed = self.prune.prune_layers
         filled = {
@@ -388,6 +367,14 @@ class Config:
     def tenth_of_training(self) -> int:
         """Default number of search iterations (E3-Pruner)."""
         return max(1, round((self.recovery.train_iters or 0) / 10))
+
+    @property
+    def heal_iters(self) -> int:
+        """Number of iterations of each candidate before one is chosen; 0 if one is chosen without training."""
+        if not self.method.heals or self.search.heal_candidates == 1:
+            return 0
+        train_iters, chosen = self.recovery.train_iters or 0, self.search.heal_iters
+        return round(train_iters / 20) if chosen is None else chosen
 
     @property
     def search_iters(self) -> int:

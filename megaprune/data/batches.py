@@ -83,7 +83,7 @@ def train_ids(
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
         raise UsageError(
-            f"--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
             f"{micro_batch_size} times the data-parallel size {dp_size}: change one of them"
         )
     ids = dataset.train_order(seed, iteration * global_batch_size, global_batch_size)

@@ -21,7 +21,7 @@ from megaprune.data.indexed_files import IndexedFile, check_tokens, check_vocabu
 from megaprune.data.sources import FileSource, source_identity
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place_once
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ def find_blend(words: Sequence[str], flag: str) -> Blend | None:
         if "weight" in kinds and len(words) > 1:
             other = next((w for w, kind in zip(words, kinds, strict=True) if kind != "weight"), words[0])
             raise UsageError(
-                f"{flag} {other}: weights go with preprocessed datasets, and there is no {other}.idx; leave them out, "
+                f"{flag} {other}: weights need preprocessed datasets, and there is no {other}.idx; leave them out, "
                 "or run megaprune preprocess-data first"
             )
         return None
     if "other" in kinds:
         other = words[kinds.index("other")]
         raise UsageError(
-            f"{flag} {other} is neither a weight nor a preprocessed dataset (there is no {other}.idx), and those don't "
-            "mix with text or hub datasets: check the path, or run megaprune preprocess-data on it"
+            f"{flag} {other} is neither a weight nor a preprocessed dataset (there is no {other}.idx), and "
+            "preprocessed datasets can't be mixed with text or hub datasets: check the path, or run megaprune "
+            "preprocess-data on it"
         )
     prefixes = [_stem(word) for word, kind in zip(words, kinds, strict=True) if kind == "prefix"]
     if "weight" not in kinds:
@@ -79,7 +80,7 @@ def _kind(word: str, flag: str) -> str:
     if any(file.is_file() or file.is_symlink() for file in pair):
         if stem == word and path.exists():
             either = f"give {word}/ or {word}.idx" if path.is_dir() else f"give {word}.idx, or rename the file"
-            raise UsageError(f"{flag} {word} is there and, as {word}.idx, a preprocessed dataset too: {either}")
+            raise UsageError(f"{flag} {word} exists, and so does the preprocessed dataset {word}.idx: {either}")
         return "prefix"
     try:
         float(word)
@@ -107,7 +108,7 @@ def open_blend(
     for file in files:
         if file.num_tokens < 2 or (flag == "--train-data" and not file.num_windows(seq_length)):
             raise MegapruneError(
-                f"{flag} {file.prefix} holds {file.num_tokens} tokens, and one window takes {seq_length + 1}: give "
+                f"{flag} {file.prefix} holds {file.num_tokens} tokens, but one window needs {seq_length + 1}: give "
                 "more data or a smaller --seq-length"
             )
         if vocab_size is not None:
@@ -124,14 +125,14 @@ def stored_windows(
         UsageError: the blend has weights, which have no meaning here.
     """
     if blend.weights is not None:
-        raise UsageError(f"{flag} takes no weights: it is read once, in order; give the datasets alone")
+        raise UsageError(f"{flag} takes no weights: its data is read once, in order; give only the datasets")
     parts = [PackedDataset(_stream(file), seq_length, pad_id, pad_last) for file in files]
     return parts[0] if len(parts) == 1 else JoinedWindows(parts)
 
 
-def _stream(file: IndexedFile) -> TokenStream:
-    offsets = np.append(file.starts // file.dtype.itemsize, file.num_tokens)
-    return TokenStream(file.tokens(), None, offsets, _digest([file]))
+def _stream(file: IndexedFile, digest: str | None = None) -> TokenStream:
+    offsets, digest = np.append(file.starts // file.dtype.itemsize, file.num_tokens), digest or _digest([file])
+    return TokenStream(file.tokens(), None, offsets, digest, opened_by=(_stream, (file, digest)))
 
 
 def _digest(files: Sequence[IndexedFile], *more: Any) -> str:
@@ -201,12 +202,15 @@ def training_windows(
     Raises:
         MegapruneError: the index files can't be written, or a rank does not see them.
     """
-    from megaprune.mcore import datasets
+    from megaprune.mcore import datasets, parallel
 
     # Without weights, the number of windows is the weight, as in Megatron.
     weights = blend.weights or [float(file.num_windows(seq_length)) for file in files]
     prefixes = [os.path.abspath(file.prefix) for file in files]
-    fingerprint = _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
+    # Rank 0's: it hashes the files or, if they are large, depends on their modification times.
+    fingerprint = parallel.on_rank0_for_all(
+        lambda: _digest(files, weights, num_samples, seq_length, seed, vocab_size, pad_id)
+    )
     # The names of Megatron's index files depend on the paths of the data, but not on its contents.
     key = hashlib.sha256(json.dumps([prefixes, fingerprint]).encode()).hexdigest()[:32]
     folder = cache_dir.absolute() / "indexed" / key
@@ -267,7 +271,7 @@ def _ensure_indices(build: Callable[[Path], object], folder: Path) -> None:
     number = 0 if folder.is_dir() else random.SystemRandom().randrange(1, 1 << 62)
     number = int(parallel.broadcast_from_rank0(torch.tensor(number)))
     if number:
-        aside = aside_folder(folder, f"{number:x}")
+        aside = aside_of(folder, f"{number:x}")
         parallel.on_rank0(lambda: _make(aside))
         _build(lambda: build(aside), aside, folder)
         parallel.barrier()
@@ -290,8 +294,8 @@ def _build(build: Callable[[], object], aside: Path, folder: Path) -> None:
 
     try:
         build()
-        if parallel.rank() == 0 and not folder.is_dir():
-            aside.rename(folder)
+        if parallel.rank() == 0:
+            put_in_place_once(aside, folder)
     except MegapruneError:
         raise
     except Exception as error:  # Megatron-Core wraps some OSErrors

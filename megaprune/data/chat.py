@@ -73,7 +73,7 @@ def _joined(content: Any, role: str, where: str) -> Any:
     if role in _RESULT_ROLES and isinstance(content, (list, Mapping)):
         return content  # templates with tools write it as JSON
     raise MegapruneError(
-        f"{where} has a {type(content).__name__} as its content that is no list of text parts: give a string, or "
+        f"{where} has a {type(content).__name__} as its content, not text or a list of text parts: give a string, or "
         'a list of {"type": "text", "text": ...}'
     )
 
@@ -85,8 +85,8 @@ def _text_of(part: Any, where: str) -> str:
     other = [name for name in _MEDIA if part.get(name) is not None]
     if kind not in _TEXT_PARTS or other:
         raise MegapruneError(
-            f"{where} has a part of type {(kind if kind not in _TEXT_PARTS else other[0])!r}: only text is trained on; "
-            "leave such rows out"
+            f"{where} has a part of type {(kind if kind not in _TEXT_PARTS else other[0])!r}: only text is supported; "
+            "remove such rows"
         )
     if not isinstance(part.get("text"), str):
         raise MegapruneError(f"{where} has a text part without text (its keys: {', '.join(map(str, part))})")
@@ -109,9 +109,9 @@ def template_arguments(row: Mapping[str, Any], names: Iterable[str], where: str)
         raise MegapruneError(f"{where}: {MORE!r} holds a {type(more).__name__}, not an object of template arguments")
     for name, value in (more or {}).items():
         if name in _RESERVED:
-            raise MegapruneError(f"{where}: {MORE!r} holds {name!r}, which is no argument of a template: remove it")
+            raise MegapruneError(f"{where}: {MORE!r} holds {name!r}, which is not an argument of a template: remove it")
         if name in given and given[name] != value:
-            raise MegapruneError(f"{where} gives {name!r} twice, by itself and in {MORE!r}: remove one")
+            raise MegapruneError(f"{where} gives {name!r} twice, as a key of its own and in {MORE!r}: remove one")
         given[name] = value
     for name in (TOOLS, DOCUMENTS):
         if name in given:
@@ -127,7 +127,9 @@ def _objects(value: Any, name: str, where: str) -> list[Any] | None:
         return None
     value = [_parsed(each, name, where) for each in value] if isinstance(value, list) else value
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        raise MegapruneError(f"{where}: {name!r} is no list of objects, nor JSON of one: templates expect that")
+        raise MegapruneError(
+            f"{where}: {name!r} is neither a list of objects nor the JSON text of one, as templates expect"
+        )
     return value
 
 
@@ -239,8 +241,8 @@ class IgnoredFields:
         for name in unread:
             if self._first(("column", name)):
                 self.notes[f"column {name}"] = (
-                    f"note: {where}: the column {name!r} is not read: chats are made of their messages and of what the "
-                    f"chat template has a variable for (further ones go into {MORE!r})"
+                    f"note: {where}: the column {name!r} is not read: only the messages and the variables of the chat "
+                    f"template are (put other variables into {MORE!r})"
                 )
         fields = {("argument", name) for name in arguments}
         fields |= {("field of messages", name) for message in messages for name in message if message[name] is not None}
@@ -266,8 +268,8 @@ class IgnoredFields:
         except Exception:  # a template that fails without the field reads it
             return
         self.notes[f"{kind} {name}"] = (
-            f"note: {where}: the chat template ignores the {kind} {name!r}: it has no such name in it, and renders the "
-            "same text without it"
+            f"note: {where}: the chat template ignores the {kind} {name!r}: it has no variable of this name, and "
+            "renders the same text without it"
         )
 
     def _render(self, messages: list, arguments: dict) -> str:

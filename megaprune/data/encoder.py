@@ -17,8 +17,8 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.text import first_line
 
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 4_000_000
+BATCH_DOCUMENTS = 1024
+BATCH_CHARACTERS = 4_000_000
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
 # The block that transformers requires in a template to return a mask of the assistant's tokens.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -76,7 +76,7 @@ class Encoder:
         except Exception as error:  # templates and custom tokenizers raise any type
             if len(batch) == 1:
                 what = "chat template" if batch[0].is_chat else "tokenizer"
-                raise MegapruneError(f"{batch[0].where}: the {what} refuses it ({first_line(error)})") from error
+                raise MegapruneError(f"{batch[0].where}: the {what} rejects it ({first_line(error)})") from error
         else:
             for document, (tokens, _) in zip(batch, encoded, strict=True):
                 if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
@@ -105,8 +105,8 @@ class Encoder:
     def _encode_chats(self, batch: list[Document]) -> list[EncodedDocument]:
         if not self.tokenizer.chat_template:
             raise MegapruneError(
-                f"{batch[0].where} is chat, but the tokenizer has no chat template: take a model "
-                "whose tokenizer has one, or give the conversations as text"
+                f"{batch[0].where} is chat, but the tokenizer has no chat template: use a model whose tokenizer has "
+                "one, or give the conversations as text"
             )
         # All chats of one call have the same arguments.
         groups = groupby(batch, lambda document: document.arguments)
@@ -138,7 +138,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        full = len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS
+        full = len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS
         if batch and (full or document.is_chat != batch[0].is_chat):
             yield batch
             batch, characters = [], 0

@@ -6,6 +6,7 @@ Read without Megatron, whose reader checks little.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,17 @@ class IndexedFile:
 
     Args:
         starts: int64 [sequences], the byte offset of each sequence in the .bin, memory-mapped.
+        flag: named in error messages.
     """
 
     prefix: str
     dtype: np.dtype
     num_tokens: int
     starts: np.ndarray
+    flag: str = "--train-data"
+
+    def __reduce__(self) -> Any:
+        return open_indexed, (self.prefix, self.flag)  # another process maps the files itself
 
     @property
     def paths(self) -> list[Path]:
@@ -76,13 +82,13 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
     if not head.startswith(_MAGIC):
         raise refuse(f"{idx_path} is not an index of Megatron's")
     if len(head) < _HEADER.size:
-        raise refuse(f"{idx_path} is cut off within its header")
+        raise refuse(f"{idx_path} is truncated within its header")
     _, version, code, num_sequences, num_documents = _HEADER.unpack(head)
     if version != _VERSION or code not in _DTYPES:
         raise refuse(f"{idx_path} has version {version} and dtype {code}, which hold no tokens")
     size, expected = idx_path.stat().st_size, _HEADER.size + 12 * num_sequences + 8 * num_documents
     if size != expected:
-        raise refuse(f"{idx_path} has {size} bytes where its header needs {expected}: it is cut off or damaged")
+        raise refuse(f"{idx_path} has {size} bytes, but its header needs {expected}: it is truncated or damaged")
     if not num_sequences:
         raise refuse(f"{idx_path} holds no documents")
     dtype = np.dtype(_DTYPES[code])
@@ -94,10 +100,10 @@ def _open_pair(prefix: str, bin_path: Path, idx_path: Path, flag: str) -> Indexe
     if end != num_tokens * dtype.itemsize or lengths.min() < 0 or not num_documents or documents[-1] != num_sequences:
         raise refuse(f"{idx_path} is damaged: its lengths and offsets don't fit each other")
     if bin_path.stat().st_size != end:
-        raise refuse(f"{bin_path} has {bin_path.stat().st_size} bytes where its index needs {end}: it is cut off")
+        raise refuse(f"{bin_path} has {bin_path.stat().st_size} bytes, but its index needs {end}: it is truncated")
     if not num_tokens:
         raise refuse(f"{bin_path} holds no tokens")
-    return IndexedFile(prefix, dtype, num_tokens, starts)
+    return IndexedFile(prefix, dtype, num_tokens, starts, flag)
 
 
 def check_vocabulary(indexed: IndexedFile, vocab_size: int, flag: str, whole: bool = False) -> None:
@@ -139,5 +145,5 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, name: str, place: str = ""
     if token is not None:
         raise MegapruneError(
             f"{name} holds token {token}, and the model's vocabulary has {vocab_size}: preprocess the data with the "
-            f"model's own tokenizer, or give the model embeddings for the tokens that were added{place}"
+            f"model's own tokenizer, or add embeddings for the new tokens to the model{place}"
         )

@@ -56,7 +56,7 @@ def prepare_dataset(
     if not len(dataset):
         needed = 2 if pad_last else seq_length + 1
         raise MegapruneError(
-            f"{flag} {' '.join(paths)} holds {dataset.tokens_total} tokens, and one window takes {needed}: "
+            f"{flag} {' '.join(paths)} holds {dataset.tokens_total} tokens, but one window needs {needed}: "
             "give more data" + ("" if pad_last else " or a smaller --seq-length")
         )
     return dataset

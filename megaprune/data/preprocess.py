@@ -27,8 +27,8 @@ from megaprune.utils.files import whole_file
 from megaprune.utils.locks import lock_beside, locked
 
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
-_BATCH_ROWS = 512
-_BATCH_BYTES = 1 << 20
+BATCH_ROWS = 512
+BATCH_BYTES = 1 << 20
 # Batches per worker that are in progress or wait for their turn. The limit bounds memory if one batch takes long.
 _BATCHES_AHEAD = 4
 # An end-of-text token among this many last tokens ends a chat if only white space follows it.
@@ -86,7 +86,7 @@ def check_outputs(options: PreprocessOptions) -> None:
     """
     for path in options.outputs:
         if path.exists():
-            raise MegapruneError(f"--output-prefix {options.output_prefix}: {path} is there already; remove it first")
+            raise MegapruneError(f"--output-prefix {options.output_prefix}: {path} already exists; remove it first")
 
 
 def preprocess(options: PreprocessOptions) -> Preprocessed:
@@ -235,7 +235,7 @@ def load_tokenizer(folder: str, chat_template: str | None, trust_remote_code: bo
     tokenizer = tokenizer_in(folder, trust_remote_code, "--tokenizer")
     if tokenizer.eos_token_id is None:
         raise MegapruneError(
-            f"--tokenizer {folder} has no end-of-text token to part documents: set eos_token in its "
+            f"--tokenizer {folder} has no end-of-text token to separate documents: set eos_token in its "
             "tokenizer_config.json"
         )
     if chat_template is not None:
@@ -314,7 +314,7 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise MegapruneError(
-            "a worker process died, perhaps for want of memory: run again with fewer --workers"
+            "a worker process died, perhaps because memory ran out: run again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -326,8 +326,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     for row in rows:
         batch.append(row)
         # The size of a parsed row is unknown; such rows come in small batches.
-        size += len(row.content) if isinstance(row.content, bytes) else _BATCH_BYTES // 128
-        if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+        size += len(row.content) if isinstance(row.content, bytes) else BATCH_BYTES // 128
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

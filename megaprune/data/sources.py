@@ -29,7 +29,7 @@ _FILE_ENDING = re.compile(
 )
 # Sources below this total size are identified by their content, so that a copy elsewhere uses the same cache.
 # Hashing larger ones would delay every start of every rank; they are identified by size and modification time.
-_HASHED_BYTES = 1 << 30
+HASHED_BYTES = 1 << 30
 _PARQUET_BATCH_ROWS = 128
 
 
@@ -160,7 +160,7 @@ def source_identity(sources: Sequence[Source]) -> list[list[str | int]]:
     A file is identified by its name, size and content (from 1 GiB in total on, by its modification time instead of its
     content), a hub dataset by its id and split.
     """
-    by_content = sum(s.path.stat().st_size for s in sources if isinstance(s, FileSource)) < _HASHED_BYTES
+    by_content = sum(s.path.stat().st_size for s in sources if isinstance(s, FileSource)) < HASHED_BYTES
     return [_identity(source, by_content) for source in sources]
 
 
@@ -214,7 +214,9 @@ def read_rows(sources: Sequence[Source], keys: RowKeys, flag: str, hub_cache: Pa
                     yield Row(where, content, done + position)
             done += source.path.stat().st_size
         except (OSError, pyarrow.ArrowException) as error:
-            raise MegapruneError(f"{place} cannot be read ({first_line(error)}): write or fetch it again") from error
+            raise MegapruneError(
+                f"{place} cannot be read ({first_line(error)}): create or download it again"
+            ) from error
 
 
 def document_of(row: Row, keys: RowKeys) -> Document:
@@ -285,7 +287,7 @@ def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | Non
         huggingface_hub.HfApi().dataset_info(source.dataset_id, timeout=20)
     except Exception as error:  # wrong id, no network, no access: the classes differ between client versions
         raise MegapruneError(
-            f"{place} does not exist and is not a dataset id that the hub gives ({first_line(error)})"
+            f"{place} does not exist, and the hub does not provide it as a dataset ({first_line(error)})"
         ) from error
     try:
         kept = {"cache_dir": str(hub_cache)} if hub_cache else {}
@@ -301,7 +303,7 @@ def _hub_rows(source: HubSource, keys: RowKeys, flag: str, hub_cache: Path | Non
 
 def _document(where: str, row: Any, keys: RowKeys, columns: Sequence[str]) -> Document:
     if not isinstance(row, Mapping):
-        raise MegapruneError(f'{where} is no JSON object: each row must be one, as {{"{keys.text}": "..."}}')
+        raise MegapruneError(f'{where} is not a JSON object: each row must be one, as {{"{keys.text}": "..."}}')
     if row.get(keys.text) is not None:
         return Document(where, _checked_text(row[keys.text], where, keys))
     if row.get(keys.messages) is not None:
@@ -315,8 +317,8 @@ def _document(where: str, row: Any, keys: RowKeys, columns: Sequence[str]) -> Do
         raise MegapruneError(f"{where}: {held!r} is null; remove the row, or name another key with --text-key")
     raise MegapruneError(
         f"{where} has neither {keys.text!r} nor {keys.messages!r}; its keys are "
-        f"{', '.join(map(str, row)) or 'none'}: name the one with the text by --text-key, "
-        "the one with the chat by --messages-key"
+        f"{', '.join(map(str, row)) or 'none'}: name the key of the text with --text-key, or that of the chat with "
+        "--messages-key"
     )
 
 
@@ -324,7 +326,7 @@ def _checked_text(text: Any, where: str, keys: RowKeys) -> str:
     if not isinstance(text, str):
         raise MegapruneError(
             f"{where}: {keys.text!r} holds a {type(text).__name__}, not a string; "
-            "name another key with --text-key (chat goes by --messages-key)"
+            "name another key with --text-key (for chat, use --messages-key)"
         )
     try:
         text.encode("utf-8")

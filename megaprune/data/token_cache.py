@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
+import socket
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,7 @@ from megaprune.data.encoder import EncodedDocument, Encoder
 from megaprune.data.sources import RowKeys, find_sources, read_documents, source_identity
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place_once
 
 _FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
@@ -41,6 +41,7 @@ class TokenStream:
         document_offsets: int64 [documents + 1].
         fingerprint: hex digest of the tokens and their mask; independent of the files and the machine.
         largest_token: the highest token id; 0 if unknown.
+        opened_by: the function and the arguments that map it in another process, which gets no copy of the tokens.
     """
 
     tokens: np.ndarray
@@ -48,6 +49,10 @@ class TokenStream:
     document_offsets: np.ndarray
     fingerprint: str
     largest_token: int = 0
+    opened_by: tuple[Callable[..., TokenStream], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        return self.opened_by or super().__reduce__()
 
 
 def open_or_build(
@@ -75,7 +80,7 @@ def open_or_build(
         raise MegapruneError(f"{flag} {error.filename} cannot be read ({error.strerror})") from error
     dtype = token_dtype(tokenizer)
     described = [_FORMAT, identity, tokenizer_identity(tokenizer), dtype.str, keys.text, keys.messages]
-    folder = cache_dir / hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    folder = cache_dir.absolute() / hashlib.sha256(json.dumps(described).encode()).hexdigest()
     stream = _open(folder)
 
     def encoded() -> Iterator[EncodedDocument]:
@@ -89,17 +94,17 @@ def open_or_build(
             _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
             raise MegapruneError(
-                f"the token cache cannot be written under {cache_dir} ({error}): make room there, or name another "
-                "folder with --data-cache-path"
+                f"the token cache cannot be written under {cache_dir} ({error}): make room, or choose another folder "
+                "with --data-cache-path"
             ) from error
         stream = _open(folder)
         if stream is None:
-            raise MegapruneError(f"the token cache {folder} does not read back as written: check that disk")
+            raise MegapruneError(f"the token cache {folder} differs from what was written: check the disk")
     return stream
 
 
 def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, name: str) -> None:
-    aside = aside_folder(folder, uuid.uuid4().hex)
+    aside = aside_of(folder, uuid.uuid4().hex)
     made = [parent for parent in aside.parents if not parent.exists()]
     try:
         aside.mkdir(parents=True)
@@ -108,8 +113,8 @@ def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, na
             raise MegapruneError(f"{name} holds no documents: every row is empty")
         if not meta["loss_tokens"]:
             raise MegapruneError(
-                f"{name}: no token carries loss, since the chat template marks none as the assistant's; "
-                "give chats that the assistant answers"
+                f"{name}: no token carries loss, because the chat template marks none as the assistant's; give chats "
+                "with messages of the assistant"
             )
         (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _publish(aside, folder)
@@ -165,11 +170,7 @@ def _publish(aside: Path, folder: Path) -> None:
         if _open(folder) is not None:
             return
         shutil.rmtree(folder)
-    try:
-        os.rename(aside, folder)
-    except OSError:
-        if _open(folder) is None:
-            raise
+    put_in_place_once(aside, folder)
 
 
 def _open(folder: Path) -> TokenStream | None:
@@ -191,4 +192,15 @@ def _open(folder: Path) -> TokenStream | None:
         return None
     maps = {name: np.memmap(folder / name, dtype=kind, mode="r") for name, (kind, _) in files.items()}
     tokens, offsets = maps["tokens.bin"], maps["document_offsets.bin"]
-    return TokenStream(tokens, maps.get("loss_mask.bin"), offsets, fingerprint, largest)
+    return TokenStream(tokens, maps.get("loss_mask.bin"), offsets, fingerprint, largest, (_open_there, (folder,)))
+
+
+def _open_there(folder: Path) -> TokenStream:
+    """Return the stream that another process opened or built in `folder`."""
+    stream = _open(folder.absolute())
+    if stream is None:
+        raise MegapruneError(
+            f"{folder} exists on the first node, but not on {socket.gethostname()}: give --data-cache-path a folder "
+            "that all nodes share"
+        )
+    return stream

@@ -71,7 +71,8 @@ def end_of_text(tokenizer: Any, vocab_size: int | None, flag: str) -> int:
     if token is None:
         name = tokenizer.name_or_path or "the model"
         raise MegapruneError(
-            f"the tokenizer of {name} has no end-of-text token to part the documents of {flag}: set eos_token in its "
+            f"the tokenizer of {name} has no end-of-text token to separate the documents of {flag}: set eos_token in "
+            "its "
             "tokenizer_config.json"
         )
     if vocab_size is not None and token >= vocab_size:
@@ -116,7 +117,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _why(folder: Path, where: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return f"the tokenizer in {where} brings code of its own: read it, then pass --trust-remote-code"
+        return f"the tokenizer in {where} contains code: review it, then pass --trust-remote-code"
     package = _missing_package(folder, error)
     if package:
         return (
@@ -156,11 +157,11 @@ def _reason(folder: Path, error: Exception) -> str:
             try:
                 json.loads(path.read_text(encoding="utf-8"))
             except ValueError as problem:
-                return f"{path.name} is damaged ({first_line(problem)}); fetch it again"
+                return f"{path.name} is damaged ({first_line(problem)}); download it again"
     said = first_line(error)
     said = said if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {said}"
     if (folder / "tokenizer.json").is_file():
-        return f"tokenizer.json is there, but transformers refuses it ({said})"
+        return f"tokenizer.json exists, but transformers rejects it ({said})"
     models = [path for path in sorted(folder.glob("*.model")) if not _is_tiktoken(path)]
     for path in models:
         import sentencepiece
@@ -168,7 +169,7 @@ def _reason(folder: Path, error: Exception) -> str:
         try:
             sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception:  # its message only names a line of C++
-            return f"{path.name} is damaged: sentencepiece can't read it; fetch it again"
+            return f"{path.name} is damaged: sentencepiece can't read it; download it again"
     return f"transformers says '{said}'" if _vocabularies(folder) else _files(folder)
 
 

@@ -86,7 +86,7 @@ def use_transformer_engine(transformer_impl: str) -> bool:
     available = NAME == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "transformer_engine" and not available:
         raise UsageError(
-            "--transformer-impl transformer_engine needs a GPU and the package transformer-engine, which are not "
-            "both here; install megaprune[te], or use --transformer-impl local"
+            "--transformer-impl transformer_engine needs a GPU and the package transformer-engine, and one of them is "
+            "missing; install megaprune[te], or use --transformer-impl local"
         )
     return available and transformer_impl != "local"

@@ -31,8 +31,9 @@ def model_name() -> str:
     return NAME
 
 
-def bind_local_device(local_rank: int) -> None:
-    """Do nothing: all processes of a host share its CPU."""
+def bind_local_device(local_rank: int) -> torch.device | None:
+    """Return None: all processes of a host share its CPU."""
+    return None
 
 
 def synchronize() -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from megaprune.utils.errors import UsageError
+
 NAME = "cuda"
 BACKEND = "nccl"
 
@@ -17,9 +19,20 @@ def model_name() -> str:
     return torch.cuda.get_device_name()
 
 
-def bind_local_device(local_rank: int) -> None:
-    """Make ``cuda:local_rank`` the device of this process."""
+def bind_local_device(local_rank: int) -> torch.device | None:
+    """Make ``cuda:local_rank`` the device of this process, and return it: NCCL then connects when the group is made.
+
+    Raises:
+        UsageError: this process sees no such GPU.
+    """
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
+        raise UsageError(
+            f"LOCAL_RANK {local_rank} has no GPU: this process sees {visible}; start as many processes on a node as "
+            "it has GPUs, and hide none of them (CUDA_VISIBLE_DEVICES, srun --gpus-per-task)"
+        )
     torch.cuda.set_device(local_rank)
+    return torch.device(NAME, local_rank)
 
 
 def synchronize() -> None:

@@ -37,7 +37,7 @@ from megaprune.utils.files import write_json
 MANIFEST = "manifest.json"
 CHECKSUM_BYTES = 4
 _FORMAT = "megaprune teacher cache"
-_VERSION = 1
+FORMAT_VERSION = 1
 _LOW_BITS = 16
 _LARGEST_GAP = 65504.0  # fp16's largest number; exp(-65504) is 0
 _SHARD_BYTES = 64 * 10**6
@@ -233,7 +233,7 @@ def write_manifest(folder: Path, plan: CachePlan, digests: list[str]) -> None:
     layout = plan.layout
     record = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": FORMAT_VERSION,
         **plan.record(),
         "tokens": plan.key.windows * plan.key.seq_length,
         "dtype": "float16",
@@ -264,7 +264,7 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise MegapruneError(f"{flag} {folder} holds no {MANIFEST}: give a folder that cache_teacher.py has finished")
+        raise MegapruneError(f"{flag} {folder} holds no {MANIFEST}: give the folder of a finished cache")
     try:
         record = json.loads(path.read_bytes())
         checksum = record.pop("checksum")
@@ -272,16 +272,16 @@ def read_manifest(folder: Path, flag: str) -> tuple[CachePlan, list[str]]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise MegapruneError(f"{path} is damaged: create the cache again with cache_teacher.py") from None
-    if record["version"] != _VERSION:
+    if record["version"] != FORMAT_VERSION:
         raise MegapruneError(
-            f"{path} has format version {record['version']}, but this release reads version {_VERSION}: "
+            f"{path} has format version {record['version']}, but this release reads version {FORMAT_VERSION}: "
             "create the cache again"
         )
     plan = CachePlan(CacheKey(**record["key"]), record["top_k"], record["computed_in"])
     if record["windows_per_shard"] != plan.windows_per_shard or record["block_bytes"] != plan.layout.num_bytes:
         raise MegapruneError(
             f"{path} was written with other shards ({record['windows_per_shard']} windows of {record['block_bytes']} "
-            f"bytes each, now {plan.windows_per_shard} of {plan.layout.num_bytes}): make the cache again"
+            f"bytes each, now {plan.windows_per_shard} of {plan.layout.num_bytes}): create the cache again"
         )
     return plan, [shard["checksum"] for shard in record["shards"]]
 

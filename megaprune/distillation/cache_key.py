@@ -16,7 +16,7 @@ def fingerprint_of(source: TensorSource) -> str:
     names = fingerprinted_tensors(source)
     error: MegapruneError | None = None
     digests: dict[str, Any] = {}
-    share = -(-len(names) // parallel.world_size())  # consecutive names: they may lie in one fused tensor
+    share = -(-len(names) // parallel.world_size())  # consecutive names: they may be in one fused tensor
     try:
         digests = tensor_digests(source, names[parallel.rank() * share :][:share])
     except MegapruneError as met:

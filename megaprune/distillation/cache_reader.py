@@ -20,7 +20,7 @@ from megaprune.distillation.losses import TeacherTargets
 from megaprune.utils.errors import MegapruneError, UsageError
 
 _FLAG = "--teacher-logits"
-_REMEDY = "give the right one, or make one with cache_teacher.py"
+_REMEDY = "give the right one, or create one with cache_teacher.py"
 _OPEN_SHARDS = 64  # each takes a file descriptor; the usual limit of a process is 1,024
 _THREADS = 2
 
@@ -43,8 +43,8 @@ class TeacherCache:
         self.plan.key.check(wanted, f"{_FLAG} {folder}", _REMEDY)
         if top_k > self.plan.top_k:
             raise UsageError(
-                f"--distill-top-k {top_k}: {_FLAG} {folder} holds {self.plan.top_k} logits of each token; lower it, or "
-                "make a cache with more"
+                f"--distill-top-k {top_k}: {_FLAG} {folder} holds {self.plan.top_k} logits per token; lower it, or "
+                "create a cache with more"
             )
         self._top_k = top_k
         self._check_sizes()
@@ -92,12 +92,12 @@ class TeacherCache:
     def _check_sizes(self) -> None:
         if len(self._digests) != self.plan.num_shards:
             raise MegapruneError(
-                f"{_FLAG} {self.folder}: the manifest lists other shards than the data take; {_REMEDY}"
+                f"{_FLAG} {self.folder}: the manifest does not list the shards that the data needs; {_REMEDY}"
             )
         for shard in range(self.plan.num_shards):
             path = self.folder / shard_name(shard)
             if not path.is_file():
-                raise MegapruneError(f"{path} is missing: fetch it again, or create it again with cache_teacher.py")
+                raise MegapruneError(f"{path} is missing: download it again, or create it again with cache_teacher.py")
             if path.stat().st_size != self.plan.shard_bytes(shard):
                 raise self._damaged(shard)
 
@@ -110,7 +110,8 @@ class TeacherCache:
 
     def _damaged(self, shard: int) -> MegapruneError:
         return MegapruneError(
-            f"{self.folder / shard_name(shard)} is damaged: its bytes are not those that were written; fetch it again, "
+            f"{self.folder / shard_name(shard)} is damaged: its bytes are not those that were written; download it "
+            "again, "
             "or create it again with cache_teacher.py"
         )
 

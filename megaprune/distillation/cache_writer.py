@@ -1,7 +1,6 @@
 """Writing a teacher cache: each shard gets its name when it is complete, and the manifest comes last."""
 
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +21,7 @@ from megaprune.distillation.cache_reader import map_shard
 from megaprune.distillation.losses import TeacherTargets
 from megaprune.utils.disk import explain
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import write_json
+from megaprune.utils.files import aside_of, put_in_place, write_json
 
 _PLAN = "plan.json"
 
@@ -36,7 +35,7 @@ def check_plan(folder: Path, plan: CachePlan) -> None:
     path = folder / _PLAN
     if not is_begun(folder):
         if folder.exists() and any(entry.name != "data-cache" for entry in folder.iterdir()):
-            raise MegapruneError(f"{folder}, where the work would go on, holds other files: move or remove it")
+            raise MegapruneError(f"{folder}, the folder for unfinished work, holds other files: move or remove it")
         return
     try:
         begun = json.loads(path.read_bytes())
@@ -81,7 +80,7 @@ def finish(folder: Path, final: Path, plan: CachePlan) -> None:
     ]
     write_manifest(folder, plan, digests)
     (folder / _PLAN).unlink()
-    os.replace(folder, final)
+    put_in_place(folder, final)
 
 
 class ShardFile:
@@ -89,7 +88,7 @@ class ShardFile:
 
     def __init__(self, folder: Path, plan: CachePlan, shard: int) -> None:
         self._path, self._plan, self._shard = folder / shard_name(shard), plan, shard
-        self._aside = self._path.with_name(self._path.name + ".tmp")
+        self._aside = aside_of(self._path)
         self._left = iter(plan.windows_of(shard))
         self._checksums: list[int] = []
         self._file: BinaryIO | None = None
@@ -114,10 +113,10 @@ class ShardFile:
             assert self._file is not None, "a shard was closed before it was begun"
             self._file.write(np.asarray(self._checksums, "<u4").tobytes())
             self._file.close()
-            os.replace(self._aside, self._path)
+            put_in_place(self._aside, self._path)
         except OSError as error:
             raise MegapruneError(
-                explain(error, self._aside, "give the same command to go on", self._plan.shard_bytes(self._shard))
+                explain(error, self._aside, "run the same command to continue", self._plan.shard_bytes(self._shard))
             ) from None
 
     def __enter__(self) -> "ShardFile":
@@ -139,6 +138,6 @@ class ShardFile:
             try:
                 block = self._plan.layout.encode(targets.window(place))
             except ValueError as error:
-                raise MegapruneError(f"{error} in window {window} of --train-data: look at the model") from None
+                raise MegapruneError(f"{error} in window {window} of --train-data: check the model") from None
             self._checksums.append(block_checksum(block, window))
             self._file.write(block)

@@ -23,7 +23,7 @@ Tail = Literal["renormalized", "rest", "full"]
 LossKind = Literal["adaptive", "kl", "ce"]
 
 # Ranking takes up to 20 bytes a logit. Done in blocks of rows of this many logits, it takes at most some 300 MB.
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 # The student's mass on the rest of the vocabulary is at least e^-80 of the top k's: it is 0 if k is the vocabulary.
 _MIN_REST = -80.0
 
@@ -266,7 +266,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def _rows_at_once(shard: VocabShard) -> int:
-    return max(1, _LOGITS_AT_ONCE // shard.size)
+    return max(1, LOGITS_AT_ONCE // shard.size)
 
 
 def _row_blocks(logits: Tensor, shard: VocabShard) -> list[Tensor]:

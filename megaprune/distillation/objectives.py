@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.schedule import LossTokens, MicroBatch
 from megaprune.utils.errors import MegapruneError
+
+
+class LossPart(NamedTuple):
+    """The factor of a part of the loss, and its mean over the global batch."""
+
+    share: float
+    mean: float
 
 
 class Objective(Protocol):
@@ -47,9 +54,15 @@ class Objective(Protocol):
         """Return the block in which the step's passes run; losses on hidden states hook the layers in it."""
         return nullcontext()
 
+    def hook_losses(self) -> Mapping[str, LossPart]:
+        """Return the parts of the step's loss that hooks have added, by the names of their metrics. Collective."""
+        return {}
+
 
 class CrossEntropy(Objective):
     """Next-token cross-entropy with the data; there is no teacher."""
+
+    shares = MappingProxyType({"lm_loss": 1.0})
 
     def __init__(self, shard: VocabShard) -> None:
         self._shard = shard
@@ -74,6 +87,8 @@ class KL(Objective):
         teacher: asked at every step; a run with no step left needs none.
     """
 
+    shares = MappingProxyType({"kd_loss": 1.0})
+
     def __init__(self, shard: VocabShard, tail: Tail, teacher: Teacher | None) -> None:
         self._shard, self._tail, self._teacher = shard, tail, teacher
 
@@ -84,7 +99,7 @@ class KL(Objective):
             MegapruneError: there is no teacher.
         """
         if self._teacher is None:
-            raise MegapruneError("--distill-loss kl and adaptive compare with a teacher, and there is none")
+            raise MegapruneError("--distill-loss kl and adaptive need a teacher, and there is none")
         return self._teacher.targets(batches)
 
     def token_weights(self, tokens: LossTokens, targets: TeacherTargets) -> Tensor:

@@ -1,7 +1,10 @@
 """Sources of a student's targets. A teacher is asked before the step for all of its micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
+
+from torch import Tensor
 
 from megaprune import device
 from megaprune.distillation.cache_reader import TeacherCache
@@ -11,9 +14,12 @@ from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import adapters_off
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.schedule import MicroBatch, forward
+from megaprune.mcore.stage_transfer import stage_of_layers
 from megaprune.models import Architecture
 from megaprune.models.shards import padded_vocab_size
 from megaprune.utils.errors import MegapruneError
+
+_NO_LAYERS = "--hidden-loss-weight: a cached teacher has no hidden states; use --teacher online or self"
 
 
 def vocab_shard(arch: Architecture) -> VocabShard:
@@ -32,6 +38,12 @@ class Teacher(Protocol):
         """Return the targets of each micro-batch, shapes [s, b, ...], on the last pipeline stage; [] on the others.
         Collective."""
 
+    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], None]) -> AbstractContextManager[None]:
+        """Call `watch` on every layer's pass within the block (see `PipelineModel.watched_layers`)."""
+
+    def stage_of_layers(self) -> dict[int, int]:
+        """Return the pipeline stage of each of the teacher's layers. Collective."""
+
 
 class OnlineTeacher:
     """The frozen original model beside the student, at the same parallel layout.
@@ -47,6 +59,14 @@ class OnlineTeacher:
     def targets(self, batches: Sequence[MicroBatch]) -> list[TeacherTargets]:
         """See `Teacher`."""
         return forward(self._model, batches, lambda logits, _: teacher_targets(logits, self._top_k, self._shard))
+
+    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], None]) -> AbstractContextManager[None]:
+        """See `Teacher`."""
+        return self._model.watched_layers(watch)
+
+    def stage_of_layers(self) -> dict[int, int]:
+        """See `Teacher`."""
+        return stage_of_layers(self._model)
 
 
 class SelfTeacher:
@@ -65,6 +85,14 @@ class SelfTeacher:
         """See `Teacher`."""
         with adapters_off(self._student), self._gate.all_layers():
             return forward(self._student, batches, lambda logits, _: teacher_targets(logits, self._top_k, self._shard))
+
+    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], None]) -> AbstractContextManager[None]:
+        """See `Teacher`."""
+        return self._student.watched_layers(watch)
+
+    def stage_of_layers(self) -> dict[int, int]:
+        """See `Teacher`."""
+        return stage_of_layers(self._student)
 
 
 class CachedTeacher:
@@ -93,3 +121,15 @@ class CachedTeacher:
         if parallel.any_rank(error is not None):
             parallel.raise_together(error)
         return [targets.map(lambda column: column.to(device.torch_device())) for targets in found]
+
+    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], None]) -> AbstractContextManager[None]:
+        """See `Teacher`.
+
+        Raises:
+            MegapruneError: there is no model to watch.
+        """
+        raise MegapruneError(_NO_LAYERS)
+
+    def stage_of_layers(self) -> dict[int, int]:
+        """See `Teacher`. Raises as `watched_layers`."""
+        raise MegapruneError(_NO_LAYERS)

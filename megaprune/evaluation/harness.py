@@ -7,7 +7,7 @@ from typing import Any
 
 from megaprune.evaluation.task_files import quiet
 
-# The metric that stands for a task in a mean: the first that it has. Normalized by length where the task offers it.
+# The metric of a task that enters a mean: the first of these that the task has, so normalized by length if possible.
 _HEADLINES = ("acc_norm", "acc", "exact_match")
 # Accuracies have standard errors in closed form; the harness's 100,000 take a minute for a perplexity.
 _BOOTSTRAP_ITERS = 1000
@@ -63,7 +63,7 @@ def run_harness(model: Any, tokenizer: Any, tasks: Sequence[Any], options: TaskO
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the score that stands for a task, and its standard error (NaN if unknown); None if it has no such score.
+    """Return the main score of a task, and its standard error (NaN if unknown); None if it has no such score.
 
     It is the accuracy normalized by length where the task has it, else the accuracy, else exact match.
     """

@@ -186,7 +186,7 @@ def check_positive(**values: int | None) -> None:
     """Check that numbers that are given are at least 1."""
     for name, value in values.items():
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number from 1 up")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
 
 
 def _window(config: Any, hf_model: str, seq_length: int | None) -> int:
@@ -196,7 +196,7 @@ def _window(config: Any, hf_model: str, seq_length: int | None) -> int:
         trained_with = read_seq_length(hf_model)
         return min(trained_with, context or trained_with) if trained_with else default
     if context and seq_length > context:
-        raise UsageError(f"--seq-length {seq_length} is beyond the {context} positions of {hf_model}: lower it")
+        raise UsageError(f"--seq-length {seq_length} is more than the {context} positions of {hf_model}: lower it")
     return seq_length
 
 
@@ -216,7 +216,7 @@ def _load(flag: str, path: str, auto_class: Any, trust_remote_code: bool, **opti
         return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
-            remedy = "it brings code of its own; read it, then pass --trust-remote-code"
+            remedy = "it contains code; review it, then pass --trust-remote-code"
         else:
             remedy = f"it can't be loaded ({first_line(error)})"
         raise MegapruneError(f"{flag} {path}: {remedy}") from error
@@ -228,11 +228,11 @@ def _located(flag: str, path: str) -> str:
     if folder.is_dir():
         check_links(folder)
         if not (folder / "config.json").is_file():
-            raise MegapruneError(f"{flag} {path}: no config.json there; a finished run's model is in RUN_DIR/hf")
+            raise MegapruneError(f"{flag} {path}: it contains no config.json; a finished run's model is in RUN_DIR/hf")
         return path
     try:
         validate_repo_id(path)
     except HFValidationError:
-        raise MegapruneError(f"{flag} {path}: no such folder, and no model id either; check the path") from None
+        raise MegapruneError(f"{flag} {path}: no such folder, and not a model id; check the path") from None
     # transformers would take a file of that name for a config
     return str(resolve_hf_model(path, flag=flag)) if folder.exists() else path

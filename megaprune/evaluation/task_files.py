@@ -1,4 +1,4 @@
-"""Task files of lm-evaluation-harness: those that come with megaprune, a user's own, and where their data lie."""
+"""Task files of lm-evaluation-harness, those that come with megaprune and a user's own, and where their data are."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], path: str | None = None) -> list[Any]:
     parts = [part for task in tasks for part in _names_in(task)]
     twice = [part for part in parts if parts.count(part) > 1]
     if twice:
-        raise UsageError(f"--tasks {','.join(names)}: {twice[0]} is among them twice")
+        raise UsageError(f"--tasks {','.join(names)}: {twice[0]} is named twice")
     return tasks
 
 
@@ -140,7 +140,7 @@ def _names_in(task: Any) -> list[str]:
 
 
 def _members(index: dict[str, Any], name: str) -> Iterator[str | None]:
-    """Yield the names of the tasks that a task, group or tag stands for; None for one that the index doesn't know."""
+    """Yield the names of the tasks that a task, group or tag contains; None for one that the index doesn't know."""
     entry = index.get(name)
     if entry is None:
         yield None
@@ -155,7 +155,7 @@ def _members(index: dict[str, Any], name: str) -> Iterator[str | None]:
 
 
 def _locate_data(index: dict[str, Any], name: str | None) -> None:
-    """Let a task of the index find the data that lie beside its task file."""
+    """Let a task of the index find the data next to its task file."""
     entry = index[name or ""]
     config = _with_data(entry.yaml_path) if entry.yaml_path else None
     if config is not None:
@@ -184,7 +184,7 @@ def _with_data(path: Path) -> dict[str, Any] | None:
 
 
 def _beside(files: Any, folder: Path) -> Any:
-    """Return `data_files`, as the datasets library takes them, with the paths of those that lie in a folder."""
+    """Return `data_files`, as the datasets library takes them, with the paths of those that are in a folder."""
     if isinstance(files, dict):
         return {split: _beside(some, folder) for split, some in files.items()}
     if isinstance(files, list):

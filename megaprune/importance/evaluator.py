@@ -62,7 +62,7 @@ class LayerEvaluator:
             masks = self._masks(new)
             found = mask_losses(self._model, self._gate, self._taken(share), masks, self._shard, loss)
             if not found.isfinite().any():
-                raise MegapruneError("no loss on the calibration windows is finite: look at the model and --train-data")
+                raise MegapruneError("no loss on the calibration windows is finite: check the model and --train-data")
             known.update(zip(new, found.nan_to_num(nan=float("inf")).tolist(), strict=True))
             self._book(shared_cost(masks, loss), share)
         return [known[tuple(kept)] for kept in kept_sets]

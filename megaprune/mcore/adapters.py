@@ -15,20 +15,20 @@ from megaprune.mcore.hf_weights import (
     gather_shards,
     is_first_holder,
     rules_by_parameter,
+    write_gathered,
 )
 from megaprune.mcore.layers.lora import LoRAOptions, adapted_layers, add_adapters, initialize_adapter
-from megaprune.mcore.parallel import all_gather_objects, on_rank0, raise_together
+from megaprune.mcore.parallel import all_gather_objects, on_rank0
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import Architecture, WeightRule
 from megaprune.models.names import name_in_layer, source_name, without_expert
-from megaprune.utils.disk import explain, one_line
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils.disk import one_line
 from megaprune.weights.tensor_source import TensorSource
-from megaprune.weights.writer import ShardWriter, WrittenShard, join_shards
+from megaprune.weights.writer import ShardWriter, join_shards
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT reads one file. It is joined from parts of this size, so that a rank buffers one part at a time.
-_PART_BYTES = 10**9
+PART_BYTES = 10**9
 
 # HF module name -> its A [r, in] and B [out, r]
 _Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -60,6 +60,7 @@ def export_adapter(
     options: LoRAOptions,
     base_model: str,
     whole: bool = False,
+    max_part_bytes: int = PART_BYTES,
 ) -> None:
     """Write the adapters in PEFT's format for the pruned model. Collective.
 
@@ -73,34 +74,32 @@ def export_adapter(
         options: rank, alpha and target modules of the adapters.
         base_model: name or path of the pruned model, for adapter_config.json.
         whole: whether the model still holds the pruned layers, too.
+        max_part_bytes: size limit of the parts that the file is joined from.
 
     Raises:
         MegapruneError: the folder cannot be written. Raised on every rank.
     """
-    writer = ShardWriter(folder, _PART_BYTES, dist.get_rank())
-    error: MegapruneError | None = None
+    writer = ShardWriter(folder, max_part_bytes, dist.get_rank())
     targets: set[str] = set()
-    shards: list[WrittenShard] = []
-    try:
-        for names, writes in _hf_adapters(model, source, None if whole else kept_layers):
-            for name, matrices in names.items():
-                new_name = source.renamed(name, kept_layers)
-                if new_name is None or not writes:
-                    continue
-                targets.add(name_in_layer(name))
-                for which, matrix in zip("AB", matrices, strict=True):
-                    writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
-        shards = writer.close()
-    except OSError as met:
-        error = MegapruneError(explain(met, folder))
-    raise_together(error)
-    gathered = all_gather_objects((shards, targets))
+
+    def write(gathered: tuple[_Adapters, bool]) -> None:
+        adapters, writes = gathered
+        for name, matrices in adapters.items():
+            new_name = source.renamed(name, kept_layers)
+            if new_name is None or not writes:
+                continue
+            targets.add(name_in_layer(name))
+            for which, matrix in zip("AB", matrices, strict=True):
+                writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
+
+    write_gathered(_hf_adapters(model, source, None if whole else kept_layers), write, writer.close, folder)
+    written = all_gather_objects((writer.written, targets))
 
     def finish() -> None:
-        all_targets = {name for _, found in gathered for name in found}
+        all_targets = {name for _, found in written for name in found}
         config = _peft_config(all_targets, options, base_model, _stacks_experts(source))
         with one_line(folder):
-            join_shards(folder, [shard for shards, _ in gathered for shard in shards], _WEIGHTS)
+            join_shards(folder, [shard for shards, _ in written for shard in shards], _WEIGHTS)
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     on_rank0(finish)

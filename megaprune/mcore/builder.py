@@ -12,17 +12,19 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune import device
 from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
 from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProductAttention
+from megaprune.mcore.layers.multi_token import LogitsModel, mtp_spec
 from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.mcore.pipeline_model import PipelineModel
-from megaprune.mcore.rotary import scale_rope, softmax_scale
+from megaprune.mcore.rotary import attending_layers, scale_rope, softmax_scale
 from megaprune.models import Architecture
 from megaprune.models.shards import padded_vocab_size
 from megaprune.utils.errors import MegapruneError, UsageError
@@ -37,17 +39,6 @@ class EngineOptions:
     bf16: bool = False
     recompute_granularity: str | None = None
     seq_length: int = 4096
-
-
-class LogitsModel(GPTModel):
-    """GPT model that returns logits [s, b, vocab / tp] when it is given labels; the loss is computed outside.
-
-    Without labels, the core's model would copy the logits to [b, s, vocab / tp].
-    """
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits unchanged."""
-        return logits
 
 
 def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
@@ -117,7 +108,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         MegapruneError: the stages do not add up to the model's layers.
     """
     if sum(stages) != arch.num_layers:
-        raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers of {arch.num_layers}")
+        raise MegapruneError(f"pipeline stages {list(stages)} hold {sum(stages)} layers, not {arch.num_layers}")
     sizes = options.sizes
     recompute: dict[str, Any] = {}
     if options.recompute_granularity:
@@ -133,7 +124,8 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         pipeline_model_parallel_size=sizes.pipeline,
         context_parallel_size=sizes.context,
         sequence_parallel=sizes.sequence_parallel,
-        pipeline_model_parallel_layout=layout_string(stages) if sizes.pipeline > 1 else None,
+        pipeline_model_parallel_layout=layout_string(stages, arch.num_mtp) if sizes.pipeline > 1 else None,
+        mtp_num_layers=arch.num_mtp or None,
         pipeline_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         bf16=options.bf16,
@@ -215,6 +207,7 @@ def _build_chunk(
     model = LogitsModel(
         config,
         _block_spec(config, options.transformer_engine, _LAYERS[gate is not None, arch.sandwich_norm]),
+        mtp_block_spec=_mtp_spec(arch, config, options.transformer_engine),
         vocab_size=padded_vocab_size(arch.vocab_size, options.sizes.tensor),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -243,7 +236,7 @@ def _build_chunk(
 
 def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
     """Set the epsilon of the norms within latent attention; the core uses the same epsilon for all norms."""
-    for layer in model.decoder.layers:
+    for layer in attending_layers(model):
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             # Transformer Engine fuses these norms into the projections that follow them.
             part = getattr(layer.self_attention, name, None)
@@ -302,6 +295,21 @@ _LAYERS = {
     (True, False): GatedTransformerLayer,
     (True, True): GatedSandwichTransformerLayer,
 }
+
+
+def _mtp_spec(
+    arch: Architecture, config: TransformerConfig, transformer_engine: bool
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Return the spec of the MTP layers, which have experts if the model has any, even if no kept layer does."""
+    if not arch.num_mtp:
+        return None
+    last = copy.copy(config)
+    if arch.num_experts:
+        last.moe_layer_freq = [1] * arch.num_layers
+    # One layer is enough, and it must be there on a stage without layers, too.
+    last.pipeline_model_parallel_size, last.pipeline_model_parallel_layout = 1, None
+    layers = _block_spec(last, transformer_engine, _LAYERS[False, arch.sandwich_norm])
+    return mtp_spec(config, layers, transformer_engine)
 
 
 def _block_spec(config: TransformerConfig, transformer_engine: bool, layer_class: type) -> TransformerBlockSubmodules:

@@ -5,7 +5,6 @@ the layers are renamed.
 """
 
 import logging
-import os
 import queue
 import re
 import shutil
@@ -29,7 +28,7 @@ from megaprune.mcore.optimizer import Trainer
 from megaprune.models.names import is_adapter, source_name
 from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place
 
 # The writers of 0.16.1 report through a manager process, which supports saving in the background. The process takes
 # seconds to start and 400 MB per rank, and it survives when its rank is killed. Saves here are synchronous, so a queue
@@ -60,7 +59,7 @@ serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-_GO_ON = "give the same command to go on from the last checkpoint"
+_GO_ON = "run the same command to continue from the last checkpoint"
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
 
@@ -104,7 +103,7 @@ def save(folder: Path, iteration: int, trainer: Trainer | None, state: dict[str,
         MegapruneError: the checkpoint cannot be written. Raised on every rank.
     """
     final = folder / f"iter_{iteration:07d}"
-    aside = aside_folder(final)
+    aside = aside_of(final)
     sharded = _sharded_state(trainer) if trainer else {}
     num_bytes = sum(parallel.all_gather_objects(_bytes_of(sharded)))
     try:
@@ -149,9 +148,7 @@ def _write(state: dict[str, Any], aside: Path, num_bytes: int) -> None:
 def _finish(aside: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name, and delete older ones."""
     with disk.one_line(final, _GO_ON):
-        if final.exists():  # from an earlier save of the same iteration
-            shutil.rmtree(final)
-        os.replace(aside, final)
+        put_in_place(aside, final, replace=True)  # an earlier save of the same iteration may exist
     for path in final.parent.iterdir():
         if path != final and _FOLDER.match(path.name.removesuffix(".tmp")):
             shutil.rmtree(path, ignore_errors=True)
@@ -189,14 +186,24 @@ def load(checkpoint: Path, trainer: Trainer, kept_layers: Sequence[int] | None =
         trainer: model and optimizer to fill.
         kept_layers: layers of the saved model that the trainer's model consists of; None means all.
     """
-    wanted = _sharded_state(trainer, loading=True, kept_layers=kept_layers)
+    found = _FOLDER.match(checkpoint.name)
+    assert found is not None, checkpoint
+    wanted = _sharded_state(trainer, int(found[1]), kept_layers)
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     trainer.model.load_state_dict(loaded["model"], strict=not trainer.adapters_only)
     trainer.optimizer.load_state_dict(optimizer_state.with_empty_parts(trainer.optimizer, loaded["optimizer"]))
+    if trainer.average is not None:
+        trainer.average.load(loaded.get("average", {}))
 
 
-def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequence[int] | None = None) -> dict[str, Any]:
-    """Return the sharded state dict of model and optimizer. Collective."""
+def _sharded_state(
+    trainer: Trainer, loaded_iterations: int | None = None, kept_layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Return the sharded state dict of model, optimizer and average. Collective.
+
+    Args:
+        loaded_iterations: the completed iterations of the checkpoint that is to be loaded; None to save.
+    """
     model = trainer.model.sharded_state_dict(metadata=_metadata())
     if trainer.adapters_only:  # the frozen weights are imported from the source again, so they are not saved
         model = {key: entry for key, entry in model.items() if is_adapter(key)}
@@ -206,5 +213,8 @@ def _sharded_state(trainer: Trainer, loading: bool = False, kept_layers: Sequenc
                 entry.key = source_name(entry.key, kept_layers)
     steps = optimizer_state.align_steps(trainer.optimizer)
     # The optimizer derives the keys of its states from the model's keys, so the renaming applies to them, too.
+    loading = loaded_iterations is not None
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
-    return {"model": model, "optimizer": optimizer_state.with_common_steps(trainer.optimizer, optimizer, steps)}
+    average = {} if trainer.average is None else trainer.average.sharded_state(model, loaded_iterations)
+    state = {"model": model, "optimizer": optimizer_state.with_common_steps(trainer.optimizer, optimizer, steps)}
+    return state | ({"average": average} if average else {})

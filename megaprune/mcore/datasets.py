@@ -73,7 +73,8 @@ def blend_datasets(
         from megatron.core.datasets import helpers  # noqa: F401
     except ImportError as error:
         raise MegapruneError(
-            f"megatron-core came without its compiled dataset helpers ({error}): install a wheel built for this "
+            f"megatron-core was installed without its compiled dataset helpers ({error}): install a wheel built for "
+            "this "
             "platform (pip install --force-reinstall megatron-core, which compiles them where there is a C++ compiler)"
         ) from None
     share = _shares(weights)

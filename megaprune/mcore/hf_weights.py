@@ -1,8 +1,10 @@
 """Conversion of a built model's weights: from HF tensors into each rank's shards, and back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +20,15 @@ from megaprune.mcore.parallel import (
 )
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import WeightRule
+from megaprune.models.mtp import mtp_parameter_rules
 from megaprune.models.names import source_name
 from megaprune.models.shards import TensorParallel
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.tensor_source import TensorSource
-from megaprune.weights.writer import ShardWriter, WrittenShard, finish_shards
+from megaprune.weights.writer import ShardWriter, finish_shards
+
+T = TypeVar("T")
 
 
 def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -> dict[str, WeightRule]:
@@ -34,7 +39,8 @@ def rules_by_parameter(source: TensorSource, transformer_engine: bool = False) -
         transformer_engine: whether the model is built from Transformer Engine layers, whose parameter names differ.
     """
     rules: dict[str, WeightRule] = {}
-    for rule in source.family.rules(source.config):
+    ahead = mtp_parameter_rules(source.family, source.family.architecture(source.config), len(source.mtp_layers))
+    for rule in (*source.family.rules(source.config), *ahead):
         if transformer_engine:
             rule = replace(rule, megatron=rule.te or rule.megatron, shard=rule.te_shard or rule.shard)
         rules[rule.megatron] = rule
@@ -68,7 +74,7 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
             if shard.shape != parameter.shape:
                 raise MegapruneError(
                     f"{source.folder}: {source.shown(hf_name)} has the wrong shape: its part for {name} is "
-                    f"{tuple(shard.shape)}, config.json makes it {tuple(parameter.shape)}"
+                    f"{tuple(shard.shape)}, but config.json gives {tuple(parameter.shape)}"
                 )
             if not torch.isfinite(shard).all():
                 culprit = source.shown(next(hf for hf in rule.hf if not torch.isfinite(source.read(hf)).all()))
@@ -101,57 +107,104 @@ def export_weights(
         folder: an existing folder on a file system that all ranks share.
         max_shard_bytes: size limit of a safetensors file.
         whole: whether the model still holds the pruned layers, too.
-        keep_mtp: copy the source's MTP layers, which are never trained here, behind the kept layers. Their copies of
-            the embedding and the output layer are written from the trained weights.
+        keep_mtp: write MTP layers behind the kept layers: those of the model, or copies of the source's if the model
+            has none. Their copies of the embedding and the output layer are written from the trained weights.
 
     Raises:
         MegapruneError: the folder cannot be written. Raised on every rank.
     """
-    error: MegapruneError | None = None
-    shards: list[WrittenShard] = []
     writer, layout = ShardWriter(folder, max_shard_bytes, dist.get_rank()), source.pruned_layout(kept_layers, keep_mtp)
-    try:
-        for hf_name, tensor in _hf_tensors(model, source, kept_layers, whole, keep_mtp):
-            new_name = source.renamed(hf_name, kept_layers)
-            assert new_name is not None  # pruned layers are not among the tensors
-            writer.add(layout.written_name(new_name), tensor)
-        shards = writer.close()
-    except OSError as met:
-        error = MegapruneError(explain(met, folder))
-    raise_together(error)
-    gathered = all_gather_objects(shards)
+    arch = source.family.architecture(source.config)
+
+    def add(hf_name: str, tensor: torch.Tensor) -> None:
+        new_name = source.renamed(hf_name, kept_layers)
+        assert new_name is not None  # pruned layers are not among the tensors
+        writer.add(layout.written_name(new_name), tensor)
+
+    def write(gathered: tuple[WeightRule, list[torch.Tensor]]) -> None:
+        rule, parts = gathered
+        if rule.export and is_first_holder(rule):
+            for hf_name, tensor in rule.merge(parts, arch).items():
+                tensor = _as_stored(tensor, source, hf_name)
+                add(hf_name, tensor)
+                for copy in source.copies(hf_name, keep_mtp):
+                    add(copy, tensor.clone())
+
+    def close() -> None:
+        if dist.get_rank() == 0 and keep_mtp:
+            built = _of_mtp(source) if model.config.mtp_num_layers else set()
+            for hf_name in source.mtp_own():
+                if hf_name not in built:
+                    add(hf_name, source.read(hf_name))
+        writer.close()
+
+    write_gathered(_gathered(model, source, kept_layers, whole), write, close, folder)
+    shards = all_gather_objects(writer.written)
 
     def finish() -> None:
         with one_line(folder):
-            finish_shards(folder, [shard for by_rank in gathered for shard in by_rank], layout, max_shard_bytes)
+            finish_shards(folder, [shard for by_rank in shards for shard in by_rank], layout, max_shard_bytes)
 
     on_rank0(finish)
 
 
-def _hf_tensors(
-    model: PipelineModel, source: TensorSource, kept_layers: Sequence[int], whole: bool, keep_mtp: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that this rank writes, with their names in the source. Collective.
+def write_gathered(
+    gathered: Iterable[T], write: Callable[[T], object], close: Callable[[], object], folder: Path
+) -> None:
+    """Write weights one by one as they are gathered from all ranks, and close the files. Collective.
+
+    After an error, this rank takes part in the remaining collectives, because the other ranks would wait for it.
+
+    Args:
+        gathered: the weights; each step of the iteration is collective.
+        write: writes one of them, if this rank is the one that does.
+        close: writes what is pending.
+        folder: where the files are, for error messages.
+
+    Raises:
+        MegapruneError: a rank can't write. Raised on every rank.
+    """
+    error: MegapruneError | None = None
+
+    def attempt(step: Callable[[], object]) -> None:
+        nonlocal error
+        try:
+            if error is None:
+                step()
+        except MegapruneError as met:
+            error = met
+        except OSError as met:
+            error = MegapruneError(explain(met, folder))
+
+    for weight in gathered:
+        attempt(partial(write, weight))
+    attempt(close)
+    raise_together(error)
+
+
+def _gathered(
+    model: PipelineModel, source: TensorSource, kept_layers: Sequence[int], whole: bool
+) -> Iterator[tuple[WeightRule, list[torch.Tensor]]]:
+    """Yield the rule and the shards of each weight of the export that this rank holds a part of. Collective.
 
     The arguments are those of `export_weights`.
     """
-    arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     for name, parameter in model.named_weights():
         rule = rules[source_name(name, None if whole else kept_layers)]
-        if source.renamed(rule.hf[0], kept_layers) is None:
-            continue
-        parts = gather_shards(parameter.detach(), rule)
-        if not (rule.export and is_first_holder(rule)):
-            continue
-        for hf_name, tensor in rule.merge(parts, arch).items():
-            tensor = _as_stored(tensor, source, hf_name)
-            yield hf_name, tensor
-            for copy in source.copies(hf_name, keep_mtp):
-                yield copy, tensor.clone()
-    if dist.get_rank() == 0 and keep_mtp:
-        for hf_name in source.mtp_own():
-            yield hf_name, source.read(hf_name)
+        if source.renamed(rule.hf[0], kept_layers) is not None and not _is_second_embedding(name):
+            yield rule, gather_shards(parameter.detach(), rule)
+
+
+def _is_second_embedding(name: str) -> bool:
+    """Return whether a parameter is the copy of the embedding that MTP layers need on the last stage."""
+    return name.startswith("embedding.") and not parallel_state.is_pipeline_first_stage()
+
+
+def _of_mtp(source: TensorSource) -> set[str]:
+    """Return the HF names of the tensors that a model's MTP layers hold."""
+    arch = source.family.architecture(source.config)
+    return {name for rule in mtp_parameter_rules(source.family, arch, len(source.mtp_layers)) for name in rule.hf}
 
 
 def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:

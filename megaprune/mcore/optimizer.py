@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megaprune.mcore.averaging import WeightAverage
 from megaprune.mcore.builder import EngineOptions, in_half_precision
 from megaprune.mcore.layers.lora import adapted_layers
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -14,7 +15,11 @@ from megaprune.mcore.pipeline_model import PipelineModel
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Options of Adam with decoupled weight decay and of its learning-rate schedule over `train_iters` iterations."""
+    """Options of Adam with decoupled weight decay and of its learning-rate schedule over `train_iters` iterations.
+
+    Args:
+        averaged_from: the first iteration whose weights count in the average; None keeps no average.
+    """
 
     lr: float
     min_lr: float
@@ -26,6 +31,7 @@ class OptimizerOptions:
     distributed: bool = False
     beta1: float = 0.9
     beta2: float = 0.95
+    averaged_from: int | None = None
 
 
 class Trainer:
@@ -69,6 +75,7 @@ class Trainer:
         )
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._options = options
+        self.average = None if options.averaged_from is None else WeightAverage(model, options.averaged_from)
         self._schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -102,6 +109,8 @@ class Trainer:
         self._schedule.num_steps = 0
         self._schedule.step(increment=self._steps_into_schedule(iteration))
         _, grad_norm, _ = self.optimizer.step()
+        if self.average is not None:
+            self.average.add(iteration)
         return self._schedule.get_lr(self.optimizer.param_groups[0]), grad_norm
 
     def _steps_into_schedule(self, iteration: int) -> int:

@@ -1,11 +1,11 @@
 """Process groups: set-up, collectives and agreement between ranks."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,14 @@ from torch.distributed import distributed_c10d
 from megaprune import device
 from megaprune.models.shards import TensorParallel
 from megaprune.utils import failure
-from megaprune.utils.errors import MegapruneError
-from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
+from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together
+from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
+
+__all__ = ["on_each_node", "on_rank0", "on_rank0_for_all", "raise_together", "rank", "together", "world_size"]
 
 T = TypeVar("T")
+TIMEOUT_MINUTES = 60
 # Groups that stood before Megatron's were set up: someone else's, and left alone.
 _others: list[Any] = []
 
@@ -41,21 +45,32 @@ class ParallelSizes:
         return self.tensor * self.pipeline * self.context
 
 
-def initialize(sizes: ParallelSizes, timeout_minutes: int = 60) -> None:
+def initialize(sizes: ParallelSizes, timeout_minutes: int = TIMEOUT_MINUTES) -> None:
     """Join the process group and set up Megatron's groups. Collective."""
     join(timeout_minutes)
-    set_up_groups(sizes)
+    set_up_groups(sizes, timeout_minutes=timeout_minutes)
 
 
-def join(timeout_minutes: int = 60) -> None:
+def join(timeout_minutes: int = TIMEOUT_MINUTES) -> None:
     """Join the process group unless it exists already. Collective.
 
     Without a launcher, the group consists of this process.
+
+    Args:
+        timeout_minutes: limit of every collective operation in the group.
+
+    Raises:
+        UsageError: there are several processes, and the launcher did not say where they meet.
     """
     forget_stale_variables()
+    if world_size() > 1 and not has_rendezvous():
+        raise UsageError(
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR or MASTER_PORT is not set: start the processes with "
+            "torchrun, or set both to the address of rank 0 and a free port there"
+        )
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    device.bind_local_device(int(os.environ["LOCAL_RANK"]))
+    own_device = device.bind_local_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # A single process needs no port, so that it cannot collide with other runs on this host.
         store = dist.HashStore() if world_size() == 1 else None
@@ -65,16 +80,18 @@ def join(timeout_minutes: int = 60) -> None:
             world_size=1 if store else -1,
             store=store,
             timeout=timedelta(minutes=timeout_minutes),
+            device_id=own_device,
         )
     failure.watch()
 
 
-def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
+def set_up_groups(sizes: ParallelSizes, gloo: bool = True, timeout_minutes: int = TIMEOUT_MINUTES) -> None:
     """Set up Megatron's groups within the process group. Collective.
 
     Args:
         sizes: parallel sizes.
         gloo: create gloo groups on the CPU as well.
+        timeout_minutes: limit of every collective operation in these groups.
     """
     if dist.group.WORLD not in _others:  # else a session was cut short, and its groups are still there
         _others[:] = distributed_c10d._world.pg_map
@@ -85,14 +102,18 @@ def set_up_groups(sizes: ParallelSizes, gloo: bool = True) -> None:
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         create_gloo_process_groups=gloo,
+        distributed_timeout_minutes=timeout_minutes,
     )
     # The core requires seeded generators. Nothing draws from them: there is no dropout, and weights are loaded.
     model_parallel_cuda_manual_seed(1)
 
 
 @contextmanager
-def session(sizes: ParallelSizes) -> Iterator[None]:
+def session(sizes: ParallelSizes, timeout_minutes: int = TIMEOUT_MINUTES) -> Iterator[None]:
     """A block with Megatron's groups; the process group stays for later ones. Collective.
+
+    Args:
+        timeout_minutes: limit of every collective operation.
 
     Raises:
         MegapruneError: Megatron's groups are in use.
@@ -102,7 +123,7 @@ def session(sizes: ParallelSizes) -> Iterator[None]:
             "this process uses Megatron-Core's parallel groups already: call megatron.core.parallel_state."
             "destroy_model_parallel first, or start a process of its own"
         )
-    initialize(sizes)
+    initialize(sizes, timeout_minutes)
     try:
         yield
     except BaseException:
@@ -161,33 +182,6 @@ def data_parallel_rank() -> int:
 def data_parallel_size() -> int:
     """Return the data-parallel size."""
     return parallel_state.get_data_parallel_world_size()
-
-
-def on_rank0(action: Callable[[], T]) -> T | None:
-    """Run an action on rank 0 only. Collective.
-
-    Returns:
-        The action's result on rank 0; None on the other ranks.
-
-    Raises:
-        MegapruneError: the action raised it. Raised on every rank.
-    """
-    error, result = None, None
-    if rank() == 0:
-        try:
-            result = action()
-        except MegapruneError as met:
-            error = met
-    raise_together(error)
-    return result
-
-
-def on_rank0_for_all(action: Callable[[], T]) -> T:
-    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`."""
-    box = [on_rank0(action)]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])
 
 
 def all_gather_objects(value: T) -> list[T]:

@@ -25,7 +25,7 @@ def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: fl
     count = len(costs)
     if count < num_stages:
         raise UsageError(
-            f"--pipeline-model-parallel-size {num_stages} leaves stages without a layer: only {count} layers are left"
+            f"--pipeline-model-parallel-size {num_stages} leaves stages empty: only {count} layers are left"
         )
     prefix = [0.0]
     for cost in costs:
@@ -52,9 +52,13 @@ def balanced_stages(costs: Sequence[float], num_stages: int, last_stage_cost: fl
     return sizes[::-1]
 
 
-def layout_string(stages: Sequence[int]) -> str:
-    """Return Megatron's layout string, for example ``Ettt|tttL`` for three layers on each of two stages."""
-    return "E" + "|".join("t" * count for count in stages) + "L"
+def layout_string(stages: Sequence[int], num_mtp: int = 0) -> str:
+    """Return Megatron's layout string, for example ``Ettt|tttL`` for three layers on each of two stages.
+
+    Args:
+        num_mtp: number of MTP layers, which are on the last stage.
+    """
+    return "E" + "|".join("t" * count for count in stages) + "m" * num_mtp + "L"
 
 
 def parse_layout(layout: str, num_stages: int, num_layers: int) -> list[int]:

@@ -102,12 +102,13 @@ class PipelineModel:
         return (buffer for chunk in self.chunks for buffer in chunk.buffers())
 
     @contextmanager
-    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-        """Call `watch` on every layer's pass within the block.
+    def watched_layers(self, watch: Callable[[int, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+        """Call `watch` on every layer's pass within the block. With full recomputation, layers pass twice: without
+        gradients, and with them.
 
         Args:
             watch: called with the layer's number, its input and its output, [s, b, h] each, or [s / tp, b, h] under
-                sequence parallelism.
+                sequence parallelism. A tensor that it returns replaces the output.
         """
         hooks = [
             layer.module.register_forward_hook(_hook(layer.number, watch), with_kwargs=True) for layer in self.layers()
@@ -117,6 +118,17 @@ class PipelineModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def predicting_ahead(self) -> Iterator[None]:
+        """Return the logits of MTP layers behind those of the model within the block, along the first dimension."""
+        for chunk in self.chunks:
+            chunk.predicts_ahead = True
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.predicts_ahead = False
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the sharded state dict of the model for Megatron's dist_checkpointing."""
@@ -144,10 +156,11 @@ def global_name(name: str, chunk: GPTModel) -> str:
     return with_expert(name, lambda expert: first_expert() + expert)
 
 
-def _hook(number: int, watch: Callable[[int, Tensor, Tensor], None]) -> Callable[..., None]:
+def _hook(number: int, watch: Callable[[int, Tensor, Tensor], Tensor | None]) -> Callable[..., Any]:
     """Return a layer's forward hook that calls `watch`."""
 
-    def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
-        watch(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0])
+    def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> Any:
+        replaced = watch(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0])
+        return None if replaced is None else (replaced, *output[1:])
 
     return hook

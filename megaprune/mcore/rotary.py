@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megaprune.models import Architecture, RopeScaling
@@ -96,6 +97,12 @@ def softmax_scale(arch: Architecture) -> float | None:
     return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
 
 
+def attending_layers(model: GPTModel) -> list[TransformerLayer]:
+    """Return the transformer layers of a built model, including those of MTP layers."""
+    ahead = [layer.transformer_layer for layer in model.mtp.layers] if model.mtp_process else []
+    return [*model.decoder.layers, *ahead]
+
+
 def scale_rope(model: GPTModel, arch: Architecture) -> None:
     """Set the architecture's scaled RoPE in a built model."""
     scaling = arch.rope_scaling
@@ -104,7 +111,10 @@ def scale_rope(model: GPTModel, arch: Architecture) -> None:
     if not arch.mla:
         _set_frequencies(model.rotary_pos_emb, inverse_frequencies(arch.rotary_base, arch.head_dim, scaling))
         return
-    dim, attentions = arch.transformer["qk_pos_emb_head_dim"], [x.self_attention for x in model.decoder.layers]
+    dim, attentions = (
+        arch.transformer["qk_pos_emb_head_dim"],
+        [layer.self_attention for layer in attending_layers(model)],
+    )
     if scaling.rope_type == "yarn":
         shared = ScaledRotaryEmbedding(arch.rotary_base, dim, scaling) if attentions else None
         for attention in attentions:

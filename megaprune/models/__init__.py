@@ -30,16 +30,12 @@ def family_of(config: HFConfig) -> Family:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise MegapruneError(
-            f"model_type {model_type!r} is not a family that megaprune knows; known: {', '.join(sorted(FAMILIES))}"
-        )
+        raise MegapruneError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     if config.get("text_config") is not None:
         raise MegapruneError(
-            f"{model_type}: config.json holds a text_config, as models of several parts do: only text models are read"
+            f"{model_type}: config.json holds a text_config, as multimodal models do: only text models are supported"
         )
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise MegapruneError(
-            f"{model_type}: 'tie_word_embeddings' in config.json is {tied!r}, where true or false belongs"
-        )
+        raise MegapruneError(f"{model_type}: 'tie_word_embeddings' in config.json is {tied!r}, not true or false")
     return FAMILIES[model_type]

@@ -37,7 +37,7 @@ _SPELLINGS = {
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
-# `post_attention_layernorm` stands behind attention here, not before the MLP as in LLaMA.
+# `post_attention_layernorm` follows attention here and is not before the MLP as in LLaMA.
 _SANDWICH_RULES = tuple(
     WeightRule(MEGATRON + f"{name}.weight", (HF + f"{name}.weight",), COPY)
     for name in ("post_attention_layernorm", "post_mlp_layernorm")

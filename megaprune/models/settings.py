@@ -94,7 +94,8 @@ def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
         raise wrong(config, "layer_types", value, "a list of attention types, one per layer,")
     if len(value) != num_layers:
         raise MegapruneError(
-            f"{config.get('model_type')}: 'layer_types' in config.json names {len(value)} layers of {num_layers}"
+            f"{config.get('model_type')}: 'layer_types' in config.json names {len(value)} layers, but the model has "
+            f"{num_layers}"
         )
     return value
 
@@ -108,7 +109,7 @@ def is_number(value: Any) -> bool:
 def wrong(config: HFConfig, key: str, value: Any, expected: str) -> MegapruneError:
     """Return the error that names a key, its value, and the expected kind of value."""
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    return MegapruneError(f"{config.get('model_type')}: {key!r} in config.json is {shown}, where {expected} belongs")
+    return MegapruneError(f"{config.get('model_type')}: {key!r} in config.json is {shown}, not {expected}")
 
 
 def _lookup(config: HFConfig, key: str, default: Any) -> Any:

@@ -108,7 +108,7 @@ class _Vocab(ShardKind):
         rows, hidden = source.shape(name)
         if rows != arch.vocab_size:
             raise MegapruneError(
-                f"{source.shown(name)} has {rows} rows where config.json says vocab_size {arch.vocab_size}"
+                f"{source.shown(name)} has {rows} rows, but config.json says vocab_size {arch.vocab_size}"
             )
         part = padded_vocab_size(rows, tp.size) // tp.size
         start, stop = tp.rank * part, min((tp.rank + 1) * part, rows)

@@ -86,6 +86,7 @@ class Architecture:
         tied: whether the output layer shares the embedding's weight.
         sandwich_norm: whether attention and MLP are also followed by a norm.
         latent_norm_epsilon: epsilon of the norms within latent attention, if it differs from that of the other norms.
+        num_mtp: number of multi-token-prediction layers that are built; 0 unless they are trained.
     """
 
     transformer: dict[str, Any]
@@ -97,6 +98,7 @@ class Architecture:
     tied: bool = False
     sandwich_norm: bool = False
     latent_norm_epsilon: float | None = None
+    num_mtp: int = 0
 
     @property
     def mla(self) -> bool:

@@ -63,6 +63,10 @@ class Activations:
         output_input = self._shard * self._hidden * self._bytes if self._passes.adapter_rank is None else 0
         return norm + output_input + self._logits()
 
+    def hidden_states(self, layers: int, micro_batches: int) -> float:
+        """Return the bytes of the outputs of so many layers in so many micro-batches."""
+        return layers * micro_batches * self._shard * self._hidden * self._bytes
+
     def working(self, moe_layers: Collection[bool], last_stage: bool, largest_trained: int) -> float:
         """Return the peak of temporary memory in the backward pass.
 

@@ -73,6 +73,7 @@ def training_memory(
     teacher_bytes: int = 0,
     taught: bool = False,
     target_bytes: int = 0,
+    hidden_bytes: float = 0,
 ) -> Memory:
     """Return the memory of a rank in a training step.
 
@@ -81,8 +82,9 @@ def training_memory(
         teacher_bytes: weights of a separate teacher.
         taught: a forward pass of the teacher precedes the student's.
         target_bytes: the teacher's outputs for all micro-batches, on the last stage.
+        hidden_bytes: the teacher's hidden states of the stage's layers for all micro-batches.
     """
-    kept = in_flight * sum(map(activations.layer, moe_layers))
+    kept = in_flight * sum(map(activations.layer, moe_layers)) + hidden_bytes
     working = activations.working(moe_layers, last_stage, share.largest_trained)
     if last_stage:
         # The output of only one micro-batch is kept: its backward pass follows immediately.

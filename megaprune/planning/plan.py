@@ -149,6 +149,7 @@ class _Planner:
         self._state = TrainingState(options.engine.bf16, *(shards if options.distributed_optimizer else (1, 1)))
         taught = options.trains and options.distillation.loss != "ce"
         self._teacher = options.distillation.teacher if taught else None
+        self._compares_states = taught and options.distillation.hidden_weight > 0
 
     def _passes(self) -> Passes:
         engine, sizes = self._options.engine, self._sizes
@@ -183,7 +184,7 @@ class _Planner:
         if selection.manual is not None:
             return selection.manual, None
         sizes = torch.tensor([size.total for size in self._layer_sizes], dtype=torch.float64)
-        assumed = "the layers with the fewest parameters go, the last ones if sizes are equal"
+        assumed = "the layers with the fewest parameters are removed, the last ones if sizes are equal"
         if self._teacher == "self":
             assumed += "; activations are those of stages without removed layers"
         return top_layers(sizes, selection.budget, selection.protected), assumed
@@ -204,7 +205,8 @@ class _Planner:
             active = layers if stays_whole and assumed else running
             last = number == len(counts) - 1
             if trained and self._options.trains:
-                memory = self._training_memory(share, teacher, number, active, last)
+                compared = self._compares_states and name == "recovery"
+                memory = self._training_memory(share, teacher, number, active, last, len(running) if compared else 0)
             else:
                 memory = forward_memory(share, self._activations, last)
             stages.append(self._stage(number, layers, running, share, memory))
@@ -228,7 +230,7 @@ class _Planner:
         )
 
     def _training_memory(
-        self, share: Share, teacher: Share | None, stage: int, layers: Sequence[int], last: bool
+        self, share: Share, teacher: Share | None, stage: int, layers: Sequence[int], last: bool, compared: int
     ) -> Memory:
         return training_memory(
             share,
@@ -240,6 +242,7 @@ class _Planner:
             teacher_bytes=teacher.model_bytes if teacher else 0,
             taught=self._teacher in ("online", "self"),
             target_bytes=self._target_bytes(),
+            hidden_bytes=self._activations.hidden_states(compared, self._cluster.micro_batches),
         )
 
     def _target_bytes(self) -> int:

@@ -22,7 +22,7 @@ from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import build_model, in_half_precision
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.pipeline_model import PipelineModel
-from megaprune.pruning.data import stored_data
+from megaprune.pruning.data import first_on_rank0, stored_data
 from megaprune.pruning.options import CachingOptions
 from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
@@ -42,7 +42,8 @@ def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
     Raises:
         MegapruneError: the request can't be fulfilled; the same call resumes from the shards that are complete.
     """
-    with parallel.session(options.sizes), locked(lock_beside(options.output), f"{_FLAG} {options.output}"):
+    lock = locked(lock_beside(options.output), f"{_FLAG} {options.output}")
+    with parallel.session(options.sizes, options.timeout_minutes), lock:
         return _cache(options, source)
 
 
@@ -50,7 +51,7 @@ def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
     # If the job is refused before the first window is computed, the disk is left unchanged.
     with options.work.undone_if_refused() if parallel.rank() == 0 else nullcontext():
         plan, dataset = _plan(options, source)
-        if options.output.exists():
+        if parallel.on_rank0_for_all(options.output.exists):
             parallel.on_rank0(lambda: _check_finished(options.output, plan))
             say(f"{options.output} holds the finished cache already")
             return _left_alone(options, plan)
@@ -63,7 +64,7 @@ def _cache(options: CachingOptions, source: TensorSource) -> CachePlan:
         import_weights(model, source)
         teacher = in_half_precision(model, options.engine).requires_grad_(False)
         parallel.on_rank0(lambda: _begin(options.work.path, plan))
-    _Caching(options, plan, dataset, teacher).run()
+    Caching(options, plan, dataset, teacher).run()
     parallel.on_rank0(lambda: _finish(options, plan))
     say(f"written to {options.output}: {plan.num_bytes / 1e6:,.1f} MB")
     return plan
@@ -87,24 +88,23 @@ def _plan(options: CachingOptions, source: TensorSource) -> tuple[CachePlan, Win
     """Return the plan of the cache, and the data. Collective."""
     cache_dir = options.data.cache_dir or options.work.data_cache
     tokenizer = tokenizer_in(source.folder, options.model.trust_remote_code)
-    vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
 
     def load() -> Windows:
-        return stored_data(options.data, options.data.train, tokenizer, cache_dir, vocab_size)
+        return stored_data(options.data, options.data.train, tokenizer, cache_dir, options.model.arch.vocab_size)
 
-    dataset = parallel.on_rank0(load) or load()
+    dataset = first_on_rank0(load)
     key = cache_key(source, tokenizer, dataset)
     return CachePlan(key, options.distillation.top_k, "bf16" if options.engine.bf16 else "fp32"), dataset
 
 
 def _check_finished(output: Path, plan: CachePlan) -> None:
     found, _ = read_manifest(output, _FLAG)
-    found.key.check(plan.key, f"{_FLAG} {output} is there and", "choose another folder")
+    found.key.check(plan.key, f"{_FLAG} {output} already exists and", "choose another folder")
     for name, flag in (("top_k", "--distill-top-k"), ("computed_in", "the teacher in")):
         had, wanted = getattr(found, name), getattr(plan, name)
         if had != wanted:
             raise MegapruneError(
-                f"{_FLAG} {output} is there and was made with {flag} {had}, not {wanted}: choose another folder"
+                f"{_FLAG} {output} already exists and was made with {flag} {had}, not {wanted}: choose another folder"
             )
 
 
@@ -122,8 +122,8 @@ def _finish(options: CachingOptions, plan: CachePlan) -> None:
         cache_writer.finish(options.work.path, options.output, plan)
     except OSError as error:
         raise MegapruneError(
-            f"{error.filename or options.output} can't be written ({error.strerror}): fix this, and give the same "
-            "command to go on"
+            f"{error.filename or options.output} can't be written ({error.strerror}): fix this, and run the same "
+            "command to continue"
         ) from None
 
 
@@ -140,7 +140,7 @@ def _size_of(plan: CachePlan) -> str:
     )
 
 
-class _Caching:
+class Caching:
     """The passes over the windows. Shards are distributed to the replicas in rounds, so that all replicas run equally
     many micro-batches: with expert parallelism, every micro-batch needs every rank.
     """
@@ -164,7 +164,7 @@ class _Caching:
         replicas = parallel.data_parallel_size()
         with tqdm(total=tokens, **settings) as bar:
             for start in range(0, len(left), replicas):
-                self._round(left[start : start + replicas], bar)
+                self.write_round(left[start : start + replicas], bar)
 
     def _left(self) -> list[int]:
         """Return the shards that are missing or damaged. Each rank checks its share."""
@@ -173,10 +173,10 @@ class _Caching:
         found = [shard for shard in mine if not cache_writer.is_written(self._folder, self._plan, shard)]
         left = sorted(shard for part in parallel.all_gather_objects(found) for shard in part)
         if len(left) < count:
-            say(f"going on: {count - len(left):,} of {count:,} shards are there")
+            say(f"continuing: {count - len(left):,} of {count:,} shards exist")
         return left
 
-    def _round(self, shards: Sequence[int], bar: tqdm) -> None:
+    def write_round(self, shards: Sequence[int], bar: tqdm) -> None:
         """Compute one shard per replica. If there are fewer shards than replicas, the others compute windows whose
         targets are discarded.
         """

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import Data
-from megaprune.pruning.models import Models
+from megaprune.pruning.models import Models, Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
+from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.step import StepResult
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
@@ -30,23 +32,31 @@ class RunContext:
     """State of a run.
 
     Args:
+        origin: the teacher's model, if it is not `source`.
         should_stop: called on every rank before the first iteration and after each one. If it returns True on any
             rank, the run saves a checkpoint and stops.
     """
 
     def __init__(
-        self, options: RunOptions, source: TensorSource, data: Data, should_stop: ShouldStop | None = None
+        self,
+        options: RunOptions,
+        source: TensorSource,
+        data: Data,
+        should_stop: ShouldStop | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        self.options, self.source, self.data = options, source, data
-        self._should_stop = should_stop
-        self.models = Models(options, source, data.teacher_cache)
+        self.options, self.data = options, data
+        self.source, self.origin, self._should_stop = source, origin, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = checkpoint.latest(options.output.run_dir.checkpoints)
+        self.resume_from = self._latest()
         self.progress = Progress()
         if self.resume_from is not None:
-            self.progress = Progress(**checkpoint.load_state(self.resume_from))
+            found = self.resume_from
+            self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
+        self.shorten(self.progress.other_iterations)
+        if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)
-            say(f"going on from {self.resume_from}, iteration {self.progress.iteration}")
+            say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
         if self._is_to_stop():
             raise RunStopped
@@ -60,6 +70,29 @@ class RunContext:
             wandb_project=options.output.wandb_project,
             start_iteration=self.progress.iteration,
         )
+
+    def shorten(self, iterations: int) -> None:
+        """Leave out a number of training iterations, and let the learning rate fall over the others."""
+        training, optimizer = self.options.training, self.options.optimizer
+        training = replace(training, train_iters=training.train_iters - iterations)
+        averaged = optimizer.averaged_from
+        averaged = None if averaged is None else max(training.search_iters, averaged - iterations)
+        optimizer = replace(optimizer, train_iters=training.train_iters, averaged_from=averaged)
+        self.options = replace(self.options, training=training, optimizer=optimizer)
+        self.data = replace(self.data, training=training)
+        self.models = Models(self.options, self.source, self.data.teacher_cache, self.origin)
+
+    def branch(self, folder: Path, iterations: int) -> "RunContext":
+        """Return a run in a folder of its own, which begins like this one or goes on from its own checkpoint.
+
+        Args:
+            iterations: number of training iterations that it leaves out.
+        """
+        output = replace(self.options.output, run_dir=RunDir(folder), tensorboard_dir=None, wandb_project=None)
+        options = replace(self.options, output=output)
+        begun = RunContext(options, self.source, self.data, self._should_stop, self.origin)
+        begun.shorten(iterations)
+        return begun
 
     def _check_batch(self, begun_with: int | None) -> None:
         """Refuse to resume with another batch size. Without --global-batch-size, it follows the number of replicas."""
@@ -94,7 +127,7 @@ class RunContext:
         self.progress.iteration = iteration + 1
         self.progress.spend(stage, seconds, self.options.tokens_per_iteration)
         num_kept = len(self.kept_layers) if result.mask is None else int((result.mask > 0).sum())
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration + 1,
             "stage": stage,
             "loss": result.loss,
@@ -102,7 +135,7 @@ class RunContext:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "num_kept": num_kept,
-            "tokens": (iteration + 1) * self.options.tokens_per_iteration,
+            "tokens": (iteration + 1 + self.progress.other_iterations) * self.options.tokens_per_iteration,
             "seconds": seconds,
         }
         if result.mask is not None:
@@ -111,13 +144,21 @@ class RunContext:
 
     @property
     def weights_are_the_source(self) -> bool:
-        """Return whether the weights still equal the source, because only scores were trained."""
-        training = self.options.training
-        return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
+        """Return whether the weights still equal the source, because nothing or only scores were trained."""
+        iteration, training = self.progress.iteration, self.options.training
+        return iteration == 0 or (iteration <= training.search_iters and not training.trains_weights_in_search)
 
     def saved_weights(self) -> Path | None:
-        """Return the newest checkpoint if it contains weights."""
-        return None if self.weights_are_the_source else checkpoint.latest(self.options.output.run_dir.checkpoints)
+        """Return the newest checkpoint if it contains weights. Collective."""
+        return None if self.weights_are_the_source else self._latest()
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint that rank 0 sees. Collective."""
+        return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
+
+    def save_state(self) -> None:
+        """Save the progress of a run that has trained nothing yet."""
+        checkpoint.save(self.options.output.run_dir.checkpoints, 0, None, self.progress.state())
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -131,8 +172,12 @@ class RunContext:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
             checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
-            say(f"stopped by SIGTERM at iteration {iteration}: the same command goes on from here")
+            say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
+
+    def close(self) -> None:
+        """Close the metrics."""
+        self.metrics.close()
 
     def _is_to_stop(self) -> bool:
         return self._should_stop is not None and parallel.any_rank(self._should_stop())
@@ -148,6 +193,8 @@ def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:
     error = None
     if not torch.equal(mask, parallel.broadcast_from_rank0(mask.clone())):
         name = options.selection.name
-        error = MegapruneError(f"--method {name} chose other layers on other ranks: draw by --seed alone")
+        error = MegapruneError(
+            f"--method {name} chose different layers on different ranks: it must depend on --seed alone"
+        )
     parallel.raise_together(error)
     return kept

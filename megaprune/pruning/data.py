@@ -1,9 +1,9 @@
 """The data of a run: prepared once by rank 0, read by every replica."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megaprune.data.batches import Batch, batches_for, eval_batches, train_batches, train_ids
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
@@ -20,6 +20,8 @@ from megaprune.selection.registry import HELD_OUT_WINDOWS
 from megaprune.utils.errors import UsageError
 from megaprune.weights.tensor_source import TensorSource
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -35,6 +37,7 @@ class Data:
     def train_batches(self, iteration: int) -> list[Batch]:
         """Return this replica's micro-batches of an iteration, and start reading the cached targets of the next one."""
         self._read_ahead(iteration + 1)
+        iteration += self.training.first_iteration
         return train_batches(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
 
     def calibration_batches(self, count: int, skip: int = 0) -> list[Batch]:
@@ -64,6 +67,7 @@ class Data:
     def _read_ahead(self, iteration: int) -> None:
         """Start reading the cached targets of this replica's share of a later iteration."""
         if self.teacher_cache is not None and parallel.is_last_stage() and iteration < self.training.train_iters:
+            iteration += self.training.first_iteration
             rows = train_ids(self._trained_on, iteration=iteration, **self._order(), **self._dealt())
             self.teacher_cache.prefetch([id for row in rows for id in row])
 
@@ -87,16 +91,15 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
     data, distillation = options.data, options.distillation
     # A teacher cache is indexed by windows in file order, which are then shuffled like windows of text.
     cached = distillation.teacher == "cached"
-    blend = None if cached else find_blend(data.train, "--train-data")
+    blend = None if cached else parallel.on_rank0_for_all(lambda: find_blend(data.train, "--train-data"))
     if data.train and not data.reads_training:
-        if not blend:
-            find_sources(data.train, "--train-data")  # no data is read, but a wrong path is still refused
+        if not blend:  # no data is read, but a wrong path is still refused
+            parallel.on_rank0(lambda: find_sources(data.train, "--train-data"))
         blend = None
     if cached:
-        check_cacheable(data.train)
+        parallel.on_rank0(lambda: check_cacheable(data.train))
 
-    # Rank 0 has checked the files before the others map them.
-    vocab_size = options.model.arch.vocab_size if parallel.rank() == 0 else None
+    vocab_size = options.model.arch.vocab_size
 
     def load() -> tuple[Windows | None, Windows | None, list[IndexedFile]]:
         train, valid, files = None, None, []
@@ -109,7 +112,7 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
             valid = stored_data(data, data.valid, tokenizer, cache_dir, vocab_size, "--valid-data", pad_last=True)
         return train, valid, files
 
-    train, valid, files = parallel.on_rank0(load) or load()
+    train, valid, files = first_on_rank0(load)
     calibration = train
     if blend:
         train, calibration = _blended(options, blend, files, tokenizer.eos_token_id, cache_dir)
@@ -117,6 +120,15 @@ def prepare_data(options: RunOptions, source: TensorSource, tokenizer: Any, cach
         _check_calibration(options, calibration)
     teacher_cache = open_cache(distillation, source, tokenizer, train) if cached and train else None
     return Data(data, options.training, train, valid, calibration, teacher_cache)
+
+
+def first_on_rank0(load: Callable[[], T]) -> T:
+    """Return the datasets that rank 0 creates or finds. The other ranks map the same files. Collective.
+
+    Raises:
+        MegapruneError: the data can't be used, or a rank does not see the files; raised on every rank.
+    """
+    return parallel.together(lambda: parallel.on_rank0_for_all(load))
 
 
 def stored_data(
@@ -146,7 +158,7 @@ def _check_calibration(options: RunOptions, calibration: Windows) -> None:
     calibration_ids(len(calibration), options.selection.calibration_samples, options.training.seed)
     if options.selection.method.needs_held_out and len(calibration) < 1 + HELD_OUT_WINDOWS:
         raise UsageError(
-            f"--method {options.selection.name} judges on other windows than it chooses by, and needs "
+            f"--method {options.selection.name} validates on windows that it does not select by, and needs "
             f"{1 + HELD_OUT_WINDOWS}: --train-data has {len(calibration)}; give more data, or lower --seq-length"
         )
 
@@ -166,7 +178,7 @@ def _blended(
     if options.data.calibrates:
         most = options.selection.calibration_samples * (1 + HELD_OUT_WINDOWS)
         calibration = calibration_windows(blend, files, most=most, **common)
-    num_samples = options.training.train_iters * options.training.global_batch_size
+    num_samples = options.training.data_iters * options.training.global_batch_size
     if num_samples:
         train = training_windows(blend, files, num_samples=num_samples, **common)
     return train, calibration
@@ -190,8 +202,8 @@ def check_cacheable(train_data: Sequence[str]) -> None:
     blend = find_blend(train_data, "--train-data")
     if blend is not None and blend.weights is not None:
         raise UsageError(
-            f"--train-data {' '.join(train_data)}: a cached teacher goes with windows as they lie in the "
-            "files, where a blend's follow from the seed; leave the weights out, or use --teacher online"
+            f"--train-data {' '.join(train_data)}: a cached teacher needs windows in the order of the files, but "
+            "those of a blend depend on the seed; remove the weights, or use --teacher online"
         )
 
 
@@ -212,4 +224,6 @@ def open_cache(distillation: DistillationOptions, source: TensorSource, tokenize
         cache.check_shards()
         return cache
 
-    return parallel.on_rank0(check) or load()
+    checked: list[TeacherCache] = []
+    parallel.on_rank0(lambda: checked.append(check()))
+    return parallel.together(lambda: checked[0] if checked else load())

@@ -15,11 +15,11 @@ from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place
 from megaprune.utils.progress import say
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 
-GO_ON = "give the same command to go on from the last checkpoint"
+GO_ON = "run the same command to continue from the last checkpoint"
 
 
 def export(run: RunContext, student: Trainer | None, command: str) -> None:
@@ -30,7 +30,7 @@ def export(run: RunContext, student: Trainer | None, command: str) -> None:
         command: how the run was started, for the model card.
     """
     run_dir = run.options.output.run_dir
-    aside = aside_folder(run_dir.hf)
+    aside = aside_of(run_dir.hf)
     try:
         _emptied(aside)
         with run.progress.timed("export"):
@@ -39,7 +39,7 @@ def export(run: RunContext, student: Trainer | None, command: str) -> None:
     except MegapruneError:
         if parallel.rank() == 0:  # an unfinished folder would block the next attempt
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(aside_folder(run_dir.adapter), ignore_errors=True)
+            shutil.rmtree(aside_of(run_dir.adapter), ignore_errors=True)
         raise
 
 
@@ -56,7 +56,7 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
         card = model_card(report, source_name=options.model.name, command=command, adapter=adapter)
         (aside / CARD_NAME).write_text(card)
         run.metrics.close()
-        aside.rename(run_dir.hf)
+        put_in_place(aside, run_dir.hf)
     say(result_table(report, run_dir.path))
 
 
@@ -81,9 +81,14 @@ def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> N
 def _export_adapter(run: RunContext, student: Trainer | None) -> None:
     options, run_dir = run.options, run.options.output.run_dir
     assert student is not None and options.lora is not None, "the configuration's checks ask for both"
-    aside, whole = _emptied(aside_folder(run_dir.adapter)), run.models.student_stays_whole
+    aside, whole = _emptied(aside_of(run_dir.adapter)), run.models.student_stays_whole
     export_adapter(student.model, run.source, run.kept_layers, aside, options.lora, str(run_dir.hf), whole)
-    parallel.on_rank0(lambda: _replace(run_dir.adapter, aside))
+
+    def finish() -> None:
+        with one_line(run_dir.adapter, GO_ON):
+            put_in_place(aside, run_dir.adapter, replace=True)
+
+    parallel.on_rank0(finish)
 
 
 def _report(run: RunContext) -> Report:
@@ -95,7 +100,7 @@ def _report(run: RunContext) -> Report:
         scores=run.progress.scores,
         before=inventory(hf_config),
         after=inventory(hf_config, kept),
-        tokens_seen=run.progress.iteration * options.tokens_per_iteration,
+        tokens_seen=(run.progress.iteration + run.progress.other_iterations) * options.tokens_per_iteration,
         seed=options.training.seed,
         stages=run.progress.stages,
         valid={model: dict(measured) for model, measured in run.progress.valid.items()},
@@ -114,9 +119,3 @@ def _emptied(folder: Path) -> Path:
 
     parallel.on_rank0(make)
     return folder
-
-
-def _replace(folder: Path, by: Path) -> None:
-    with one_line(folder, GO_ON):
-        shutil.rmtree(folder, ignore_errors=True)
-        by.rename(folder)

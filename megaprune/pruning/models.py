@@ -1,6 +1,7 @@
 """Models of a run: the original, the student and the teacher, built, loaded and prepared for training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megaprune.distillation.cache_reader import TeacherCache
@@ -19,11 +20,36 @@ from megaprune.selection.segments import endpoints
 from megaprune.weights.tensor_source import TensorSource
 
 
-class Models:
-    """Factory of a run's models. The original and a student that keeps its pruned layers share one gate."""
+@dataclass(frozen=True)
+class Origin:
+    """The model that teaches a run which starts from another one: that of a run in rounds, with its options.
 
-    def __init__(self, options: RunOptions, source: TensorSource, teacher_cache: TeacherCache | None = None) -> None:
+    Args:
+        layers: its layers of which the run's model consists.
+    """
+
+    options: RunOptions
+    source: TensorSource
+    layers: Sequence[int]
+
+
+class Models:
+    """Factory of a run's models. The original and a student that keeps its pruned layers share one gate.
+
+    Args:
+        origin: the teacher's model, if it is not the model that is pruned.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        source: TensorSource,
+        teacher_cache: TeacherCache | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         self._options, self._source, self._teacher_cache = options, source, teacher_cache
+        self._origin = Models(origin.options, origin.source) if origin else None
+        self._taught_layers = origin.layers if origin else range(options.model.arch.num_layers)
         self.gate = LayerGate()
         self.shard: VocabShard = vocab_shard(options.model.arch)
 
@@ -33,9 +59,10 @@ class Models:
         return self._options.distillation.teacher == "self"
 
     def original(self, imported: bool = True, gated: bool = True) -> PipelineModel:
-        """Return the whole model, with or without the gate."""
+        """Return the whole model, with or without the gate; without it, it is no student and has no MTP layers."""
         options, gate = self._options, self.gate if gated else None
-        model = build_model(options.model.arch, options.pipeline.original, options.engine, gate)
+        arch = options.model.arch if gated else replace(options.model.arch, num_mtp=0)
+        model = build_model(arch, options.pipeline.original, options.engine, gate)
         if imported:
             import_weights(model, self._source)
         return model
@@ -87,8 +114,17 @@ class Models:
             return SelfTeacher(student.ddp, self.gate, self.shard, distillation.top_k)
         if self._teacher_cache is not None:
             return CachedTeacher(self._teacher_cache)
-        model = self.original(gated=False) if original is None else original
+        if self._origin is not None:
+            model = self._origin.original(gated=False)
+        else:
+            model = self.original(gated=False) if original is None else original
         return OnlineTeacher(in_half_precision(model, self._options.engine), self.shard, distillation.top_k)
+
+    def taught_layers(self, kept: Sequence[int]) -> dict[int, int]:
+        """Return the teacher's layer of each layer of the student that consists of these layers."""
+        if self.student_stays_whole:
+            return {layer: layer for layer in kept}
+        return {number: self._taught_layers[layer] for number, layer in enumerate(kept)}
 
     def merge_and_round(self, student: Trainer, kept: Sequence[int]) -> None:
         """Replace the trained weights by those that are exported: adapters merged, rounded to the source's dtype."""

@@ -15,7 +15,7 @@ from megaprune.models import Architecture, HFConfig
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.registry import Method
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class DistillationOptions:
         teaches: whether the student learns from a teacher.
         logits: folder of a cached teacher.
         alpha: share of the distillation loss; the rest is cross-entropy.
+        hidden_weight: factor of the loss on hidden states in recovery.
+        mtp_factor: factor of the loss of MTP layers; 0 trains none.
     """
 
     loss: LossKind
@@ -73,6 +75,8 @@ class DistillationOptions:
     teaches: bool
     logits: Path | None
     alpha: float
+    hidden_weight: float
+    mtp_factor: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class SelectionOptions:
         method: its function and traits; method_options: the flags that the function takes.
         manual: kept layers given by the user.
         token_budget: tokens that a method with `--selection-budget` may spend.
+        heal_candidates: number of candidates that are trained for `heal_iters` iterations before one is chosen.
         token_budget_given: whether the user set the budget; if so, a budget that is too small is refused.
     """
 
@@ -115,6 +120,8 @@ class SelectionOptions:
     calibration_samples: int
     token_budget: int
     token_budget_given: bool
+    heal_candidates: int = 1
+    heal_iters: int = 0
 
     def fewest_layers(self) -> list[int]:
         """Return the layers of the shortest model that the selection may produce."""
@@ -128,6 +135,9 @@ class TrainingOptions:
     Args:
         trains_weights_in_search: whether the model's weights train together with the scores.
         endpoints_only: whether recovery trains only the layers next to the cut.
+        rounds: rounds of selection and recovery that share the iterations and the layers to remove.
+        first_iteration: position of the first iteration in the data, above 0 after the first round; data_iters: number
+            of iterations that the data are laid out for, which are those of all rounds.
         stitches: whether maps that stand in for the removed layers are folded into the pruned model.
     """
 
@@ -138,6 +148,9 @@ class TrainingOptions:
     trains_weights_in_search: bool
     endpoints_only: bool
     stitches: bool
+    rounds: int = 1
+    first_iteration: int = 0
+    data_iters: int = 0
 
     @property
     def changes_weights(self) -> bool:
@@ -166,13 +179,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Options of every job that runs a model in Megatron-Core."""
+    """Options of every job that runs a model in Megatron-Core.
+
+    Args:
+        timeout_minutes: limit of each collective operation.
+    """
 
     model: ModelOptions
     engine: EngineOptions
     pipeline: PipelineOptions
     data: DataOptions
     distillation: DistillationOptions
+    timeout_minutes: int
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -189,7 +207,7 @@ class CachingOptions(JobOptions):
     @property
     def work(self) -> RunDir:
         """Return the folder of unfinished work."""
-        return RunDir(aside_folder(self.output))
+        return RunDir(aside_of(self.output))
 
 
 @dataclass(frozen=True)

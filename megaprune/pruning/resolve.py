@@ -4,6 +4,7 @@ The code below does not read a Config. A run, a plan and teacher caching are res
 omit the data, the run folder and the pruning budget; caching omits everything about the student.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from megaprune import device
@@ -15,15 +16,15 @@ from megaprune.config.schema import (
     RunConfig,
 )
 from megaprune.config.sizes import num_layers_to_prune
+from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
-from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
-from megaprune.mcore.optimizer import OptimizerOptions
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
+from megaprune.pruning.mtp import with_mtp
 from megaprune.pruning.options import (
     CachingOptions,
     DataOptions,
@@ -35,14 +36,14 @@ from megaprune.pruning.options import (
     PlanOptions,
     RunOptions,
     SelectionOptions,
-    TrainingOptions,
 )
+from megaprune.pruning.resolve_training import lora_options, optimizer_options, training_options
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
 from megaprune.selection.selector import protected_layers
 from megaprune.utils.errors import UsageError
-from megaprune.weights.hub import resolve_hf_model
+from megaprune.weights.hub import shared_hf_model
 from megaprune.weights.source import HFSource
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.source import CheckpointSource
@@ -59,7 +60,8 @@ _MAY_CHANGE = {
 
 
 def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
-    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing.
+    """Check a run against its folder, its model and its processes. Reads headers only; writes nothing. Collective if a
+    launcher started several processes; they join the process group.
 
     Raises:
         MegapruneError: the request can't be fulfilled.
@@ -68,29 +70,42 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     parse_size(config.run.max_shard_size)
     source = open_source(config)
     windowed = _with_window(config, source.config)
-    RunDir(Path(config.run.save or "")).check(fixed_settings(windowed))
+    parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
-    return resolve(windowed, source.config, world_size), source
+    return with_mtp(resolve(windowed, source.config, world_size), source), source
 
 
 def open_caching(config: Config, output: Path, world_size: int) -> tuple[CachingOptions, TensorSource]:
     """Check the caching of a teacher against its folder, its model and its processes. Raises as `open_run`."""
-    check_output(output)
-    check_cacheable(config.data.train_data)
+    _join(config)
+    parallel.on_rank0(lambda: check_output(output))
+    parallel.on_rank0(lambda: check_cacheable(config.data.train_data))
     source = open_source(config)
     source.check_tensors()
     return resolve_caching(config, source.config, world_size, output), source
 
 
 def open_source(config: Config) -> TensorSource:
-    """Return the model that the flags name.
+    """Return the model that the flags name. Collective if a launcher started several processes.
 
     Raises:
-        MegapruneError: it is not there, or can't be read.
+        MegapruneError: it is not there, or can't be read; on every rank.
     """
-    if config.model.load:
-        return CheckpointSource(config.model.load)
-    return HFSource(resolve_hf_model(config.model.given))
+    _join(config)
+    load = config.model.load
+    if load:
+        return parallel.together(lambda: CheckpointSource(load))
+    folder = shared_hf_model(config.model.given)
+    return parallel.together(lambda: HFSource(folder))
+
+
+def _join(config: Config) -> None:
+    """Join the process group: ranks decide together what they find in the file system.
+
+    Without the address of the others a process decides alone, so that wrong flags are reported first.
+    """
+    if parallel.world_size() > 1 and parallel.has_rendezvous():
+        parallel.join(config.parallel.distributed_timeout_minutes)
 
 
 def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
@@ -111,10 +126,10 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
     _check_selection(config, selection, arch)
     options = RunOptions(
         **job.__dict__,
-        lora=_lora_options(config, arch, hf_config),
-        optimizer=_optimizer_options(config),
+        lora=lora_options(config, arch, hf_config),
+        optimizer=optimizer_options(config),
         selection=selection,
-        training=_training_options(config, batch),
+        training=training_options(config, batch),
         output=_output_options(config),
     )
     options.pipeline.stages_of_layers(selection.fewest_layers())
@@ -128,12 +143,16 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
+    selection = _selection(config, hf_config, batch * job.data.seq_length) if prunes else None
+    if selection is not None:  # the first round trains the largest model
+        limit = selection.budget.limit_of_round(1, config.recovery.rounds)
+        selection = replace(selection, budget=replace(selection.budget, limit=limit))
     return PlanOptions(
         **job.__dict__,
         world_size=world_size,
-        lora=_lora_options(config, job.model.arch, hf_config),
+        lora=lora_options(config, job.model.arch, hf_config),
         global_batch_size=batch,
-        selection=_selection(config, hf_config, batch * job.data.seq_length) if prunes else None,
+        selection=selection,
         trains=trains,
         distributed_optimizer=config.engine.use_distributed_optimizer,
     )
@@ -194,7 +213,10 @@ def _job(
             teaches=config.distills,
             logits=Path(logits) if logits else None,
             alpha=distillation.kd_loss_alpha,
+            hidden_weight=distillation.hidden_loss_weight,
+            mtp_factor=distillation.mtp_loss_scaling_factor,
         ),
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
 
 
@@ -232,7 +254,7 @@ def _transformer_impl(config: Config) -> str:
     if config.lora.lora_rank is None:
         return choice
     if choice == "transformer_engine":
-        raise UsageError("--lora-rank works on Megatron's own linear layers: use --transformer-impl local")
+        raise UsageError("--lora-rank needs Megatron's own linear layers: use --transformer-impl local")
     return "local"
 
 
@@ -250,6 +272,8 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
         # One iteration of a search: a forward pass, and a backward pass, which counts as two.
         token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
         token_budget_given=given is not None,
+        heal_candidates=config.search.heal_candidates,
+        heal_iters=config.heal_iters,
     )
 
 
@@ -265,7 +289,7 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
     else:
         num_pruned = num_layers_to_prune(config.prune, num_layers)
         if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to none")
+            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
         budget = Budget.of_layers(num_layers, num_layers - num_pruned)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
@@ -280,14 +304,15 @@ def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
+    selection.budget.check_rounds(config.recovery.rounds)
     if selection.method.check is not None:
         selection.method.check(selection.budget, selection.protected)
     if selection.manual is not None and config.tunes_endpoints:
         cut_position(selection.manual, arch.num_layers)
     if config.stitches and arch.sandwich_norm:
         raise UsageError(
-            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm behind each MLP, through which a "
-            "linear map can't be folded; leave the flag out"
+            f"--stitch {config.recovery.stitch}: {config.model.given} has a norm after each MLP, so that a linear map "
+            "can't be folded into it; remove the flag"
         )
 
 
@@ -325,48 +350,6 @@ def global_batch_size(config: Config, sizes: ParallelSizes, world_size: int) -> 
             f"{config.recovery.micro_batch_size} x {replicas} data-parallel replicas"
         )
     return size
-
-
-def _lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> LoRAOptions | None:
-    lora, family = config.lora, family_of(hf_config)
-    if lora.lora_rank is None:
-        return None
-    rules = [rule for layer in range(arch.num_layers) for rule in family.layer_rules(arch, layer)]
-    modules = {rule.megatron.split(".")[-2] for rule in rules}
-    known = [target for target in TARGETS if target in modules]
-    unknown = [target for target in lora.lora_target_modules if target not in known]
-    if unknown:
-        raise UsageError(
-            f"--lora-target-modules {unknown[0]} is no linear layer of this model: choose of {' '.join(known)}"
-        )
-    alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
-    return LoRAOptions(lora.lora_rank, alpha, tuple(lora.lora_target_modules) or tuple(known))
-
-
-def _optimizer_options(config: Config) -> OptimizerOptions:
-    recovery = config.recovery
-    return OptimizerOptions(
-        lr=recovery.lr,
-        min_lr=recovery.min_lr,
-        lr_decay_style=recovery.lr_decay_style,
-        lr_warmup_iters=recovery.lr_warmup_iters,
-        train_iters=recovery.train_iters or 0,
-        weight_decay=recovery.weight_decay,
-        clip_grad=recovery.clip_grad,
-        distributed=config.engine.use_distributed_optimizer,
-    )
-
-
-def _training_options(config: Config, batch: int) -> TrainingOptions:
-    return TrainingOptions(
-        train_iters=config.recovery.train_iters or 0,
-        search_iters=config.search_iters,
-        global_batch_size=batch,
-        seed=config.recovery.seed,
-        trains_weights_in_search=config.search.search_weights == "trained",
-        endpoints_only=config.tunes_endpoints,
-        stitches=config.stitches,
-    )
 
 
 def _output_options(config: Config) -> OutputOptions:

@@ -41,9 +41,22 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def _rounds(self) -> Path:
+        return self.path / "rounds"
+
+    def of_round(self, number: int) -> "RunDir":
+        """Return the folder of one of a run's rounds, from 1."""
+        return RunDir(self._rounds / str(number))
+
+    @property
     def stitch(self) -> Path:
         """Return the file of the maps of ``--stitch``."""
         return self.path / "stitch.safetensors"
+
+    @property
+    def candidates(self) -> Path:
+        """Return the folder of the candidates that are trained until one is chosen."""
+        return self.path / "candidates"
 
     @property
     def data_cache(self) -> Path:
@@ -72,7 +85,7 @@ class RunDir:
             raise MegapruneError(f"--save {self.path} is a file: choose a folder")
         if not self._settings.is_file():
             if any(path != self.lock for path in self.path.iterdir()):
-                raise MegapruneError(f"--save {self.path} holds files that are no run's: choose another folder")
+                raise MegapruneError(f"--save {self.path} is not empty and holds no run: choose another folder")
             return
         try:
             saved = dict(json.loads(self._settings.read_text()))
@@ -82,7 +95,7 @@ class RunDir:
             if name in saved and saved[name] != value:
                 raise MegapruneError(
                     f"--save {self.path} holds a run with another --{name.replace('_', '-')} ({saved[name]}, now "
-                    f"{value}): choose another folder, or repeat that run's command to go on with it"
+                    f"{value}): choose another folder, or repeat that run's command to continue it"
                 )
 
     def begin(self, settings: Mapping[str, object]) -> None:
@@ -93,7 +106,9 @@ class RunDir:
         """
         self.check(settings)
         if self.hf.exists():
-            raise MegapruneError(f"--save {self.path}: another process has finished this run meanwhile: {self.hf}")
+            raise MegapruneError(
+                f"--save {self.path}: another process has finished this run in the meantime: {self.hf}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, dict(settings))
@@ -110,7 +125,7 @@ class RunDir:
         try:
             yield
         except MegapruneError:
-            if not self.checkpoints.exists():
+            if not (self.checkpoints.exists() or self._rounds.exists()):
                 for path in self._entries() - before:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
                 with suppress(OSError):  # never created, or it now contains files of others

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
+from megaprune.pruning.candidates import choose_healed
 from megaprune.pruning.context import RunContext, ShouldStop
 from megaprune.pruning.data import prepare_data, run_tokenizer
 from megaprune.pruning.export import GO_ON, export
+from megaprune.pruning.models import Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.select import select
 from megaprune.pruning.train import begin_recovery, recover
@@ -21,13 +23,18 @@ from megaprune.weights.tensor_source import TensorSource
 
 
 def run(
-    options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None = None
+    options: RunOptions,
+    source: TensorSource,
+    command: str,
+    should_stop: ShouldStop | None = None,
+    origin: Origin | None = None,
 ) -> Report | None:
     """Start or resume a run. Collective; the process group stays usable.
 
     Args:
         command: the command line or call that started the run, for the model card.
         should_stop: see `RunContext`.
+        origin: the teacher's model, if it is not `source`.
 
     Returns:
         The report; None for a dry run.
@@ -37,10 +44,10 @@ def run(
         RunStopped: `should_stop` returned True; a checkpoint was saved.
     """
     run_dir, dry_run = options.output.run_dir, options.output.dry_run
-    if run_dir.hf.exists():
+    if parallel.on_rank0_for_all(run_dir.hf.exists):
         say(f"{run_dir.path} holds the finished run already: {run_dir.hf}")
-        return read_report(run_dir.report)
-    with parallel.session(options.sizes):
+        return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
+    with parallel.session(options.sizes, options.timeout_minutes):
         tokenizer = run_tokenizer(options, source)
         if dry_run:
             say(describe(options))
@@ -48,8 +55,8 @@ def run(
         undoing = run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
         with locked(run_dir.lock, f"--save {run_dir.path}"), undoing, one_line(run_dir.path, GO_ON):
             parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
-            data = prepare_data(options, source, tokenizer, cache_dir(options))
-            context = RunContext(options, source, data, should_stop)
+            data = prepare_data(options, origin.source if origin else source, tokenizer, cache_dir(options))
+            context = RunContext(options, source, data, should_stop, origin)
             with _closing(context.metrics):
                 _execute(context, command)
         return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
@@ -79,6 +86,7 @@ def _execute(context: RunContext, command: str) -> None:
     student = teacher = None
     if context.progress.kept_layers is None:
         student, teacher = select(context)
+    teacher = choose_healed(context, teacher)
     if context.options.training.changes_weights or context.valid:
         student = begin_recovery(context, student)
         recover(context, student, teacher)
@@ -95,6 +103,8 @@ def describe(options: RunOptions) -> str:
     if not selection.budget.counts_layers:
         outside = total - sum(selection.budget.costs)
         goal = f"at most {selection.budget.limit + outside:,} parameters, at least {goal}"
+    if training.rounds > 1:
+        goal += f", in {training.rounds} rounds"
     searching = f"{training.search_iters} of them search"
     lines = [
         f"model      {model.name}: {num_layers} layers, {total:,} parameters",

@@ -25,7 +25,7 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
         MegapruneError: the data can't be used.
         UsageError: the method does not score single layers, and no budget is given.
     """
-    with parallel.session(options.sizes), _scratch(options) as cache:
+    with parallel.session(options.sizes, options.timeout_minutes), _scratch(options) as cache:
         tokenizer = run_tokenizer(options, source)
         folder = parallel.on_rank0_for_all(lambda: str(cache))
         data, models = prepare_data(options, source, tokenizer, Path(folder)), Models(options, source)
@@ -36,8 +36,8 @@ def score(options: RunOptions, source: TensorSource, chooses: bool) -> LayerScor
     kept, scores, candidates = found
     if not chooses and scores is None:
         raise UsageError(
-            f"score_layers: method {options.selection.name} chooses layers together and scores no single ones: say "
-            "how many go, such as num_layers_to_prune=2"
+            f"score_layers: method {options.selection.name} selects layers together and gives no scores of single "
+            "layers: say how many to remove, such as num_layers_to_prune=2"
         )
     num_layers = options.model.arch.num_layers
     return LayerScores(

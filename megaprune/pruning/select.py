@@ -8,6 +8,7 @@ from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.pruning.candidates import branches, contenders
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
@@ -112,7 +113,8 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
     options, progress, selection = run.options, run.progress, run.options.selection
     model = in_half_precision(original, options.engine)
-    run.validate("teacher", model)
+    if run.origin is None:
+        run.validate("teacher", model)
     calibration = Calibration(options, run.data, run.models, model)
     if selection.method.needs_scores:
         with progress.timed("importance"):
@@ -124,10 +126,12 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
+        progress.contenders = contenders(choice.candidates, selection)
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
     if options.training.stitches and not selection.method.searches:
-        fit_stitch(run, model)
+        for each in branches(run):
+            fit_stitch(each, model)
 
 
 def _named_layers(options: RunOptions) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaprune import device
-from megaprune.distillation.objectives import Objective
+from megaprune.distillation.objectives import LossPart, Objective
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.layers.gated import LayerGate, frozen
 from megaprune.mcore.optimizer import Trainer
@@ -134,8 +134,9 @@ def _forward_backward(
             list(objective.shares.values()),
             announce,
         )
-    parts = dict(zip(objective.shares, means, strict=True))
-    value = sum(objective.shares[name] * mean for name, mean in parts.items())
+    parts = {name: LossPart(share, mean) for (name, share), mean in zip(objective.shares.items(), means, strict=True)}
+    parts |= objective.hook_losses()
+    value = sum(part.share * part.mean for part in parts.values())
     if not value < float("inf"):
-        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or look at the data")
-    return value, parts if len(parts) > 1 else {}
+        raise MegapruneError(f"the loss is {value} at iteration {iteration + 1}: lower --lr, or check the data")
+    return value, {name: part.mean for name, part in parts.items()} if len(parts) > 1 else {}

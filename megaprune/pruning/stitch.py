@@ -35,7 +35,7 @@ def fit_stitch(run: RunContext, model: PipelineModel) -> None:
     batches = data.calibration_batches(count - held_out), data.calibration_batches(held_out, count - held_out)
     for first, last in cuts(run.kept_layers, arch.num_layers):
         if first == 0:
-            say("stitch: there is no layer before the cut at layer 0, so that nothing is folded")
+            say("stitch: there is no layer before the cut at layer 0, so nothing is folded")
             continue
         with run.progress.timed("stitch", count * run.options.data.seq_length):
             fit, rest = (stitch.moments(model, part, first - 1, last, size) for part in batches)

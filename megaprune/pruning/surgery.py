@@ -1,6 +1,5 @@
 """Removal of layers from an HF folder, without building a model, an accelerator or process groups."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from megaprune.report.run_report import Report, build_report
 from megaprune.selection.one_shot import manual_layers
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
-from megaprune.utils.files import aside_folder
+from megaprune.utils.files import aside_of, put_in_place
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.torch_dist.engine import on_rank0
@@ -61,7 +60,7 @@ def remove_layers_of(
     def write() -> None:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise MegapruneError(f"--save {final} exists: choose another folder")
-        aside = aside_folder(final)
+        aside = aside_of(final)
         shutil.rmtree(aside, ignore_errors=True)
         try:
             with one_line(aside, "call again"):
@@ -69,9 +68,7 @@ def remove_layers_of(
                 write_pruned_weights(source, kept, aside, max_shard_bytes, keep_mtp)
                 write_pruned_config(source, kept, aside, keep_mtp)
                 (aside / CARD_NAME).write_text(card)
-                if final.is_dir():
-                    final.rmdir()  # an empty folder is replaced
-                os.replace(aside, final)
+                put_in_place(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

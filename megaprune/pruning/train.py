@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from megaprune.distillation.hidden_states import WithHiddenStates
+from megaprune.distillation.multi_token import WithMTP
 from megaprune.distillation.objectives import Objective, make_objective
 from megaprune.distillation.teachers import Teacher
 from megaprune.mcore.optimizer import Trainer
@@ -65,25 +67,41 @@ def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
 
 def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the student for the remaining iterations, and measure it before and after."""
-    if "pruned" not in run.progress.valid:
-        run.validate("pruned", student.ddp)
     training = run.options.training
-    if training.stitches:
-        fold_stitch(run, student)
-    train_iters = training.train_iters
-    if run.progress.iteration < train_iters and teacher is None:
-        teacher = run.models.teacher(student)
-    objective = _objective(run, teacher)
-    for iteration in range(run.progress.iteration, train_iters):
-        start = time.perf_counter()
-        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
-        run.record(iteration, "recovery", result, start)
-        run.save_if_due(student, force=iteration + 1 == train_iters)
+    heal(run, student, teacher, training.train_iters)
+    if student.average is not None:
+        student.average.use()
     if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
 
 
+def heal(run: RunContext, student: Trainer, teacher: Teacher | None, until: int) -> None:
+    """Measure the student, stitch it, and train it up to an iteration."""
+    if "pruned" not in run.progress.valid:
+        run.validate("pruned", student.ddp)
+    if run.options.training.stitches:
+        fold_stitch(run, student)
+    if run.progress.iteration < until and teacher is None:
+        teacher = run.models.teacher(student)
+    objective = _recovery_objective(run, student, teacher)
+    for iteration in range(run.progress.iteration, until):
+        start = time.perf_counter()
+        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
+        run.record(iteration, "recovery", result, start)
+        run.save_if_due(student, force=iteration + 1 == until)
+
+
+def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:
+    """Return the objective, with the loss on hidden states if there is one. Collective."""
+    objective, weight = _objective(run, teacher), run.options.distillation.hidden_weight
+    if not weight or teacher is None:
+        return objective
+    return WithHiddenStates(objective, teacher, student.model, run.models.taught_layers(run.kept_layers), weight)
+
+
 def _objective(run: RunContext, teacher: Teacher | None) -> Objective:
     distillation = run.options.distillation
-    return make_objective(distillation.loss, distillation.tail, run.models.shard, teacher, distillation.alpha)
+    shard, num_mtp = run.models.shard, run.options.model.arch.num_mtp
+    objective = make_objective(distillation.loss, distillation.tail, shard, teacher, distillation.alpha)
+    return WithMTP(objective, shard, num_mtp, distillation.mtp_factor) if num_mtp else objective

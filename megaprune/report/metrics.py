@@ -71,8 +71,8 @@ class MetricsLogger:
 
         Keys: `iteration` (count done, from 1), `stage` ("search" or "recovery"), `loss` (nats), `lr`,
         `grad_norm`, `num_kept` (layers in the mask), `tokens` (since the run's start), `seconds` (this
-        iteration's); `kd_loss` and `lm_loss` where the loss is a mixture of both; in the search also `temperature`,
-        `scores` and `mask` (one number per source layer).
+        iteration's); `kd_loss`, `lm_loss`, `mtp_1_loss` and `hidden_loss` where the loss has several parts; in the
+        search also `temperature`, `scores` and `mask` (one number per source layer).
         Numbers that aren't finite are null in `metrics.jsonl`.
         """
         for sink in self._sinks:
@@ -108,7 +108,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise MegapruneError(f"{path}, line {number}: not JSON; remove that line and go on") from None
+                raise MegapruneError(
+                    f"{path}, line {number}: not JSON; remove this line and run the same command again"
+                ) from None
     return records
 
 
@@ -138,7 +140,7 @@ class _TensorBoard:
             self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1, flush_secs=10)
         except OSError as error:
             raise MegapruneError(
-                f"{folder} can't be written ({error.strerror}): name another folder with --tensorboard-dir"
+                f"{folder} can't be written ({error.strerror}): choose another folder with --tensorboard-dir"
             ) from None
         self._iteration = start_iteration
 

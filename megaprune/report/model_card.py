@@ -118,7 +118,7 @@ def _training_clause(report: Report, adapter: bool) -> str:
         return f"trained a LoRA adapter on {report.tokens_seen:,} tokens, which is not part of these weights"
     if report.tokens_seen:
         return f"trained the model on {report.tokens_seen:,} tokens"
-    return "left every remaining weight as it was"
+    return "left all remaining weights unchanged"
 
 
 def _mixture_rows(report: Report) -> str:
@@ -146,7 +146,7 @@ def _quality(report: Report, adapter: bool) -> str:
     if "recovered" not in losses:
         names["pruned"] = "this model"
     share = loss_recovered(report)
-    regained = [] if share is None else ["", f"Recovery gave back {share:.1%} of the loss that pruning cost."]
+    regained = [] if share is None else ["", f"Recovery regained {share:.1%} of the loss that pruning cost."]
     rows = [f"| {names[name]} | {loss:.4f} | {perplexity(loss):,.2f} |" for name, loss in losses.items()]
     return "\n".join(
         [

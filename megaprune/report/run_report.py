@@ -39,6 +39,7 @@ class Report:
         valid: validation loss in nats of the teacher, the pruned, the stitched and the recovered model, where measured.
         versions: of the packages that decide the numbers.
         candidates: the alternatives that the method considered, with its measure of each.
+        rounds: with `--rounds`, the layers kept after each round, and its tokens and losses.
     """
 
     method: str
@@ -59,14 +60,15 @@ class Report:
     valid: dict[str, dict[str, float | None]]
     versions: dict[str, str]
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as report.json holds it: numbers that are not finite are None."""
         found: dict[str, Any] = json.loads(strict_json(asdict(self)))
-        candidates, versions = found.pop("candidates"), found.pop("versions")
-        share = loss_recovered(self)
-        found |= {} if share is None else {_SHARE: share}
-        return found | ({"candidates": candidates} if candidates else {}) | {"versions": versions}
+        versions, share = found.pop("versions"), loss_recovered(self)
+        absent = [name for name in ("candidates", "rounds") if not found[name]]
+        found = {name: value for name, value in found.items() if name not in absent}
+        return found | ({} if share is None else {_SHARE: share}) | {"versions": versions}
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def share_recovered(teacher: float, pruned: float, recovered: float, is_loss: bo
 def loss_recovered(report: Report) -> float | None:
     """Return the share of the loss that recovery gave back; None unless all three losses were measured."""
     losses = measured_losses(report.valid)
-    if len(losses) < len(MODELS):
+    if not {"teacher", "pruned", "recovered"} <= losses.keys():
         return None
     return share_recovered(losses["teacher"], losses["pruned"], losses["recovered"])
 

@@ -61,7 +61,24 @@ class Budget:
             who = f"those that --protect-layers keeps ({_listed(protected)})" if protected else "the smallest layer"
             raise UsageError(
                 f"--target-params: leaves {self.limit:,} parameters for layers, but {who} have {at_least:,}; "
-                "raise it or protect fewer"
+                "raise it or protect fewer layers"
+            )
+
+    def limit_of_round(self, number: int, rounds: int) -> int:
+        """Return the limit at the end of a round, from 1, if each round removes an equal share."""
+        total = sum(self.costs)
+        return total - (total - self.limit) * number // rounds
+
+    def check_rounds(self, rounds: int) -> None:
+        """Check that each round removes a layer.
+
+        Raises:
+            UsageError: there are too many rounds.
+        """
+        excess, most = sum(self.costs) - self.limit, max(self.costs)
+        if rounds > 1 and excess // rounds < most:
+            raise UsageError(
+                f"--rounds {rounds}: not every round can remove a layer; give at most {max(1, excess // most)}"
             )
 
     def _check_number(self, protected: Set[int]) -> None:

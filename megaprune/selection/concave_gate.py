@@ -52,7 +52,7 @@ class ConcaveGate:
         self.num_layers, self.budget = budget.num_layers, budget
         self._kept = segments(budget, protected)
         if not self._kept:
-            raise MegapruneError("no contiguous segment between protected layers is long enough; protect fewer")
+            raise MegapruneError("no contiguous segment between protected layers is long enough; protect fewer layers")
         self._length = budget.num_layers - budget.limit
         self._starts = [min(set(range(self.num_layers)) - set(kept)) for kept in self._kept]
         self._protected = sorted(protected)

@@ -11,7 +11,7 @@ Evaluate = Callable[[Sequence[Sequence[int]]], Sequence[float]]
 def greedy_layers(budget: Budget, protected: Set[int], evaluate: Evaluate) -> list[int]:
     """Return the layers that stay, ascending. Every round evaluates each possible removal; ties keep the lower layer.
 
-    If layers differ in cost, the order of removal follows from the loss alone, whatever a layer costs. Layers that
+    If layers differ in cost, the order of removal follows from the loss alone, and not from the costs. Layers that
     still
     fit at the end are restored, the last removed first.
     """

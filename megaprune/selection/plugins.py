@@ -36,7 +36,7 @@ def load_installed() -> None:
         except Exception as error:  # a foreign package may raise anything
             owner = f" of {entry.dist.name}" if entry.dist else ""
             raise MegapruneError(
-                f"the plugin {entry.value}{owner} can't be loaded: {_said(error)}; repair or uninstall it"
+                f"the plugin {entry.value}{owner} can't be loaded: {_said(error)}; fix or uninstall it"
             ) from error
 
 

@@ -5,7 +5,8 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -26,6 +27,8 @@ BudgetKind = Literal["layers", "parameters", "list"]
 HELD_OUT_WINDOWS = 4
 # Flags of every method that trains its scores together with the weights.
 SEARCH_FLAGS = frozenset({"search_iters", "search_weights"})
+# Flags of every method whose best candidates are trained for a while before one of them is chosen.
+HEAL_FLAGS = frozenset({"heal_candidates", "heal_iters"})
 # Keywords of a method that are not flags.
 _INPUTS = frozenset({"kl", "scores", "held_out"})
 
@@ -59,6 +62,7 @@ class Method:
     recovers: Literal["all", "endpoints"] = "all"
     check: Callable[[Budget, Set[int]], None] | None = None
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None
+    heals: bool = False
 
     @property
     def takes(self) -> frozenset[str]:
@@ -69,7 +73,8 @@ class Method:
     @property
     def flags(self) -> frozenset[str]:
         """Return the flags that the method takes, by field name."""
-        return (self.takes - _INPUTS) | (SEARCH_FLAGS if self.searches else frozenset())
+        searching = SEARCH_FLAGS if self.searches else frozenset[str]()
+        return (self.takes - _INPUTS) | searching | (HEAL_FLAGS if self.heals else frozenset())
 
     @property
     def needs_scores(self) -> bool:
@@ -101,7 +106,9 @@ class Method:
         options = {name: values[name] for name in self.takes - _INPUTS if name in values}
         for name in sorted(self.takes - _INPUTS - options.keys()):
             if parameters[name].default is inspect.Parameter.empty:
-                raise MegapruneError(f"--method {self.name}: its function takes {name!r} by keyword, which is no flag")
+                raise MegapruneError(
+                    f"--method {self.name}: its function takes {name!r} as a keyword, which is not a flag"
+                )
         return options
 
     def choose(
@@ -167,7 +174,7 @@ class Method:
             return layers
         if not protected <= set(layers):
             gone = sorted(protected - set(layers))
-            raise MegapruneError(f"{said}do not hold layer {gone[0]}, which --protect-layers keeps")
+            raise MegapruneError(f"{said}lack layer {gone[0]}, which --protect-layers keeps")
         cost = sum(budget.costs[layer] for layer in layers)
         if cost > budget.limit or (budget.counts_layers and cost != budget.limit):
             unit = "layers" if budget.counts_layers else "parameters"
@@ -192,6 +199,7 @@ def register(
     recovers: Literal["all", "endpoints"] = "all",
     check: Callable[[Budget, Set[int]], None] | None = None,
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None,
+    heals: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register a function as a method for `--method`.
 
@@ -217,6 +225,8 @@ def register(
         check: raises if the method can't choose within a budget, before the model is loaded.
         windows: the number of calibration windows for a budget, protected layers, a number of tokens, a sequence
             length, and whether the user asked for that number; for methods with `--selection-budget`.
+        heals: the best candidates of the `Choice`, by their `kl`, are trained for a few iterations, and the best one
+            then is kept.
 
     Raises:
         MegapruneError: the name is taken, or the function's parameters do not have this form.
@@ -236,6 +246,7 @@ def register(
             recovers,
             check,
             windows,
+            heals,
         )
         _check(method)
         _methods[name] = method
@@ -267,6 +278,18 @@ def find(name: str) -> Method:
     raise UsageError(f"--method: invalid choice: {name!r} (choose from {', '.join(names())})")
 
 
+@contextmanager
+def registrations_undone() -> Iterator[None]:
+    """Forget the methods that the block registers when it ends. For tests of a method."""
+    _load()  # the built-in methods stay
+    before = dict(_methods)
+    try:
+        yield
+    finally:
+        _methods.clear()
+        _methods.update(before)
+
+
 def _load() -> None:
     from megaprune.selection.plugins import load_builtin, load_installed
 
@@ -283,16 +306,18 @@ def _check(method: Method) -> None:
             if name in (other.name, *other.aliases) and _origin(other) != _origin(method):
                 raise MegapruneError(f"the method {name!r} is registered already, by {other.function.__module__}")
     if method.calibrated and method.searches:
-        raise MegapruneError(f"the method {method.name!r} is either calibrated, and trains nothing, or searches")
+        raise MegapruneError(f"the method {method.name!r} can't be both calibrated and searching")
     if not method.budgets or ("list" in method.budgets and len(method.budgets) > 1):
-        raise MegapruneError(f"the method {method.name!r} counts layers, parameters or both, or takes a list alone")
+        raise MegapruneError(
+            f"the method {method.name!r} must have budgets of layers, parameters or both, or only a list"
+        )
     wanted = ["budget", "protected"]
     wanted = ["evaluator", *wanted] if method.calibrated else [*wanted, "num_steps"] if method.searches else wanted
     parameters = inspect.signature(method.function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) != len(wanted):
         raise MegapruneError(
-            f"the method {method.name!r} must take ({', '.join(wanted)}), and flags behind a *, by keyword alone"
+            f"the method {method.name!r} must take ({', '.join(wanted)}), and flags as keyword-only parameters"
         )
 
 

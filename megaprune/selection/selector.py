@@ -120,7 +120,7 @@ def _protected_layer(word: str, num_layers: int) -> int:
         layer = int(word) if layer is None else layer
     except ValueError:
         raise UsageError(
-            f"--protect-layers: {word!r} is no layer; give 'none', or 'first', 'last' and layer numbers "
+            f"--protect-layers: {word!r} is not a layer; give 'none', or 'first', 'last' and layer numbers "
             "with commas between them, such as first,last,5"
         ) from None
     if not -num_layers <= layer < num_layers:

@@ -16,7 +16,7 @@ _OF_PATHS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # The forms in which writers in other languages and processes report an error number.
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\bcode: (\d+)|\bos error (\d+)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
-_AGAIN = "give the same command again"
+_AGAIN = "run the same command again"
 
 
 def disk_error(error: BaseException) -> OSError | None:

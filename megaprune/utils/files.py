@@ -3,19 +3,40 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def aside_folder(final: Path, owner: str = "") -> Path:
-    """Return the temporary folder that is filled first and then renamed to `final`.
+def aside_of(final: Path, owner: str = "") -> Path:
+    """Return the temporary path of a file or folder that is written first and then renamed to `final`.
 
     Args:
-        owner: tells apart the temporary folders of processes that may write `final` at the same time.
+        owner: distinguishes the temporary paths of processes that may write `final` at the same time.
     """
     return final.with_name(f"{final.name}.{owner}.tmp" if owner else f"{final.name}.tmp")
+
+
+def put_in_place(aside: Path, final: Path, replace: bool = False) -> None:
+    """Rename a complete file or folder to its final path. An existing file or empty folder is replaced.
+
+    Args:
+        replace: replace a folder that is not empty, too.
+    """
+    if replace and final.is_dir():
+        shutil.rmtree(final)
+    os.replace(aside, final)
+
+
+def put_in_place_once(aside: Path, final: Path) -> None:
+    """Rename a complete folder to its final path, unless another process has created the same folder meanwhile."""
+    try:
+        os.replace(aside, final)
+    except OSError:
+        if not final.is_dir():
+            raise
 
 
 @contextmanager

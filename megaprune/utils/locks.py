@@ -108,7 +108,7 @@ class _Lock:
     def _try(self) -> None:
         kept, file = False, os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            mine = _flock(file)
+            mine = try_flock(file)
             holder = _read(file)
             if mine is False and holder is None:
                 holder = self._await_record(file)
@@ -204,7 +204,7 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-def _flock(file: int) -> bool | None:
+def try_flock(file: int) -> bool | None:
     """Try to lock a file. Return False if another process holds it, None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,8 +225,9 @@ def _read(file: int) -> dict[str, Any] | None:
         return None
 
 
-def _write(file: int) -> None:
-    record = {
+def identity() -> dict[str, Any]:
+    """Return the identity of this process that it writes into a lock file."""
+    return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -235,7 +236,10 @@ def _write(file: int) -> None:
         "namespace": _namespace(),
         "started": _start_of(os.getpid()),
     }
-    encoded = json.dumps(record).encode()
+
+
+def _write(file: int) -> None:
+    encoded = json.dumps(identity()).encode()
     os.pwrite(file, encoded, 0)
     os.ftruncate(file, len(encoded))
     os.fsync(file)

@@ -69,13 +69,13 @@ def _lack(source: TensorSource, missing: Sequence[str], unknown: Sequence[str]) 
     if missing == [source.shown(OUTPUT)]:
         untied = "config.json does not tie the embeddings (tie_word_embeddings)"
         what = "holds a base model, without an output layer" if source.layout.bare else "lacks lm_head.weight"
-        return f"{what}, and {untied}: the checkpoint is incomplete, or of no language model"
+        return f"{what}, and {untied}: the checkpoint is incomplete, or not of a language model"
     if source.shown(EMBEDDING) in missing and unknown:
         return (
-            f"holds {unknown[0]}{_and_more(unknown)}, where the {source.family.model_type} family's tensors are named "
-            f"otherwise ({missing[0]}{_and_more(missing)}): give a model as transformers saves it"
+            f"holds {unknown[0]}{_and_more(unknown)}, where the {source.family.model_type} family names its tensors "
+            f"differently ({missing[0]}{_and_more(missing)}): give a model as transformers saves it"
         )
-    held = f", and holds {unknown[0]}{_and_more(unknown)}, which its family does not know" if unknown else ""
+    held = f", and holds {unknown[0]}{_and_more(unknown)}, which are not tensors of its family" if unknown else ""
     return f"lacks {missing[0]}{_and_more(missing)}{held}: the checkpoint is incomplete"
 
 
@@ -89,7 +89,7 @@ def _check_dtypes(source: TensorSource) -> None:
             read = ", ".join(SCALE_DTYPES if is_scale else WEIGHT_DTYPES)
             raise MegapruneError(f"{shown}, which megaprune does not read, only {read}{'' if is_scale else ' and FP8'}")
         if len(source.shape(name)) != 2:
-            raise MegapruneError(f"{shown}, but is no matrix: only those are read in FP8")
+            raise MegapruneError(f"{shown}, but is not a matrix: only matrices are read in FP8")
         if name + SCALE_SUFFIX not in source:
             raise MegapruneError(
                 f"{shown}, and {source.folder} lacks {source.shown(name + SCALE_SUFFIX)}, the scales of its blocks: "
@@ -114,7 +114,7 @@ def _check_stacks(source: TensorSource) -> None:
         if source.is_fp8(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
             raise MegapruneError(
                 f"{source.file(members[0])}: {source.shown(members[0])} is FP8 in blocks that reach over gate and up, "
-                f"because {shapes[0][0]} rows are no multiple of {BLOCK}: give the model before its quantization"
+                f"because {shapes[0][0]} rows are not a multiple of {BLOCK}: give the model before its quantization"
             )
 
 
@@ -130,8 +130,8 @@ def _check_shapes(source: TensorSource, names: Iterable[str]) -> None:
 
 def _other_shape(source: TensorSource, name: str, found: Sequence[int], expected: Sequence[int]) -> MegapruneError:
     return MegapruneError(
-        f"{source.folder}: {name} is stored as {list(found)}, where config.json makes it {list(expected)}: the weights "
-        "and the config are of different models"
+        f"{source.folder}: {name} is stored as {list(found)}, but config.json gives {list(expected)}: the "
+        "weights and the config belong to different models"
     )
 
 

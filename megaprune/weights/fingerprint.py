@@ -1,11 +1,11 @@
-"""A fingerprint of a model: what its logits are computed from, by samples.
+"""A fingerprint of a model: a digest of samples of the data that its logits are computed from.
 
-It covers the config and, of every tensor that the family's tables name, the name, shape, dtype and the numbers of a
-few rows, at places that follow from the name; tensors of one dimension whole. So it takes seconds where hashing all
-bytes of a large model would take hours. It tells apart models that were trained apart, if only for a step: training
-moves nearly every number. It does not see an edit by hand of rows that are no samples.
+It covers the config and, for every tensor in the family's tables, the name, shape, dtype and the numbers of a few rows,
+at positions that follow from the name; one-dimensional tensors are covered completely. It takes seconds; hashing all
+bytes of a large model would take hours. It distinguishes models whose training differs by as little as one step,
+because training changes nearly every number. It does not notice manual edits of rows that are not sampled.
 
-The same model has the same fingerprint as an HF folder and as an imported checkpoint, whatever files hold it.
+The same model has the same fingerprint as an HF folder and as an imported checkpoint, in any division into files.
 """
 
 import hashlib

@@ -2,10 +2,12 @@
 
 import os
 import re
+import socket
 from fnmatch import fnmatch
 from pathlib import Path
 
 from megaprune.utils.errors import MegapruneError
+from megaprune.utils.rank0 import on_each_node, on_rank0_for_all, together
 
 # Pickles, other frameworks' weights and the original layout of weights that are there in Hugging Face's as well.
 _UNREAD = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
@@ -42,6 +44,36 @@ def resolve_hf_model(
     return folder
 
 
+def shared_hf_model(name: str, flag: str = "--hf-model") -> Path:
+    """Return the folder that a flag names, as `resolve_hf_model`, with one download on each node. Collective.
+
+    Raises:
+        MegapruneError: as `resolve_hf_model`; or a node does not see the folder, or got another revision.
+    """
+    is_folder = on_rank0_for_all(Path(name).is_dir)
+
+    def resolve() -> Path:
+        if is_folder and not Path(name).is_dir():
+            raise MegapruneError(
+                f"{flag} {name} is a folder on the first node, which {socket.gethostname()} does not see: give one "
+                "that all nodes share"
+            )
+        return resolve_hf_model(name, flag=flag)
+
+    folder = on_each_node(resolve)
+    revision = on_rank0_for_all(lambda: folder.name)
+
+    def checked() -> Path:
+        if folder.name != revision:
+            raise MegapruneError(
+                f"{flag} {name} is revision {folder.name} on {socket.gethostname()} and {revision} on the first node: "
+                "download it again, or give a folder that all nodes share"
+            )
+        return folder
+
+    return together(checked)
+
+
 def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -50,12 +82,11 @@ def _download(name: str, config_only: bool, tokenizer_only: bool, flag: str) -> 
     else:
         wanted, unwanted = None, [*_UNREAD, *(_WEIGHTS if tokenizer_only else ())]
     try:
-        # Ranks of one host share a cache, whose locks let one of them fetch while the others wait.
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # no network, no such model or no access; the Hub's own message says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        here = "is no folder here" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
-        raise MegapruneError(f"{flag} {name} {here}, and the hub does not give it: {reason}") from None
+        here = "is not a folder" if _state(Path(name)) == "does not exist" else f"{_state(Path(name))} here"
+        raise MegapruneError(f"{flag} {name} {here}, and the hub does not provide it: {reason}") from None
 
 
 def _state(path: Path) -> str:
@@ -88,5 +119,5 @@ def check_link(path: Path, name: str | None = None) -> None:
     if path.is_symlink() and not path.exists():
         raise MegapruneError(
             f"{name or path} is a link to {os.readlink(path)}, which does not exist (a hub cache that was cleaned, or "
-            "copied without its blobs?): fetch it again"
+            "copied without its blobs?): download it again"
         )

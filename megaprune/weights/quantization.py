@@ -42,7 +42,7 @@ def declared_quantization(folder: Path, config: HFConfig) -> str | None:
     for key in _KEYS:
         settings = config.get(key)
         if settings and not (key == _KEYS[0] and _is_block_fp8(settings)):
-            return f"config.json says {_in_words(settings)}, where only FP8 in blocks of [{BLOCK}, {BLOCK}] is read"
+            return f"config.json says {_in_words(settings)}, but only FP8 in blocks of [{BLOCK}, {BLOCK}] is read"
     for pattern, whose in BESIDE.items():
         for path in sorted(Path(folder).glob(pattern)):
             settings = _read(path)

@@ -48,7 +48,7 @@ class TensorFiles:
         try:
             safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
-            raise MegapruneError(f"{path} is damaged or truncated ({error}): fetch it again") from None
+            raise MegapruneError(f"{path} is damaged or truncated ({error}): download it again") from None
 
     def names(self, path: Path) -> list[str]:
         """Return the names of the tensors in a file, sorted."""
@@ -140,4 +140,4 @@ def _fill(found: Range, tensor: Tensor, place: Place) -> None:
 
 
 def _truncated(found: Range, place: Place) -> MegapruneError:
-    return MegapruneError(f"{found.file.name} is truncated: it ends within {place.stored}; fetch it again")
+    return MegapruneError(f"{found.file.name} is truncated: it ends within {place.stored}; download it again")

@@ -44,7 +44,7 @@ class HFSource(TensorSource):
         held = {path: self._names_in(path) for path in sorted(set(self._files.values()))}
         for name, path in self._files.items():
             if name not in held[path]:
-                raise MegapruneError(f"{folder / INDEX} places {name} in {path.name}, which does not hold it")
+                raise MegapruneError(f"{folder / INDEX} places {name} in {path.name}, which does not contain it")
         self.stored_files = dict(self._files)
         self._arrange()
         outputs = [name for name in (EMBEDDING, OUTPUT) if name in self._files]
@@ -53,7 +53,7 @@ class HFSource(TensorSource):
 
     def _names_in(self, path: Path) -> set[str]:
         if not path.is_file():
-            raise MegapruneError(f"{path} is missing, though {INDEX} names it: fetch the model again")
+            raise MegapruneError(f"{path} is missing, although {INDEX} lists it: download the model again")
         self._reader.check(path)
         return set(self._reader.names(path))
 
@@ -68,7 +68,9 @@ class HFSource(TensorSource):
             places = self.layout.places(stored, shape[0] if shape else 0)
             twice = next((name for name in places if name in self._files), None)
             if twice:
-                raise MegapruneError(f"{self.folder} holds both {stored} and {self.place(twice).stored}, which are one")
+                raise MegapruneError(
+                    f"{self.folder} holds both {stored} and {self.place(twice).stored}, which are the same tensor"
+                )
             self._files |= dict.fromkeys(places, path)
             self._places |= places
 
@@ -168,7 +170,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise MegapruneError(f"{index} is not a safetensors index: fetch it again") from None
+        raise MegapruneError(f"{index} is not a safetensors index: download it again") from None
 
 
 def _other_weights(folder: Path) -> str:

@@ -120,7 +120,7 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """Return ``5GB`` in bytes, with the decimal units of transformers.
 
     Raises:
-        UsageError: the text is no positive size.
+        UsageError: the text is not a positive size.
     """
     number, unit = text[:-2], text[-2:].upper()
     try:
@@ -330,5 +330,5 @@ def stacked_shape(name: str, parts: Sequence[Described]) -> Described:
     (first, dtype), rows = parts[0], sum(shape[0] for shape, _ in parts[:of_expert])
     shape = [len(parts) // of_expert, rows, *first[1:]]
     if math.prod(shape) != sum(math.prod(part) for part, _ in parts):
-        raise MegapruneError(f"the experts of {name} are not all there, or have several shapes")
+        raise MegapruneError(f"the experts of {name} are incomplete, or have several shapes")
     return shape, dtype

@@ -69,5 +69,5 @@ def test_wrong_flags_are_refused(argv, message):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
-    with pytest.raises(MegapruneError, match="holds no model that transformers knows"):
+    with pytest.raises(MegapruneError, match="contains no model that transformers can load"):
         run(["inference", *TINY, "--hf-model", str(tmp_path), "--pruned-model", str(tmp_path)])

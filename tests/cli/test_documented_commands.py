@@ -94,6 +94,10 @@ OVERRIDES = {
     "convert export": "--megatron-path {tmp}/megatron --hf-path {tmp}/hf",
     "convert verify": f"--hf-model {DEMO}/teacher --hf-path {{tmp}}/hf",
     "evaluate": f"--hf-model {DEMO}/teacher --seq-length 32 --limit 2 --output {{tmp}}/evaluation.json",
+    "generate-data": (
+        f"--hf-model {DEMO}/teacher --prompts {DEMO}/valid.jsonl --num-samples 2 --max-new-tokens 3 --prompt-tokens 4 "
+        "--output {tmp}/written.jsonl"
+    ),
     "preprocess-data": (
         f"--input {DEMO}/valid.jsonl --tokenizer {DEMO}/teacher --output-prefix {{tmp}}/data --workers 1"
     ),

@@ -1,4 +1,4 @@
-"""Comparisons: what is asked for, the runs that come of it, and the tables."""
+"""Comparisons: the recipe, the runs that follow from it, and the tables."""
 
 import csv
 import json
@@ -99,14 +99,14 @@ def test_tasks_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"levers": {"a": {"method": "e3"}}}, "method has no place under 'levers'"),
-        ({"levers": {"a": {"seed": 1}}}, "seed has no place under 'levers'"),
+        ({"levers": {"a": {"method": "e3"}}}, "method is not allowed under 'levers'"),
+        ({"levers": {"a": {"seed": 1}}}, "seed is not allowed under 'levers'"),
         ({"levers": ["lr"]}, "levers must map labels to flags"),
         ({"levers": {"a/b": {}}}, "the lever 'a/b' can't be part of a folder's name"),
         ({"levers": {"a": {"lrr": 1}}}, "e3-a: unknown key 'lrr'"),
         ({"tasks": []}, "tasks must be a list of names"),
         ({"task_limit": 3}, "task_limit needs tasks"),
-        ({"tasks": ["copa"], "task_limit": 0}, "task_limit must be a number from 1 up"),
+        ({"tasks": ["copa"], "task_limit": 0}, "task_limit must be a number of at least 1"),
         ({"tasks": ["copa"], "task_pruned": "yes"}, "task_pruned must be true or false"),
         ({"dtype": "fp8"}, "dtype must be one of auto, fp32, bf16, fp16"),
         ({"run": None}, "key 'run'"),
@@ -115,7 +115,7 @@ def test_tasks_are_read(tmp_path):
         ({"seeds": None}, "seeds must be a list"),
         ({"num_layers_to_prune": None}, "num_layers_to_prune, prune_ratio"),
         ({"prune_ratio": [0.5]}, "give one of"),
-        ({"methods": ["e3", "e3"]}, "asked for twice"),
+        ({"methods": ["e3", "e3"]}, "appears twice"),
         ({"methods": ["magic"]}, "magic"),
         ({"run": COMMON | {"lr": -1}}, "--lr"),
         ({"models": ["a"]}, "models must map names to flags"),
@@ -123,12 +123,12 @@ def test_tasks_are_read(tmp_path):
         ({"rank_windows": "all"}, "rank_windows must be a number"),
         ({"rank_windows": 4}, "rank_windows needs valid_data"),
         ({"rank_windows": True}, "rank_windows must be a number"),
-        ({"methods": [["random"]]}, "'random'.* is no method"),
-        ({"methods": [{"label": "foo"}]}, "'foo'.* is no method"),
+        ({"methods": [["random"]]}, "'random'.* is not a method"),
+        ({"methods": [{"label": "foo"}]}, "'foo'.* is not a method"),
         ({"methods": [{"method": "random", "label": "a/b"}]}, "label 'a/b' can't be part of a folder's name"),
         ({"models": {"..": {"hf_model": "a"}}}, r"model '\.\.' can't be part"),
-        ({"run": COMMON | {"seed": 3}}, "seed has no place under 'run'"),
-        ({"run": COMMON | {"dry-run": True}}, "dry-run has no place under 'run'"),
+        ({"run": COMMON | {"seed": 3}}, "seed is not allowed under 'run'"),
+        ({"run": COMMON | {"dry-run": True}}, "dry-run is not allowed under 'run'"),
         ({"methods": ["manual"]}, "--prune-layers '' is not a list"),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
         assert again[label] | changed | {"task copa share": 0} == row | changed | {"task copa share": 0}
 
 
-def test_what_will_be_refused_is_refused_before_the_first_run(tiny_model, tiny_data, tmp_path):
+def test_all_runs_are_validated_before_the_first_one(tiny_model, tiny_data, tmp_path):
     run = {"hf_model": str(tiny_model("qwen3_tied")), "train_data": str(tiny_data / "train.jsonl"), "train_iters": 1}
     run |= {"seq_length": tiny.SEQ_LENGTH, "valid_data": str(tiny_data / "valid.jsonl"), "global_batch_size": 1}
     for changes, said in [

@@ -43,6 +43,8 @@ FLAGS = [
     ("--distill-tail full", "full"),
     ("--distill-top-k 5", 5),
     ("--kd-loss-alpha 0.5", 0.5),
+    ("--hidden-loss-weight 2", 2.0),
+    ("--mtp-loss-scaling-factor 0.1", 0.1),
     ("--teacher online", "online"),
     ("--search-weights frozen", "frozen"),
     ("--tensor-model-parallel-size 2", 2),
@@ -300,9 +302,9 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             "--method clp finds a segment of a fixed number of layers",
         ),
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
-        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto, not e3"),
+        (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--stitch", "fold"], "--method e3 trains them while it searches: give --search-weights frozen"),
+        (E3 + ["--stitch", "fold", "--lora-rank", "2"], "--method e3 trains the adapters while it searches: give"),
         (SHORTGPT + ["--stitch", "fold", "--calibration-samples", "1"], "--calibration-samples must be above 1"),
         (
             SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--export-adapter"],
@@ -313,8 +315,25 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
             MANUAL + ["--train-iters", "0", "--stitch", "fold"],
             "fitted on calibration windows: it needs --train-data",
         ),
+        (MANUAL + ["--train-data", "d", "--train-iters", "9", "--rounds", "2"], "--method manual names them all"),
+        (SHORTGPT + ["--rounds", "2", "--lora-rank", "2", "--export-adapter"], "leave --export-adapter out"),
+        (SHORTGPT + ["--rounds", "2", "--lora-rank", "2", "--teacher", "self"], "use --teacher online"),
+        (SHORTGPT + ["--rounds", "9", "--lr-warmup-iters", "11"], "a round has 11 of --train-iters 100"),
+        (E3 + ["--rounds", "3", "--search-iters", "2"], "--search-iters 2 can't be shared by the rounds"),
         (E3 + ["--teacher", "cached"], "--teacher cached and --teacher-logits go together"),
         (E3 + ["--distill-loss", "ce", "--kd-loss-alpha", "0.5"], "--kd-loss-alpha 0.5 mixes cross-entropy"),
+        (E3 + ["--distill-loss", "ce", "--hidden-loss-weight", "1"], "there are none with --distill-loss ce"),
+        (
+            E3 + ["--teacher", "cached", "--teacher-logits", "t", "--hidden-loss-weight", "1"],
+            "--hidden-loss-weight 1 needs a teacher's hidden states, and there are none with --teacher cached",
+        ),
+        (E3 + ["--hidden-loss-weight", "-1"], "--hidden-loss-weight -1.0 is less than 0"),
+        (
+            E3 + ["--mtp-loss-scaling-factor", "0.1", "--mtp", "drop"],
+            "the MTP layers, which --mtp drop does not",
+        ),
+        (E3 + ["--mtp-loss-scaling-factor", "0.1", "--lora-rank", "4"], "which --lora-rank does not"),
+        (E3 + ["--mtp-loss-scaling-factor", "-1"], "--mtp-loss-scaling-factor -1.0 is less than 0"),
         (E3 + ["--kd-loss-alpha", "1.5"], "--kd-loss-alpha 1.5 is above 1"),
         (E3 + ["--kd-loss-alpha", "-0.1"], "--kd-loss-alpha -0.1 is less than 0"),
         # iterations
@@ -339,63 +358,3 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
 )
 def test_refused(argv, said):
     assert said in refusal(argv)
-
-
-@pytest.mark.parametrize(
-    "flag, least",
-    [
-        *((flag, 1) for flag in ("seq-length", "calibration-samples", "micro-batch-size", "global-batch-size")),
-        *((f"{which}-parallel-size", 1) for which in ("tensor-model", "pipeline-model", "context")),
-        *((flag, 1) for flag in ("distill-top-k", "save-interval", "log-interval")),
-        *((flag, 0) for flag in ("train-iters", "lr-warmup-iters", "seed")),
-        *((flag, 0) for flag in ("lr", "min-lr", "clip-grad", "weight-decay")),
-    ],
-)
-def test_numbers_too_small(flag, least):
-    assert refusal([*E3, f"--{flag}", least - 1]).startswith(f"--{flag} {least - 1}")
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize(
-    "flag", ["lr", "min-lr", "clip-grad", "weight-decay", "mask-lr", "gumbel-temperature", "gumbel-anneal"]
-)
-def test_numbers_that_are_not_finite(flag, value):
-    assert refusal([*E3, f"--{flag}={value}"]) == f"--{flag} {value} is not a finite number"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        *("--mask-lr 0", "--mask-lr -1", "--mask-init-scale 0", "--mask-ramp 0", "--mask-ramp 1.1"),
-        *("--gumbel-temperature 0", "--gumbel-anneal 1", "--gumbel-anneal -0.1"),
-    ],
-)
-def test_search_settings(words):
-    assert refusal([*E3, *words.split()]).startswith(words.split()[0])
-
-
-def test_the_searches_of_e3():
-    """Scores are trained in the paper's search alone; other methods have neither."""
-    for words in ("--mask-lr 0.1", "--mask-init-scale 2"):
-        assert refusal([*E3, *words.split()]).startswith(f"{words.split()[0]} is for --search-preset paper")
-        settings = parse_config([*E3, *words.split(), "--search-preset", "paper"]).method_options()
-        assert settings["search_preset"] == "paper"
-    assert settings["mask_init_scale"] == 2.0 and settings["mask_lr"] is None and settings["lr"] == 1e-4
-    assert parse_config(E3).method_options()["search_preset"] == "measured"
-    assert refusal([*SHORTGPT, "--search-preset", "paper"]).startswith("--search-preset is for --method e3")
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("--lora-alpha 16", "--lora-alpha needs --lora-rank"),
-        ("--lora-target-modules linear_qkv", "--lora-target-modules needs --lora-rank"),
-        ("--export-adapter", "--export-adapter needs --lora-rank"),
-        ("--teacher self", "--teacher self needs --lora-rank"),
-        ("--lora-rank 0", "--lora-rank 0 is less than 1"),
-        ("--lora-rank 8 --lora-alpha 0", "--lora-alpha 0.0 is not above 0"),
-        ("--lora-rank 8 --lora-alpha nan", "--lora-alpha nan is not a finite number"),
-    ],
-)
-def test_lora_settings(words, said):
-    assert said in refusal([*E3, *words.split()])

@@ -139,7 +139,7 @@ def test_evaluation_limit_takes_the_first_windows():
         assert ids == list(range(expected))
 
 
-def test_filling_rows_carry_no_loss():
+def test_padding_rows_have_no_loss():
     (batch,) = batches_for(packed(41, 4), [6], micro_batch_size=3, dp_rank=0, dp_size=1)
     assert batch.sample_ids == [6, PADDING_ID, PADDING_ID]
     assert batch.loss_mask.sum(dim=1).tolist() == [4, 0, 0]

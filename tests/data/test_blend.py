@@ -81,8 +81,8 @@ def test_find_blend(data, tmp_path, monkeypatch):
 MISUSED = {
     "words": (["some", "A", "0.7", "B"], "some is neither a weight nor a preprocessed dataset"),
     "missing": (["A", "/no/where"], "/no/where is neither a weight nor a preprocessed dataset .* no /no/where.idx"),
-    "mixed": (["A", "text.jsonl"], "text.jsonl is neither .* don't mix with text"),
-    "hub": (["owner/name", "A"], "owner/name is neither .* don't mix with text or hub"),
+    "mixed": (["A", "text.jsonl"], "text.jsonl is neither .* can't be mixed with text"),
+    "hub": (["owner/name", "A"], "owner/name is neither .* can't be mixed with text or hub"),
     "one weight": (["0.3", "A", "B"], "B has no weight: give one before every dataset"),
     "first": (["A", "0.7", "B"], "A has no weight"),
     "trailing": (["0.3", "A", "0.7"], "0.3 A 0.7: the weight 0.7 is not followed by a dataset"),
@@ -92,9 +92,9 @@ MISUSED = {
     "zero": (["0", "A"], "0 .*: a weight must be a number above 0"),
     "nan": (["nan", "A"], "nan .*: a weight must be a number above 0"),
     "infinite": (["inf", "A", "1", "B"], "inf .*: a weight must be a number above 0"),
-    "of text": (["0.3", "text.jsonl", "0.7", "more.jsonl"], "text.jsonl: weights go with preprocessed datasets"),
-    "gone": (["0.3", "/no/a", "0.7", "/no/b"], "/no/a: weights go with preprocessed .* no /no/a.idx"),
-    "both": (["both"], "both is there and, as both.idx, a preprocessed dataset too: give both/ or both.idx"),
+    "of text": (["0.3", "text.jsonl", "0.7", "more.jsonl"], "text.jsonl: weights need preprocessed datasets"),
+    "gone": (["0.3", "/no/a", "0.7", "/no/b"], "/no/a: weights need preprocessed .* no /no/a.idx"),
+    "both": (["both"], "both exists, and so does the preprocessed dataset both.idx: give both/ or both.idx"),
 }
 
 
@@ -141,14 +141,14 @@ DAMAGED = {
     "no idx": (gone("idx"), r"a.idx is missing beside a.bin"),
     "empty idx": (damaged("idx", lambda b: b""), "a.idx is not an index of Megatron's"),
     "another file": (damaged("idx", lambda b: b"PK" + b), "a.idx is not an index of Megatron's"),
-    "header": (damaged("idx", lambda b: b[:20]), "a.idx is cut off within its header"),
+    "header": (damaged("idx", lambda b: b[:20]), "a.idx is truncated within its header"),
     "version": (damaged("idx", lambda b: patched(b, 9, b"\x07")), "a.idx has version 7"),
     "floats": (damaged("idx", lambda b: patched(b, 17, b"\x07")), "dtype 7, which hold no tokens"),
-    "cut idx": (damaged("idx", lambda b: b[:-1]), "a.idx has 641 bytes where its header needs 642: it is cut off"),
-    "long idx": (damaged("idx", lambda b: b + b"x"), "a.idx has 643 bytes where its header needs 642"),
+    "cut idx": (damaged("idx", lambda b: b[:-1]), "a.idx has 641 bytes, but its header needs 642: it is truncated"),
+    "long idx": (damaged("idx", lambda b: b + b"x"), "a.idx has 643 bytes, but its header needs 642"),
     "lengths": (damaged("idx", lambda b: patched(b, 34, b"\x0b")), "lengths and offsets don't fit each other"),
-    "cut bin": (damaged("bin", lambda b: b[:-2]), "a.bin has 598 bytes where its index needs 600: it is cut off"),
-    "long bin": (damaged("bin", lambda b: b + b"12"), "a.bin has 602 bytes where its index needs 600"),
+    "cut bin": (damaged("bin", lambda b: b[:-2]), "a.bin has 598 bytes, but its index needs 600: it is truncated"),
+    "long bin": (damaged("bin", lambda b: b + b"12"), "a.bin has 602 bytes, but its index needs 600"),
 }
 
 
@@ -171,13 +171,13 @@ def test_tokens_beyond_the_vocabulary(data):
 
 
 def test_too_little_for_a_window(data, one_process, tmp_path):
-    with pytest.raises(MegapruneError, match="b holds 100 tokens, and one window takes 101: .* smaller --seq-length"):
+    with pytest.raises(MegapruneError, match="b holds 100 tokens, but one window needs 101: .* smaller --seq-length"):
         open_blend(Blend(data, None), FLAG, 100, VOCAB)
     with pytest.raises(UsageError, match="b is too small for a choice of calibration windows"):
         training(["1", data[0], "9", data[1]], tmp_path, seq_length=60, calibration=4)
 
 
-def test_empty_documents_are_no_trouble(tmp_path):
+def test_empty_documents_are_accepted(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
     for document in ([], [1, 2, 3], [], [4, 5]):
         builder.add_document(document, [len(document)] if document else [])
@@ -291,7 +291,7 @@ def test_interrupted_build_leaves_nothing(data, one_process, tmp_path, monkeypat
     assert len(training(data, tmp_path)) == 24
 
 
-def test_other_data_at_the_same_path_gets_indices_of_its_own(one_process, tmp_path):
+def test_other_data_at_the_same_path_gets_its_own_indices(one_process, tmp_path):
     prefix = make(tmp_path / "a", 0, 30)
     first = training([prefix], tmp_path / "cache")
     make(tmp_path / "a", 0, 10, length=20)
@@ -316,7 +316,7 @@ def test_missing_helpers_are_one_clear_line(data, one_process, tmp_path, monkeyp
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("weights", [[1, 1], [1, 999], [1, 2, 3], [0.01] * 7 + [0.93], [5, 1, 1, 1]])
-def test_every_blend_has_samples_enough(weights, num_samples):
+def test_every_blend_has_enough_samples(weights, num_samples):
     """Megatron-Core refuses a blend that requests more samples of a dataset than were indexed."""
     have = datasets.samples_indexed(weights, num_samples)
     share = np.array(weights, np.float64) / np.sum(weights)

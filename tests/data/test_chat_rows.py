@@ -85,7 +85,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("form", [lambda rows: rows, as_strings], ids=["objects", "strings"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_the_template_gets_what_the_row_carries(tokenizer, tmp_path, kind, form):
+def test_the_template_gets_the_fields_of_the_row(tokenizer, tmp_path, kind, form):
     rows = [
         {name: row.get(name) for name in ("messages", "tools", "documents", "chat_template_kwargs")} for row in ROWS
     ]
@@ -121,7 +121,7 @@ def test_rows_of_the_hub(tokenizer, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("--train-data org/chats, row 1 of split train: the column 'source'") == 1
 
 
-def test_null_that_json_gives_stays(tokenizer, tmp_path):
+def test_null_in_json_is_kept(tokenizer, tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": PLAIN_CHAT, "tools": [tool]}]))
     assert '"default": null' in tokenizer.decode(tokens(path, tokenizer, tmp_path))
@@ -180,17 +180,17 @@ REFUSED = {
     "image untyped": (said([{"text": "a", "image": "x.png"}]), "a part of type 'image'"),
     "audio": (said([{"type": "input_audio"}]), "a part of type 'input_audio'"),
     "no text": (said([{"type": "text"}]), "has a text part without text"),
-    "object": (said({"a": 1}), "has a dict as its content that is no list of text parts"),
+    "object": (said({"a": 1}), "has a dict as its content, not text or a list of text parts"),
     "number": (said(3), "has a int as its content"),
-    "numbers": (said([1, 2]), "has a list as its content that is no list of text parts"),
+    "numbers": (said([1, 2]), "has a list as its content, not text or a list of text parts"),
     "tools no json": ({"messages": PLAIN_CHAT, "tools": "weather"}, "'tools' is a string that is not valid JSON"),
-    "tools an object": ({"messages": PLAIN_CHAT, "tools": WEATHER}, "'tools' is no list of objects"),
-    "tools names": ({"messages": PLAIN_CHAT, "tools": ["3"]}, "'tools' is no list of objects"),
-    "documents strings": ({"messages": PLAIN_CHAT, "documents": '["3"]'}, "'documents' is no list of objects"),
+    "tools an object": ({"messages": PLAIN_CHAT, "tools": WEATHER}, "'tools' is neither a list of objects"),
+    "tools names": ({"messages": PLAIN_CHAT, "tools": ["3"]}, "'tools' is neither a list of objects"),
+    "documents strings": ({"messages": PLAIN_CHAT, "documents": '["3"]'}, "'documents' is neither a list of objects"),
     "kwargs a list": ({"messages": PLAIN_CHAT, "chat_template_kwargs": [1]}, "'chat_template_kwargs' holds a list"),
     "kwargs ours": (
         {"messages": PLAIN_CHAT, "chat_template_kwargs": {"max_length": 3}},
-        "'chat_template_kwargs' holds 'max_length', which is no argument of a template",
+        "'chat_template_kwargs' holds 'max_length', which is not an argument of a template",
     ),
     "twice": (
         {"messages": PLAIN_CHAT, "tools": [CLOCK], "chat_template_kwargs": {"tools": [WEATHER]}},
@@ -209,7 +209,7 @@ def test_refusals(tokenizer, tmp_path, case):
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_the_template_ignores_is_named_once(tmp_path, capsys):
+def test_keys_that_the_template_ignores_are_named_once(tmp_path, capsys):
     tokenizer = make_tokenizer(PLAIN)
     rows = [{"messages": PLAIN_CHAT}, *[row | {"system": "be brief"} for row in ROWS[:3]] * 3]
     path = write(
@@ -224,7 +224,7 @@ def test_what_the_template_ignores_is_named_once(tmp_path, capsys):
     assert len(notes) == len(about) and all(f"--train-data {path}, line " in note for note in notes)
 
 
-def test_what_the_template_reads_is_not_named(tokenizer, tmp_path, capsys):
+def test_keys_that_the_template_reads_are_not_named(tokenizer, tmp_path, capsys):
     tokens(write(tmp_path / "a.jsonl", jsonl(ROWS * 2)), tokenizer, tmp_path)
     assert "note: " not in capsys.readouterr().out
 
@@ -252,7 +252,7 @@ def test_names_in_a_template():
 def test_preprocess_data(tokenizer, tmp_path, capsys, monkeypatch, kind, workers):
     import numpy as np
 
-    monkeypatch.setattr(preprocess, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(preprocess, "BATCH_ROWS", 1)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows = [row | {"id": number} for number, row in enumerate(ROWS)]
     path = tmp_path / f"a.{kind}"

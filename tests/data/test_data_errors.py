@@ -1,4 +1,4 @@
-"""Unusable data: the error is one line that names the flag, the file and the row, and no file is left."""
+"""Unusable data: the error is one line that names the flag, the file and the row, and no output remains."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def file_with(tmp_path, body, name="data.jsonl"):
 
 
 @pytest.mark.parametrize("path", ["./none", "/no/where", "a/b/c", "none.jsonl", "org/none.parquet", "x.txt", "~/x"])
-def test_missing_path_is_not_asked_of_the_hub(path, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_requested_from_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **o: pytest.fail("asked the hub"))
     message = refusal(path, tmp_path, error=UsageError)
     assert f"{path} does not exist and is not a dataset id" in message
@@ -60,10 +60,13 @@ def test_unknown_dataset_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     message = refusal("org/none", tmp_path)
-    assert "org/none does not exist and is not a dataset id" in message and "404 Client Error" in message
+    assert (
+        "org/none does not exist, and the hub does not provide it as a dataset" in message
+        and "404 Client Error" in message
+    )
 
 
-def test_hub_dataset_that_breaks_off(tmp_path, monkeypatch):
+def test_hub_dataset_that_ends_early(tmp_path, monkeypatch):
     def rows(*args, **options):
         yield {"text": "a b c d e f g"}
         raise ConnectionError("connection lost")
@@ -105,11 +108,11 @@ def test_parquet_without_rows(tmp_path):
 BAD_ROWS = {
     "malformed": (b'{"text": "a"\n', "line 2 is not valid JSON: Expecting ',' delimiter"),
     "cut off": (b'{"text": "a b', "line 2 is not valid JSON: Unterminated string"),
-    "not an object": (b'["a"]\n', "line 2 is no JSON object"),
+    "not an object": (b'["a"]\n', "line 2 is not a JSON object"),
     "not UTF-8": (b'{"text": "caf\xe9"}\n', "line 2 is not UTF-8"),
     "other keys": (
         b'{"body": "a", "id": 1}\n',
-        "its keys are body, id: name the one with the text by --text-key",
+        "its keys are body, id: name the key of the text with --text-key",
     ),
     "no keys": (b"{}\n", "its keys are none"),
     "null": (b'{"text": null}\n', "line 2: 'text' is null"),
@@ -163,7 +166,7 @@ def test_too_few_tokens_for_one_window(tmp_path):
     path = file_with(tmp_path, b'{"text": "a b c"}\n')
     dataset = prepare_dataset([str(path)], make_tokenizer(), seq_length=3, cache_dir=tmp_path / "cache")
     assert len(dataset) == 1
-    with pytest.raises(MegapruneError, match="holds 4 tokens, and one window takes 5: .* smaller --seq-length"):
+    with pytest.raises(MegapruneError, match="holds 4 tokens, but one window needs 5: .* smaller --seq-length"):
         prepare_dataset([str(path)], make_tokenizer(), seq_length=4, cache_dir=tmp_path / "cache")
     padded = prepare_dataset([str(path)], make_tokenizer(), seq_length=9, cache_dir=tmp_path / "cache", pad_last=True)
     assert len(padded) == 1
@@ -174,15 +177,15 @@ def test_tokenizer_without_end_of_text(tmp_path):
     assert "no end-of-text token" in message and "eos_token" in message
 
 
-def test_chat_template_that_refuses_one_chat_of_many(tmp_path):
+def test_chat_template_that_rejects_one_chat_of_many(tmp_path):
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user must begin') }}{% endif %}a b c"
     chats = [[{"role": role, "content": "a"}] for role in ("user", "user", "assistant", "user")]
     path = file_with(tmp_path, b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
     message = refusal(path, tmp_path, tokenizer=make_tokenizer(chat_template=strict))
-    assert f"{path}, line 3: the chat template refuses it (a user must begin)" in message
+    assert f"{path}, line 3: the chat template rejects it (a user must begin)" in message
 
 
-def test_chats_that_no_assistant_answers(tmp_path):
+def test_chats_without_an_assistant(tmp_path):
     path = file_with(tmp_path, b'{"messages": [{"role": "user", "content": "a b c d e f"}]}\n')
     assert "no token carries loss" in refusal(path, tmp_path, tokenizer=make_tokenizer(chat_template=MARKED))
 

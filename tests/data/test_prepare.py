@@ -116,8 +116,8 @@ def test_text_key_and_empty_documents(tokenizer, tmp_path):
 def test_documents_longer_or_more_than_one_batch(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", jsonl(ROWS))
     whole = prepare(path, tokenizer, tmp_path)
-    monkeypatch.setattr(encoder, "_BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(encoder, "_BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(encoder, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(encoder, "BATCH_CHARACTERS", 150)
     pieces = prepare(path, tokenizer, tmp_path, cache_dir=tmp_path / "other")
     assert pieces.fingerprint == whole.fingerprint
 
@@ -239,8 +239,8 @@ def test_cache_notices_other_data_keys_templates_and_tokenizers(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
-def test_large_sources_are_told_apart_by_size_and_time(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("megaprune.data.sources._HASHED_BYTES", 10)
+def test_large_sources_are_distinguished_by_size_and_time(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("megaprune.data.sources.HASHED_BYTES", 10)
     path = write(tmp_path / "a.jsonl", jsonl(ROWS))
     prepare(path, tokenizer, tmp_path)
     prepare(path, tokenizer, tmp_path)

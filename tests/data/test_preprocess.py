@@ -97,7 +97,7 @@ def documents(prefix):
 
 
 @pytest.mark.parametrize("special", [None, "<|user|>"])
-def test_bytes_are_those_of_megatrons_tool(tokenizer, tmp_path, special):
+def test_bytes_equal_those_of_megatrons_tool(tokenizer, tmp_path, special):
     folder = tokenizer
     if special:  # a token that begins every text, as Llama's does
         folder = tmp_path / "tokenizer"
@@ -246,7 +246,7 @@ REFUSED = {
     "workers": (2, {"--workers": "0"}, "--workers 0 is less than 1"),
     "folder as prefix": (2, {"--output-prefix": "{tmp}/out/"}, "without .bin or .idx, not a folder's"),
     "ending": (2, {"--output-prefix": "{tmp}/out.bin"}, "without .bin or .idx"),
-    "output there": (1, {"--output-prefix": "{tmp}/there"}, "{tmp}/there.idx is there already; remove it first"),
+    "output there": (1, {"--output-prefix": "{tmp}/there"}, "{tmp}/there.idx already exists; remove it first"),
     "output in a file": (1, {"--output-prefix": "{tmp}/good.jsonl/a"}, "good.jsonl/a can't be written"),
     "no such input": (2, {"--input": "{tmp}/none.jsonl"}, "none.jsonl does not exist"),
     "empty input": (2, {"--input": "{tmp}/empty.jsonl"}, "empty.jsonl is empty (0 bytes)"),
@@ -260,11 +260,11 @@ REFUSED = {
         {"--input": "{tmp}/chat.jsonl", "--tokenizer": "{tmp}/plain"},
         "the tokenizer has no chat templ",
     ),
-    "template": (2, {"--chat-template": "{tmp}/none.jinja"}, "--chat-template {tmp}/none.jinja is no file"),
+    "template": (2, {"--chat-template": "{tmp}/none.jinja"}, "--chat-template {tmp}/none.jinja is not a file"),
     "bad template": (
         1,
         {"--input": "{tmp}/chat.jsonl", "--chat-template": "{tmp}/bad.jinja"},
-        "chat.jsonl, line 1: the chat template refuses it",
+        "chat.jsonl, line 1: the chat template rejects it",
     ),
     "not a tokenizer": (1, {"--tokenizer": "{tmp}/nothing"}, "--tokenizer {tmp}/nothing holds no tokenizer"),
     "no eos": (1, {"--tokenizer": "{tmp}/no-eos"}, "has no end-of-text token"),

@@ -72,11 +72,11 @@ REFUSED = {
     ),
     "another's": (
         {"tokenizer.json": {"version": "1.0", "added_tokens": [], "model": {"type": "Own"}}},
-        "holds no tokenizer that can be loaded: tokenizer.json is there, but transformers refuses it (",
+        "holds no tokenizer that can be loaded: tokenizer.json exists, but transformers rejects it (",
     ),
     "code": (
         {"tokenizer.model": SPM, "tokenizer_config.json": CUSTOM},
-        "brings code of its own: read it, then pass --trust-remote-code",
+        "contains code: review it, then pass --trust-remote-code",
     ),
 }
 
@@ -123,7 +123,7 @@ def test_missing_packages(tmp_path, without, case):
     assert str(met.value) == f"the tokenizer in {folder} needs the package {package}: {install}"
 
 
-def test_every_tool_says_the_same(tmp_path, tiny_model, without):
+def test_every_tool_reports_the_same_error(tmp_path, tiny_model, without):
     """The model's tokenizer needs a package that is not installed."""
     import shutil
 

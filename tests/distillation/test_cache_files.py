@@ -146,7 +146,7 @@ def test_no_cache(tmp_path):
 
 def test_manifest_of_another_version(cache, tmp_path, monkeypatch):
     copy = shutil.copytree(cache, tmp_path / "c")
-    monkeypatch.setattr("megaprune.distillation.cache_format._VERSION", 2)
+    monkeypatch.setattr("megaprune.distillation.cache_format.FORMAT_VERSION", 2)
     with pytest.raises(MegapruneError, match="version 1, but this release reads version 2"):
         TeacherCache(copy, KEY, K)
     write_manifest(copy, PLAN, ["0"])

@@ -175,7 +175,7 @@ def test_a_teacher_that_rules_tokens_out():
 
 def test_targets_in_blocks_are_the_same(monkeypatch):
     expected = teacher_targets(TEACHER, 4, SHARD)
-    monkeypatch.setattr("megaprune.distillation.losses._LOGITS_AT_ONCE", 2 * PADDED)
+    monkeypatch.setattr("megaprune.distillation.losses.LOGITS_AT_ONCE", 2 * PADDED)
     targets = teacher_targets(TEACHER, 4, SHARD)
     for name in ("indices", "logits", "logsumexp", "entropy"):
         assert torch.equal(getattr(targets, name), getattr(expected, name)), name

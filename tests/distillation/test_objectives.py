@@ -68,7 +68,7 @@ def test_a_mixture_has_both_parts_each_with_its_own_weights(kind, batch, logits)
 
 
 def test_all_distillation_is_no_mixture():
-    assert list(make_objective("adaptive", "rest", SHARD, None, 1.0).shares) == ["loss"]
+    assert list(make_objective("adaptive", "rest", SHARD, None, 1.0).shares) == ["kd_loss"]
 
 
 @pytest.mark.parametrize("kind", ["kl", "adaptive"])

@@ -97,7 +97,7 @@ def test_tied_embeddings_are_not_missing(make_model, data, stream):
     [
         ({"hf_model": "/no/such/model"}, "--hf-model /no/such/model: no such folder"),
         ({"teacher": "./no/such/model"}, "--teacher ./no/such/model: no such folder"),
-        ({"seq_length": 65}, "--seq-length 65 is beyond the 64 positions"),
+        ({"seq_length": 65}, "--seq-length 65 is more than the 64 positions"),
         ({"seq_length": 0}, "--seq-length 0"),
         ({"micro_batch_size": 0}, "--micro-batch-size 0"),
         ({"limit": -1}, "--limit -1"),
@@ -112,7 +112,7 @@ def test_refusals_in_one_line(student, data, options, message):
 
 
 def test_a_folder_that_is_no_model(tmp_path, data):
-    with pytest.raises(MegapruneError, match=r"no config\.json there; a finished run's model is in RUN_DIR/hf"):
+    with pytest.raises(MegapruneError, match=r"it contains no config\.json; a finished run's model is in RUN_DIR/hf"):
         evaluate(str(tmp_path), data)
 
 

@@ -44,7 +44,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
+def on_cpu_without_network(monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.setattr("megaprune.device.torch_device", lambda: torch.device("cpu"))
 
 
@@ -173,7 +177,7 @@ def test_the_stock_harness_reads_the_task_files(data):
         (
             "piqa",
             '{"query": "Question: a\\n", "choices": ["b", "c"], "gold": 0}\n{oh\n',
-            "piqa.jsonl, line 2 is no JSON",
+            "piqa.jsonl, line 2 is not a JSON object",
         ),
         ("piqa", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 1: gold 2 is the index of none of its 2"),
         ("piqa", "\n", "piqa.jsonl holds no items"),
@@ -196,11 +200,11 @@ def test_damaged_data_are_named_before_the_model_is_read(tmp_path, file, text, r
             marks=pytest.mark.slow,
         ),
         (["--tasks", "capitals", "--task-path", "gone"], "--task-path gone: no such folder"),
-        (["--tasks", "capitals,geography", "--task-path", "tasks"], "capitals is among them twice"),
+        (["--tasks", "capitals,geography", "--task-path", "tasks"], "capitals is named twice"),
         (["--task-path", "tasks"], "nothing to evaluate on: give --data, --tasks or both"),
         (["--data", "d", "--task-path", "tasks"], "--task-path needs --tasks"),
-        (["--tasks", "capitals", "--task-path", "tasks", "--task-limit", "0"], "--task-limit 0: give a number from 1"),
-        (["--tasks", "capitals", "--task-batch-size", "0"], "--task-batch-size 0: give a number from 1 up"),
+        (["--tasks", "capitals", "--task-path", "tasks", "--task-limit", "0"], "--task-limit 0: give a number of at"),
+        (["--tasks", "capitals", "--task-batch-size", "0"], "--task-batch-size 0: give a number of at least 1"),
     ],
 )
 def test_refusals(own_folder, flags, message):

@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers import tiny
 
-_WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 _LOG_SHOWN = 6000  # characters
 _GRACE_SECONDS = 45  # torchrun itself kills its processes 30 s after it was asked to end them
 
@@ -94,7 +94,7 @@ def _run(num_processes: int, cases: list[tuple[str, dict]], notes: Path, timeout
     # To a file: a process that a failed rank leaves behind would keep a pipe open and block the test.
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*torchrun(num_processes), str(_WORKER), str(notes)],
+            [*torchrun(num_processes), str(WORKER), str(notes)],
             env=tiny.environment(),
             stdout=output,
             stderr=subprocess.STDOUT,

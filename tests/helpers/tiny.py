@@ -287,10 +287,18 @@ def endpoint_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]
 
 def stitched_argv(model: Path, data: Path, save: Path, gone: str, *extra: str) -> list[str]:
     """Return the flags of a run that folds maps of the named layers into the layers before them and does not train."""
-    argv = select_argv(model, data, save, "manual", "--stitch", "fold", *extra)
+    argv = select_argv(model, data, save, "manual", "--stitch", "fold")
     at = argv.index("--num-layers-to-prune")
     argv[at : at + 2] = ["--prune-layers", gone]
-    return argv
+    return [*argv, *extra]
+
+
+def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Return the flags of a short run in two rounds, each with a stitch."""
+    return [
+        *select_argv(model, data, save, "shortgpt", "--num-layers-to-prune", "3", "--rounds", "2", "--stitch", "fold"),
+        *("--train-iters", "4", "--lr-warmup-iters", "1", "--lr", "3e-4", *extra),
+    ]
 
 
 def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:

@@ -10,7 +10,7 @@ import yaml
 
 from megaprune.cli.main import attempt
 from megaprune.cli.prune import parse_config
-from megaprune.selection import names, registry
+from megaprune.selection.registry import registrations_undone
 from megaprune.utils.errors import UsageError
 from tests.helpers import tiny
 
@@ -47,12 +47,9 @@ def warm(budget, protected, num_steps, *, scores, seed):
 @pytest.fixture
 def module(tmp_path):
     """The file of the user's methods, which are forgotten afterwards."""
-    names()
-    before = dict(registry._methods)
     (tmp_path / "mine.py").write_text(METHODS)
-    yield tmp_path / "mine.py"
-    registry._methods.clear()
-    registry._methods.update(before)
+    with registrations_undone():
+        yield tmp_path / "mine.py"
 
 
 def report_of(folder):

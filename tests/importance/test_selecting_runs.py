@@ -21,7 +21,7 @@ def test_auto_in_a_run(tiny_model, tiny_data, tmp_path):
     assert next(c for c in report["candidates"] if c["chosen"])["kept_layers"] == report["kept_layers"]
     assert 0 < report["stages"]["importance"]["tokens"] <= 60000
     tiny.load_hf(tmp_path / "run" / "hf")
-    with pytest.raises(UsageError, match="--selection-budget 10 is too little"):
+    with pytest.raises(UsageError, match="--selection-budget 10 is too small"):
         tiny.run_here([*argv, "--save", str(tmp_path / "other"), "--selection-budget", "10"])
     few = tmp_path / "few.jsonl"
     few.write_text("".join((tiny_data / "train.jsonl").read_text().splitlines(keepends=True)[:3]))

@@ -193,7 +193,7 @@ def test_adapter_names_the_experts_one_by_one_for_code_that_holds_them_so(tiny_m
 def test_refused_are_targets_that_the_model_does_not_have(tiny_model, tiny_data, tmp_path):
     flags = ("--lora-rank", "4", "--lora-target-modules", "linear_q_up_proj", "linear_qkv")
     with pytest.raises(
-        UsageError, match="--lora-target-modules linear_qkv is no linear layer of this model: choose of"
+        UsageError, match="--lora-target-modules linear_qkv is not a linear layer of this model: choose from"
     ):
         open_run(parse_config(tiny.prune_argv(tiny_model("deepseek_v3"), tiny_data, tmp_path / "run", *flags)), 1)
     argv = tiny.prune_argv(tiny_model("qwen3"), tiny_data, tmp_path / "run", *flags[:3], flags[4])

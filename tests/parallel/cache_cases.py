@@ -2,7 +2,7 @@
 
 from megaprune.cli.cache_teacher import cache_from_flags
 from megaprune.mcore import parallel
-from megaprune.pruning.cache_teacher import _Caching
+from megaprune.pruning.cache_teacher import Caching
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
 
@@ -55,7 +55,7 @@ def interrupted_cache(argv, rounds):
     class Stopped(Exception):
         pass
 
-    done, whole_round = [], _Caching._round
+    done, whole_round = [], Caching.write_round
 
     def stopping(self, *args):
         if len(done) == rounds:
@@ -63,13 +63,13 @@ def interrupted_cache(argv, rounds):
         whole_round(self, *args)
         done.append(None)
 
-    _Caching._round = stopping
+    Caching.write_round = stopping
     try:
         cache(argv)
     except Stopped:
         pass
     finally:
-        _Caching._round = whole_round
+        Caching.write_round = whole_round
     assert len(done) == rounds
     cache(argv)
 

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from megaprune.cli import main as cli
-from tests.helpers import tiny
+from tests.helpers import mtp, tiny
 from tests.helpers.launch import Launched, launch_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
+    HIDDEN_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
     MOE_FAMILIES,
     MOE_RUN_LAYOUTS,
+    MTP_LAYOUTS,
+    ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
@@ -34,14 +37,20 @@ def source(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def results(tiny_model, stored_model, source, tiny_data, tmp_path_factory):
+def mtp_model(tmp_path_factory):
+    """Return a model with a multi-token-prediction layer."""
+    return mtp.make_model(tmp_path_factory.mktemp("mtp"))
+
+
+@pytest.fixture(scope="session")
+def results(tiny_model, stored_model, source, mtp_model, tiny_data, tmp_path_factory):
     """Return a function that gives the results for a number of processes. A failed case fails only its own tests."""
     launched = {}
 
     def get(num_processes) -> Launched:
         if num_processes not in launched:
             folder = tmp_path_factory.mktemp(f"processes{num_processes}")
-            cases = _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data)
+            cases = _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, tiny_data)
             launched[num_processes] = launch_cases(num_processes, cases, folder)
         return launched[num_processes]
 
@@ -56,7 +65,7 @@ def _imported(model, folder):
     return out
 
 
-def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
+def _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, tiny_data):
     """Return the cases for a number of processes, each named after its output in the folder."""
 
     def argv(name, flags):
@@ -86,6 +95,15 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, tiny_data):
     for layout, sizes in of_layouts(STEP_LAYOUTS).items():
         out = folder / f"step-{layout}"
         cases[out.name] = dict(kind="mask_gradient", hf_model=source("qwen3_tied"), sizes=sizes, out=out)
+    for kind, layouts, model in (
+        ("hidden_states", HIDDEN_LAYOUTS, source("qwen3_tied")),
+        ("multi_token", MTP_LAYOUTS, mtp_model),
+    ):
+        for layout, (processes, sizes, *stages, recompute) in layouts.items():
+            if processes == num_processes:
+                out = folder / f"{kind}-{layout}"
+                case = dict(kind=f"loss_cases.{kind}", hf_model=model, sizes=sizes, stages=stages, out=out)
+                cases[out.name] = case | dict(recompute=recompute)
     for layout, flags in of_layouts(RUN_LAYOUTS).items():
         cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
     for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():
@@ -100,7 +118,12 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
             cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
-    for layouts, argv_of in ((ENDPOINT_LAYOUTS, tiny.endpoint_argv), (SHEARED_LAYOUTS, tiny.sheared_argv)):
+    short_runs = (
+        (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
+        (SHEARED_LAYOUTS, tiny.sheared_argv),
+        (ROUNDS_LAYOUTS, tiny.rounds_argv),
+    )
+    for layouts, argv_of in short_runs:
         for layout, flags in layouts.items():
             save = folder / f"run-{layout}"
             cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))

@@ -35,6 +35,24 @@ STEP_LAYOUTS = MODEL_LAYOUTS | {
     "tp2_sp_dp2": (4, TP2 | SP),
     "pp2_dp2": (4, PP2),
 }
+# Losses of recovery: processes, sizes, layers of the teacher and of the student on each stage, and recomputation. The
+# kept layers are those of loss_cases, so that hidden states travel to the earlier stage, to the later one, or past one.
+HIDDEN_LAYOUTS = {
+    "tp2": (2, TP2, [7], [4], None),
+    "tp2_sp": (2, TP2 | SP, [7], [4], "full"),
+    "dp2": (2, {}, [7], [4], None),
+    "pp2_to_the_first": (2, PP2, [2, 5], [3, 1], "full"),
+    "pp2_to_the_last": (2, PP2, [6, 1], [1, 3], None),
+    "pp4": (4, {"pipeline": 4}, [1, 1, 1, 4], [1, 1, 1, 1], None),
+    "tp2_sp_pp2": (4, TP2 | SP | PP2, [2, 5], [2, 2], None),
+    "pp2_dp2": (4, PP2, [6, 1], [2, 2], None),
+}
+MTP_LAYOUTS = {
+    "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
+    "ep2": (2, _EP2, [5], [3], None),
+    "pp2": (2, PP2, [2, 3], [2, 1], None),
+    "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2, [4, 1], [1, 2], "full"),
+}
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
@@ -56,7 +74,7 @@ RUN_LAYOUTS = {
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
 # calibrated methods, and the run on one process
-SELECTING = ("auto", "shortgpt", "sleb")
+SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}
@@ -69,6 +87,7 @@ STITCH_LAYOUTS = {
     "stitch_moe_tp2_sp": ("deepseek_v3", "1,4", (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
     "stitch_moe_ep2": ("deepseek_v3", "1,4", ("--expert-model-parallel-size", "2")),
 }
+ROUNDS_LAYOUTS = {"rounds_pp2": _PP2, "rounds_tp2_sp": (*_TP2, _SP, _DISTRIBUTED)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),

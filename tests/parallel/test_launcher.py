@@ -61,7 +61,7 @@ def test_one_test_for_all_cases_fails_with_every_failure(tmp_path):
 
 def test_processes_that_cannot_start_fail_every_case(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr("tests.helpers.launch._WORKER", tmp_path / "missing.py")
+    monkeypatch.setattr("tests.helpers.launch.WORKER", tmp_path / "missing.py")
     launched = launch_cases(1, {name: dict(kind="launcher_cases.die") for name in ("a", "b")}, tmp_path)
     assert launched.failures.keys() == {"a", "b"}
     assert "missing.py" in launched.failures["b"]

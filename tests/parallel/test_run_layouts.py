@@ -11,6 +11,7 @@ from tests.helpers import tiny
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
     MOE_RUN_LAYOUTS,
+    ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
     SELECT_LAYOUTS,
     SELECTING,
@@ -46,6 +47,12 @@ def assert_same_up_to_rounding(run, other, iterations=20):
 @pytest.mark.parametrize("layout", RUN_LAYOUTS)
 def test_run_is_the_same_at_every_layout(results, whole_run, layout):
     assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).path(f"run-{layout}"), whole_run)
+
+
+@pytest.mark.parametrize("layout", ROUNDS_LAYOUTS)
+def test_rounds_are_the_same_at_every_layout(results, tiny_model, tiny_data, tmp_path, layout):
+    tiny.run_here(tiny.rounds_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "run"))
+    assert_same_up_to_rounding(results(2).path(f"run-{layout}"), tmp_path / "run", iterations=4)
 
 
 @pytest.mark.parametrize("layout", STITCH_LAYOUTS)

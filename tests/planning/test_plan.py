@@ -68,7 +68,7 @@ def test_r1_for_64_ranks(plan):
     assert [stage["layers"] for stage in recovery] == [stage["layers"] for stage in search]
     assert [stage["memory"]["weights"] for stage in recovery] == [stage["memory"]["weights"] for stage in search]
     assert sum(len(stage["running_layers"]) for stage in recovery) == 53
-    assert "assumed: the layers with the fewest parameters go" in text
+    assert "assumed: the layers with the fewest parameters are removed" in text
     assert (search[0]["first_rank"], search[-1]["last_rank"]) == (0, 63)
 
 
@@ -127,6 +127,17 @@ def test_a_teacher_beside_the_student_is_the_original(plan):
     assert recovery["memory"]["weights"] < 0.8 * search["memory"]["weights"]
 
 
+def test_a_loss_on_hidden_states_keeps_those_of_the_teacher(plan):
+    flags = ("--world-size", "16", "--tensor-model-parallel-size", "8", "--sequence-parallel", "--prune-ratio", "0.25")
+    flags = ("qwen3-32b", *flags, "--global-batch-size", "6", "--seq-length", "4096", "--bf16")
+    (without,), (stage,) = (
+        stages_of(plan(*flags, *extra)[1], "recovery") for extra in ((), ("--hidden-loss-weight", "1"))
+    )
+    # of 48 kept layers and 3 micro-batches, each rank with an eighth of the tokens
+    states = 48 * 3 * 4096 * 5120 * 2 // 8
+    assert stage["memory"]["activations"] - without["memory"]["activations"] == states
+
+
 def test_iterations_and_tokens(plan):
     flags = ("--world-size", "16", "--pipeline-model-parallel-size", "4", "--global-batch-size", "32")
     text, record = plan("llama", *flags, "--train-iters", "500", "--num-layers-to-prune", "8", "--seq-length", "2048")
@@ -154,6 +165,13 @@ def test_one_shot_methods_train_the_pruned_model_alone(plan):
     (original,) = stages_of(record, "original")
     assert original["trained_parameters"] == original["memory"]["gradients"] == original["memory"]["optimizer"] == 0
     assert stages_of(record, "recovery")[0]["memory"]["optimizer"] > 0
+
+
+def test_of_several_rounds_the_first_is_planned(plan):
+    flags = ("--world-size", "2", "--method", "random", "--num-layers-to-prune")
+    _, first = plan("llama", *flags, "8", "--rounds", "2")
+    _, alone = plan("llama", *flags, "4")
+    assert stages_of(first, "recovery") == stages_of(alone, "recovery")
 
 
 def test_a_recipe_can_be_planned(plan, tmp_path):

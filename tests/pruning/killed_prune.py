@@ -9,7 +9,6 @@ import sys
 import time
 
 from megaprune.cli.main import main
-from megaprune.mcore import checkpoint
 from megaprune.report.metrics import MetricsLogger
 
 
@@ -36,7 +35,7 @@ def die_when(moment: str, iteration: int) -> None:
     if moment != "saving":
         MetricsLogger.log = logged
     else:
-        checkpoint.os.replace = replaced
+        os.replace = replaced
 
 
 if __name__ == "__main__":

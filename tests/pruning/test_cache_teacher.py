@@ -185,7 +185,7 @@ def test_killed_and_resumed(cached, model, tiny_data, tmp_path, monkeypatch, cap
         found[1].write_bytes(damaged)
     capsys.readouterr()
     assert cache(model, tiny_data, tmp_path / "c") == (0, None)
-    assert ("going on" in capsys.readouterr().out) == (moment > 0)
+    assert ("continuing: " in capsys.readouterr().out) == (moment > 0)
     assert files(tmp_path / "c") == files(cached)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
@@ -315,7 +315,7 @@ def test_preprocessed_data_is_cached_as_it_lies(model, tiny_data, tmp_path):
     )
     parallel.finish()
     for status, line in (run, cache(model, tiny_data, tmp_path / "no", *blended(data))):
-        assert status == 2 and "a cached teacher goes with windows as they lie" in line
+        assert status == 2 and "a cached teacher needs windows in the order of the files" in line
     assert not (tmp_path / "no").exists()
 
 

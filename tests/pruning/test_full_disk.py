@@ -1,11 +1,7 @@
-"""Full disks: one line with the path and the needed space, no incomplete files, and the same command continues. A limit
-on the size of files stands for the full disk, because writers and their child processes get the same error.
-"""
+"""Full disks: one line with the path and the needed space, no incomplete files, and the same command continues."""
 
 import errno
-import resource
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,19 +15,10 @@ from megaprune.utils import disk
 from megaprune.utils.disk import check_room, disk_error, explain, one_line, size_text
 from megaprune.utils.errors import MegapruneError
 from tests.helpers import tiny
+from tests.helpers.disks import full_disk
 from tests.helpers.launch import torchrun
 
 ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def full_disk(largest_file=100_000):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def attempt(verb, *argv):
@@ -93,7 +80,7 @@ def test_line(tmp_path, monkeypatch):
     )
     readonly = OSError(errno.EROFS, "Read-only file system", "/x/y")
     assert explain(readonly, tmp_path) == (
-        "/x/y can't be written (Read-only file system): fix this, and give the same command again"
+        "/x/y can't be written (Read-only file system): fix this, and run the same command again"
     )
     with pytest.raises(MegapruneError, match="needs 2.60 MB, and .* has 2.50 MB left: make room, or choose another"):
         check_room(tmp_path / "not" / "there", 2_600_000)
@@ -142,7 +129,9 @@ def test_checkpoint(argv, tmp_path, monkeypatch, capfd, iteration):
     assert status == 1
     aside = run / "checkpoints" / f"iter_{iteration:07d}.tmp"
     assert line.startswith(f"prune: error: {aside} can't be written (the file takes no more, where ")
-    assert " MB are needed): make room, quotas and limits on files included, and give the same command to go on" in line
+    assert (
+        " MB are needed): make room, quotas and limits on files included, and run the same command to continue" in line
+    )
     assert "rror" not in capfd.readouterr().err.replace("prune: error", "")
     if iteration == 1:
         assert not run.exists()
@@ -236,7 +225,7 @@ def test_conversion(model, tmp_path):
         with full_disk():
             status, line = attempt(*argv)
         assert status == 1 and str(work) in line and "File too large" in line, line
-        assert "needed): make room, quotas and limits on files included, and go on with --resume" in line
+        assert "needed): make room, quotas and limits on files included, and continue with --resume" in line
         assert not work.exists()
         assert not [path for path in work.with_name(f"{work.name}.tmp").rglob("*") if path.stat().st_size > 90_000]
         assert attempt(*argv, "--resume") == (0, None)

@@ -65,7 +65,7 @@ def test_killed_run_goes_on(argv, whole_run, tmp_path):
 
     killed = prune("tests/pruning/killed_prune.py", "saving", "15", *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert f"going on from {checkpoints / 'iter_0000003'}, iteration 3" in killed.stdout
+    assert f"continuing from {checkpoints / 'iter_0000003'}, iteration 3" in killed.stdout
     assert read_metrics(run)[-1]["stage"] == "recovery"
     assert {path.name for path in checkpoints.iterdir()} == {"iter_0000012", "iter_0000015.tmp"}
     assert not (run / "hf").exists()

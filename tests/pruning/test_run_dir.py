@@ -63,7 +63,7 @@ def test_another_run(run_dir, flags, said):
 def test_files_that_are_no_runs(run_dir):
     run_dir.path.mkdir(parents=True)
     (run_dir.path / "notes.txt").write_text("mine")
-    assert "holds files that are no run's" in refusal(run_dir)
+    assert "is not empty and holds no run" in refusal(run_dir)
 
 
 def test_file_in_its_place(run_dir):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the console; what a resumed run leaves of them."""
+"""metrics.jsonl, TensorBoard and the console; the records that a resumed run keeps."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_progress_bar_on_a_terminal_starts_where_the_run_resumes(tmp_path, monke
     assert "loss 0.5000, kept 3, 200 tokens/s, ETA 0:00:00" in last
 
 
-def test_wandb_missing_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_missing_wandb_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MegapruneError, match=r"pip install 'megaprune\[wandb\]'"):
         log_run(tmp_path / "run", [1], wandb_project="p")

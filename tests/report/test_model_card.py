@@ -1,4 +1,4 @@
-"""The model card, and what is read back from it."""
+"""The model card, and the values that are read back from it."""
 
 from dataclasses import replace
 
@@ -43,18 +43,18 @@ def test_body_has_the_numbers_and_the_command(report):
     assert f"```bash\n{COMMAND}\n```" in card
 
 
-def test_surgery_alone_is_told_as_such(report):
+def test_a_card_without_training_says_so(report):
     report = replace(report, tokens_seen=0, valid={"teacher": {"loss": 2.0}, "pruned": {"loss": 3.5}})
     card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND)
-    assert "left every remaining weight as it was" in card
+    assert "left all remaining weights unchanged" in card
     assert "| this model | 3.5000 | 33.12 |" in card
 
 
-def test_share_of_the_loss_that_recovery_gave_back(report):
-    sentence = "Recovery gave back 83.3% of the loss that pruning cost."
+def test_share_of_the_loss_that_recovery_regained(report):
+    sentence = "Recovery regained 83.3% of the loss that pruning cost."
     assert sentence in model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND).split("\n")
     untrained = replace(report, valid={name: report.valid[name] for name in ("teacher", "pruned")})
-    assert "gave back" not in model_card(untrained, source_name="Qwen/Qwen3-8B", command=COMMAND)
+    assert "regained" not in model_card(untrained, source_name="Qwen/Qwen3-8B", command=COMMAND)
 
 
 def test_without_validation_there_is_no_quality_section(report):

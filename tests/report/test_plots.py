@@ -1,4 +1,4 @@
-"""The plots exist for what a run logged, show it, and survive the shortest runs."""
+"""Plots of the logged values; they are drawn for the shortest runs, too."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_without_training_there_is_nothing_to_plot(tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-def test_numbers_that_were_not_finite_are_stepped_over(tmp_path):
+def test_numbers_that_were_not_finite_are_skipped(tmp_path):
     records = run_records(4, 4)
     records[0]["loss"] = records[5]["loss"] = None
     records[1]["scores"][2] = None
@@ -122,7 +122,7 @@ def smoothed(losses, folder, monkeypatch):
     return np.asarray(line.get_ydata(), float)
 
 
-def test_smoothing_neither_lags_nor_trips_over_gaps(tmp_path, monkeypatch):
+def test_smoothing_has_no_lag_and_ignores_gaps(tmp_path, monkeypatch):
     losses = np.arange(300, dtype=float).tolist()
     np.testing.assert_allclose(smoothed(losses, tmp_path, monkeypatch)[10:-10], losses[10:-10])
     losses[100] = None

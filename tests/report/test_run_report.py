@@ -10,7 +10,7 @@ from megaprune.report.run_report import perplexity, read_report, result_table, s
 from megaprune.utils.files import whole_file
 
 
-def test_layers_are_told_by_source_index(report):
+def test_layers_are_reported_by_source_index(report):
     assert report.num_layers == 5
     assert report.kept_layers == [0, 1, 2, 5, 7]
     assert report.pruned_layers == [3, 4, 6]
@@ -36,7 +36,7 @@ def test_no_nan_in_the_file(tmp_path, report):
     assert json.loads(text)["valid"]["pruned"]["loss"] is None
 
 
-def test_experts_are_told_apart(report):
+def test_experts_are_reported_separately(report):
     assert "dense" not in result_table(report)
     report = replace(
         report,
@@ -98,7 +98,7 @@ def test_result_table_without_validation(report):
         ((2.0, math.nan, 2.5), None),
     ],
 )
-def test_share_of_the_loss_that_recovery_gave_back(report, losses, share):
+def test_share_of_the_loss_that_recovery_regained(report, losses, share):
     assert share_recovered(*losses) == pytest.approx(share)
     assert share_recovered(*(-loss for loss in losses), is_loss=False) == pytest.approx(share)
     valid = {name: {"loss": loss} for name, loss in zip(("teacher", "pruned", "recovered"), losses, strict=True)}
@@ -112,6 +112,6 @@ def test_no_share_without_recovery(report):
     assert "loss_recovered" not in report.to_dict() and "loss recovered" not in result_table(report)
 
 
-def test_perplexity_of_a_hopeless_loss():
+def test_perplexity_of_a_very_high_loss():
     assert perplexity(math.log(10)) == pytest.approx(10)
     assert perplexity(1e4) == math.inf

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaprune.selection import Budget, Choice, find, methods, names, register, registry
+from megaprune.selection import Budget, Choice, find, methods, names, register
 from megaprune.selection.plugins import load_modules
+from megaprune.selection.registry import registrations_undone
 from megaprune.selection.selector import Selector
 from megaprune.utils.errors import MegapruneError, UsageError
 
@@ -35,30 +36,29 @@ USUAL = {
 @pytest.fixture
 def registered():
     """Remove the methods that a test registers."""
-    names()  # the built-in methods are loaded
-    before = dict(registry._methods)
-    yield
-    registry._methods.clear()
-    registry._methods.update(before)
+    with registrations_undone():
+        yield
 
 
 def test_built_in_methods_and_their_traits():
     one_shot = {"kl-init", "shortgpt", "shortened", "random", "manual"}
     assert {method.name for method in methods()} == one_shot | {
-        *("e3", "auto", "clp", "sheared", "sleb", "exhaustive", "evolution")
+        *("e3", "auto", "clp", "sheared", "sleb", "exhaustive", "evolution", "quadratic")
     }
     traits = {
         "searches": {"e3", "sheared"},
         "needs_scores": {"e3"},
-        "calibrated": {"auto", "clp", "evolution", "exhaustive", "kl-init", "shortened", "shortgpt", "sleb"},
+        "calibrated": {
+            *("auto", "clp", "evolution", "exhaustive", "kl-init", "quadratic", "shortened", "shortgpt", "sleb"),
+        },
         "contiguous": {"clp", "exhaustive"},
-        "needs_held_out": {"auto"},
+        "needs_held_out": {"auto", "quadratic"},
         "names_layers": {"manual"},
     }
     for trait, having in traits.items():
         assert {method.name for method in methods() if getattr(method, trait)} == having, trait
     takers = {flag: {method.name for method in methods() if flag in method.flags} for flag in USUAL}
-    assert takers["criterion"] == {"shortened"} and takers["selection_budget"] == {"auto"}
+    assert takers["criterion"] == {"shortened"} and takers["selection_budget"] == {"auto", "quadratic"}
     assert takers["search_iters"] == {"e3", "sheared", "clp"} and takers["mask_lr"] == {"e3"}
     assert {method.name for method in methods() if "parameters" not in method.budgets} == {"clp", "manual"}
     assert all(method.description for method in methods())
@@ -142,7 +142,7 @@ def test_a_method_of_the_users_own(registered):
         ([0, 1, 2, 2], "are not those of a model of 7, each once"),
         ([0, 1, 6, 7], "are not those of a model of 7, each once"),
         ([0, 1, 6, -2], "are not those of a model of 7, each once"),
-        ([0, 1, 2, 3], "do not hold layer 6, which --protect-layers keeps"),
+        ([0, 1, 2, 3], "lack layer 6, which --protect-layers keeps"),
         ([0, 2, 4, 6], "leave more than one cut"),
         (None, "must return the kept layers as numbers"),
         (["a"], "must return the kept layers as numbers"),
@@ -168,11 +168,11 @@ def test_an_answer_beyond_a_budget_of_parameters_is_refused(registered):
         ({"name": "minitron"}, lambda budget, protected: [], "'minitron' is registered already"),
         ({"name": "a", "aliases": ["sleb"]}, lambda budget, protected: [], "'sleb' is registered already"),
         ({"name": "a/b"}, lambda budget, protected: [], "cannot be named 'a/b'"),
-        ({"name": "a", "calibrated": True, "searches": True}, lambda *_: [], "either calibrated"),
-        ({"name": "a", "budgets": []}, lambda budget, protected: [], "counts layers, parameters or both"),
+        ({"name": "a", "calibrated": True, "searches": True}, lambda *_: [], "both calibrated"),
+        ({"name": "a", "budgets": []}, lambda budget, protected: [], "must have budgets of layers, parameters or both"),
         ({"name": "a", "calibrated": True}, lambda budget, protected: [], "must take .evaluator, budget, protected"),
         ({"name": "a", "searches": True}, lambda budget, protected: [], "must take .budget, protected, num_steps"),
-        ({"name": "a"}, lambda budget, protected, seed: [], "flags behind a \\*"),
+        ({"name": "a"}, lambda budget, protected, seed: [], "flags as keyword-only"),
     ],
 )
 def test_wrong_registrations_are_refused(registered, traits, function, said):
@@ -182,7 +182,7 @@ def test_wrong_registrations_are_refused(registered, traits, function, said):
 
 def test_what_is_no_flag_is_refused(registered):
     register("mine")(lambda budget, protected, *, strength: [])
-    with pytest.raises(MegapruneError, match="--method mine: its function takes 'strength' by keyword"):
+    with pytest.raises(MegapruneError, match="--method mine: its function takes 'strength' as a keyword"):
         find("mine").options(USUAL)
 
 

@@ -1,4 +1,4 @@
-"""Two runs on one output: the second is refused in one line, until the first has ended for any reason."""
+"""Two runs with the same output: the second is refused with one line while the first runs."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def started(*argv):
     for line in process.stdout:
         if line == "holding\n":
             return process
-    raise AssertionError("it never held the lock")
+    raise AssertionError("the process ended without the lock")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_holder_on_another_host(path, monkeypatch):
     assert takes(path)
 
 
-def test_flock_of_a_host_that_went_down(path, monkeypatch):
+def test_flock_of_a_host_that_crashed(path, monkeypatch):
     monkeypatch.setattr(locks, "WATCH_SECONDS", 0.3)
     monkeypatch.setattr(locks, "BEAT_SECONDS", 60)
     holder = started("-c", HOLDER, path)
@@ -150,7 +150,7 @@ def test_flock_of_a_host_that_went_down(path, monkeypatch):
         holder.wait()
 
 
-def test_holder_beats(path, monkeypatch):
+def test_holder_touches_the_file(path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.05)
     with locked(path, "--save it"):
         before = path.stat().st_mtime_ns
@@ -159,7 +159,7 @@ def test_holder_beats(path, monkeypatch):
 
 
 def test_file_system_without_locks(path, monkeypatch):
-    monkeypatch.setattr(locks, "_flock", lambda file: None)
+    monkeypatch.setattr(locks, "try_flock", lambda file: None)
     with locked(path, "--save it"):
         assert f"process {os.getpid()} " in refusal(path)
     leave_record(path)
@@ -167,8 +167,7 @@ def test_file_system_without_locks(path, monkeypatch):
     assert takes(path)
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    leave = json.dumps({"boot": locks._boot_id(), "namespace": locks._namespace(), "started": "5"})
-    path.write_text(json.dumps(json.loads(leave) | {"pid": int(gone.stdout), "host": "h", "since": "then"}))
+    path.write_text(json.dumps(locks.identity() | {"pid": int(gone.stdout)}))
     assert takes(path)
 
 

@@ -11,6 +11,8 @@ from megaprune.utils.errors import UsageError
 LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
 RENDEZVOUS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+LAUNCHERS = {"SLURM_PROCID": "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}
+PLACED = {"RANK": "3", "WORLD_SIZE": "8"} | RENDEZVOUS
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def environment(monkeypatch):
     """Set the environment that a launcher or an operator gives a process."""
 
     def set_to(variables):
-        for name in {*LEFT, *RENDEZVOUS, *TORCHRUN, "NODE_RANK"}:
+        for name in {*LEFT, *RENDEZVOUS, *TORCHRUN, "NODE_RANK", *LAUNCHERS}:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -48,7 +50,7 @@ def test_the_place_of_a_process(environment, variables, is_job, place):
 
 
 @pytest.mark.parametrize("place", [("8", "8"), ("-1", "8"), ("one", "8"), ("0", "0")])
-def test_no_place_is_refused(environment, place):
+def test_invalid_ranks_are_refused(environment, place):
     environment(dict(zip(("RANK", "WORLD_SIZE"), place, strict=True)) | RENDEZVOUS)
     with pytest.raises(UsageError, match=f"RANK={place[0]} and WORLD_SIZE={place[1]}"):
         ranks.forget_stale_variables()
@@ -62,3 +64,22 @@ def test_tools_of_one_process_are_not_silenced(environment, capsys, monkeypatch,
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: pytest.fail("waits for a launcher"))
     cli.main(verb, ["--no-such-flag"])
     assert capsys.readouterr().err.startswith(f"{verb}: error: ")
+
+
+@pytest.mark.parametrize("mark", LAUNCHERS)
+def test_a_launcher_must_say_which_gpu_is_whose(environment, mark):
+    environment(PLACED | {mark: "3"})
+    with pytest.raises(UsageError, match=rf"LOCAL_RANK=\${LAUNCHERS[mark]}"):
+        ranks.forget_stale_variables()
+    environment(PLACED | {mark: "3", "LOCAL_RANK": "x"})
+    with pytest.raises(UsageError, match="LOCAL_RANK=x"):
+        ranks.forget_stale_variables()
+    for fine in (
+        {mark: "3", "LOCAL_RANK": "1"},
+        {mark: "0", "WORLD_SIZE": "1", "RANK": "0"},
+        {},
+        {mark: "3"} | TORCHRUN,
+    ):
+        environment(PLACED | fine)
+        ranks.forget_stale_variables()
+        assert ranks.world_size() == int((PLACED | fine)["WORLD_SIZE"])

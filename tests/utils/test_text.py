@@ -1,4 +1,4 @@
-"""Text for people."""
+"""Text that messages and reports contain."""
 
 from megaprune.utils.text import number_ranges
 

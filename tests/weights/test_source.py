@@ -100,7 +100,7 @@ def test_names_after_pruning():
 def test_file_that_the_index_names_is_missing(tmp_path):
     write_folder(tmp_path, LLAMA, num_files=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors is missing, though model.safetensors.index.json" in refusal(tmp_path)
+    assert "model-00002-of-00003.safetensors is missing, although model.safetensors.index.json" in refusal(tmp_path)
 
 
 def test_index_that_places_a_tensor_wrongly(tmp_path):
@@ -109,7 +109,7 @@ def test_index_that_places_a_tensor_wrongly(tmp_path):
     other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
     file = other.get(weight_map[QUERY], "model-00001-of-00002.safetensors")
     write_index(tmp_path, weight_map | {QUERY: file})
-    assert f"places {QUERY} in {file}, which does not hold it" in refusal(tmp_path)
+    assert f"places {QUERY} in {file}, which does not contain it" in refusal(tmp_path)
 
 
 def test_index_that_leaves_a_tensor_out(tmp_path):
@@ -193,7 +193,7 @@ def test_rope_frequencies_are_no_unknown_tensor(tmp_path):
 )
 def test_weights_of_another_shape_than_the_config(tmp_path, name, shape, expected):
     write_folder(tmp_path, LLAMA, random_tensors(LLAMA) | {name: torch.ones(shape)})
-    assert f"{name} is stored as {list(shape)}, where config.json makes it {expected}" in refusal(tmp_path)
+    assert f"{name} is stored as {list(shape)}, but config.json gives {expected}" in refusal(tmp_path)
 
 
 # Folders without a model
@@ -217,8 +217,8 @@ def test_no_config(tmp_path):
         (b"\xff\xfe{}", "is not valid JSON"),
         (b"[1]", "is not a JSON object"),
         (b'"llama"', "is not a JSON object"),
-        (b"{}", "model_type None is not a family"),
-        (b'{"model_type": "gpt2"}', "model_type 'gpt2' is not a family"),
+        (b"{}", "model_type None is not supported"),
+        (b'{"model_type": "gpt2"}', "model_type 'gpt2' is not supported"),
     ],
 )
 def test_config_that_is_none(tmp_path, body, said):

@@ -168,7 +168,7 @@ def test_fp8_is_for_matrices(tmp_path):
     tensors, _ = quantized(LARGE)
     tensors[NORM], tensors[NORM + SCALE_SUFFIX] = torch.ones(144).to(torch.float8_e4m3fn), torch.ones(2)
     write_folder(tmp_path / "bad", LARGE | FP8, tensors)
-    refused(tmp_path, tmp_path / "bad", f"{NORM} is stored as F8_E4M3, but is no matrix")
+    refused(tmp_path, tmp_path / "bad", f"{NORM} is stored as F8_E4M3, but is not a matrix")
 
 
 # Quantization

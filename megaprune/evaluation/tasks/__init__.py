@@ -1,1 +1,1 @@
-"""Task files of lm-evaluation-harness for benchmarks that lie beside them, or in a folder, as JSON lines."""
+"""Task files of lm-evaluation-harness for benchmarks whose data are next to them or in a folder, as JSON lines."""

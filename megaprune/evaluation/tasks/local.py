@@ -23,7 +23,7 @@ def load(file: str, data_dir: str | None = None, **metadata: Any) -> datasets.Da
         metadata: other metadata of the task, which the harness passes too.
 
     Raises:
-        ValueError: a line is no JSON object, or its `gold` is none of its choices; names the line.
+        ValueError: a line is not a JSON object, or its `gold` is none of its choices; names the line.
     """
     path = (Path(data_dir) if data_dir else Path(__file__).parent) / file
     with path.open(encoding="utf-8") as lines:
@@ -39,7 +39,7 @@ def _item(line: str, where: str) -> dict[str, Any]:
     except ValueError:
         item = None
     if not isinstance(item, dict):
-        raise ValueError(f"{where} is no JSON object")
+        raise ValueError(f"{where} is not a JSON object")
     choices = item.get("choices", item.get("context_options"))
     if choices is not None and item.get("gold") not in range(len(choices)):
         raise ValueError(f"{where}: gold {item.get('gold')!r} is the index of none of its {len(choices)} choices")

@@ -20,6 +20,7 @@ def _windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, 
     "auto",
     calibrated=True,
     windows=_windows,
+    heals=True,
     description="the best of several cheap methods and of swaps, compared on held-out text",
 )
 def auto(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megaprune.selection.evaluator import Evaluator
 
 
-_NO_SEGMENT = "--method exhaustive: no contiguous segment between protected layers is long enough; protect fewer"
+_NO_SEGMENT = "--method exhaustive: no contiguous segment between protected layers is long enough; protect fewer layers"
 
 
 def _check(budget: Budget, protected: Set[int]) -> None:

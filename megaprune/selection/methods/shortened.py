@@ -19,8 +19,8 @@ def _kept(budget: Budget, protected: Set[int]) -> Set[int]:
     keeps = protected | set(range(first)) | set(range(budget.num_layers - last, budget.num_layers))
     if sum(budget.costs[layer] for layer in keeps) > budget.limit:
         raise UsageError(
-            f"--method shortened keeps the first {first} layers and the last {last}, which is more than stays: prune "
-            "less, or choose another method"
+            f"--method shortened keeps the first {first} layers and the last {last}, which is more than remain: prune "
+            "fewer layers, or choose another method"
         )
     return keeps
 

@@ -80,7 +80,7 @@ def append_ranges(
     first = file.tell()
     for found, at in content:
         if not copy_range(found, file, first + at, advance):
-            raise MegapruneError(f"{found.file.name} is truncated: fetch it again")
+            raise MegapruneError(f"{found.file.name} is truncated: download it again")
     file.seek(first + math.prod(shape) * ITEM_BYTES[dtype])
     write_all(file, memoryview(behind))
     return Place(name, offset, file.tell() - offset)

@@ -5,7 +5,6 @@ and parts that an interrupted conversion has finished are not written again.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from megaprune.utils import failure
+from megaprune.utils import failure, rank0
 from megaprune.utils.disk import disk_error, explain
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.files import aside_folder, whole_file
+from megaprune.utils.files import aside_of, put_in_place, whole_file
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown
 from megaprune.utils.ranks import raise_together, rank, world_size
@@ -103,9 +102,9 @@ def convert(
         UsageError: the output exists, or there is unfinished work and `resume` is not given.
     """
     with _processes(), locked(lock_beside(final), f"{flag} {final}"):
-        work = _Work(aside_folder(final))
+        work = _Work(aside_of(final))
         _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
-        if final.exists():  # an earlier process was interrupted after the last step
+        if rank0.on_rank0_for_all(final.exists):  # an earlier process was interrupted after the last step
             return
         _together(lambda: _write_parts(work, parts, write, options.threads))
         _together(lambda: _finish(work, final, parts, finish) if is_first() else None)
@@ -162,14 +161,14 @@ def _prepare(work: _Work, final: Path, flag: str, plan: dict[str, Any], resume: 
         work.clear()
     elif begun:
         if not resume:
-            raise UsageError(f"{work.folder} holds unfinished work: go on with it by --resume, or remove it")
+            raise UsageError(f"{work.folder} holds unfinished work: continue it with --resume, or remove it")
         if not same:
             raise UsageError(f"{work.folder} holds unfinished work on other input or with other flags: remove it")
     else:
         found = {path.name for path in work.folder.iterdir()} if work.folder.is_dir() else set()
         begun_only = all(name == work.result.name or name.startswith(f".{work.plan.stem}.") for name in found)
         if not begun_only or (work.result.is_dir() and any(work.result.iterdir())):
-            raise UsageError(f"{work.folder}, where the work would go on, holds other files: move or remove it")
+            raise UsageError(f"{work.folder}, the folder for unfinished work, holds other files: move or remove it")
         work.result.mkdir(parents=True, exist_ok=True)
         with whole_file(work.plan) as unnamed:
             unnamed.write_text(json.dumps(plan))
@@ -199,14 +198,14 @@ def _write_part(work: _Work, part: Part[T], write: Write[T], advance: Advance) -
         if disk_error(error) is None:
             raise
         work.unfinished(part).unlink(missing_ok=True)  # a partial file is useless and takes space
-        line = explain(error, work.unfinished(part), "go on with --resume", part.num_bytes)
+        line = explain(error, work.unfinished(part), "continue with --resume", part.num_bytes)
         raise MegapruneError(line) from error
     work.unfinished(part).rename(work.result / part.file)  # last, so that every finished part has a record
 
 
 def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable[[Path, dict[str, Any]], None]) -> None:
     finish(work.result, {part.file: json.loads(work.record(part).read_text()) for part in parts})
-    os.replace(work.result, final)
+    put_in_place(work.result, final)
     work.clear()
 
 
@@ -248,7 +247,7 @@ def _together(work: Callable[[], None]) -> None:
     except MegapruneError as met:
         error = met
     except OSError as met:
-        error = MegapruneError(explain(met, remedy="go on with --resume"))
+        error = MegapruneError(explain(met, remedy="continue with --resume"))
     raise_together(error)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HF_FOLDER = "hf"
 # The file beside them with the HF model's stored layout, if it differs from the families' tables.
 LAYOUT_FILE = "stored_layout.json"
-_PART_BYTES = 2 * 10**9
+PART_BYTES = 2 * 10**9
 
 
 def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, options: WorkOptions) -> None:
@@ -66,7 +66,7 @@ class _Import:
         places = TensorFiles()
         ordered = sorted(self._pieces, key=lambda piece: self._stored_at(places, piece))
         places.close()
-        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), _PART_BYTES)
+        runs = cut(((piece, self._num_bytes(piece)) for piece in ordered), PART_BYTES)
         # torch's own file names: rank, number
         self.parts = [Part(f"__{number}_0.distcp", *run) for number, run in enumerate(runs)]
 
@@ -214,9 +214,9 @@ def _check_written(folder: Path, expected: Sequence[Piece]) -> None:
     for piece in expected:
         chunk = places.pop((piece.key, piece.offset), None)
         if chunk is None or stored[piece.key].size != piece.size or chunk.shape != piece.shape:
-            raise MegapruneError(f"{folder}: {piece.key} was not written whole")
+            raise MegapruneError(f"{folder}: {piece.key} was not written completely")
         if chunk.place.offset + chunk.place.length > sizes.get(chunk.place.file, 0):
             raise MegapruneError(f"{folder / chunk.place.file} is shorter than what was written to it")
     if places:
-        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, and nobody asked for it")
+        raise MegapruneError(f"{folder}: {next(iter(places))[0]} was written, but is not part of the model")
     json.loads((folder / HF_FOLDER / "config.json").read_text())

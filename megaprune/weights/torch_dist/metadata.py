@@ -115,7 +115,7 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
     """
     path = folder / ".metadata"
     if not path.is_file():
-        raise MegapruneError(f"{folder} is no torch_dist checkpoint: it holds no .metadata")
+        raise MegapruneError(f"{folder} is not a torch_dist checkpoint: it contains no .metadata")
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
@@ -136,7 +136,9 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
             if key in chunks
         }
     except Exception as error:  # pickle, and the objects that it restores, may raise anything
-        raise MegapruneError(f"{path} is damaged, or no checkpoint's metadata ({error}): save it again") from error
+        raise MegapruneError(
+            f"{path} is damaged, or not the metadata of a checkpoint ({error}): save it again"
+        ) from error
 
 
 class _Plain:

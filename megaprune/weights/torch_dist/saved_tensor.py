@@ -16,7 +16,7 @@ from typing import Any
 
 from megaprune.weights.dtypes import ITEM_BYTES
 
-_STORAGES = {
+STORAGES = {
     "F64": "DoubleStorage",
     "F32": "FloatStorage",
     "F16": "HalfStorage",
@@ -38,7 +38,7 @@ def around(shape: Sequence[int], dtype: str) -> tuple[bytes, bytes]:
         dtype: name of the dtype in safetensors.
     """
     before, directory, count = _begun(_description(shape, dtype))
-    # last, so that no other entry lies behind 4 GB
+    # last, so that no other entry is beyond 4 GB
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     directory += _listed("data/0", 0, num_bytes, len(before))
     before += _header("data/0", 0, num_bytes, align_behind=len(before))
@@ -95,7 +95,7 @@ def data_offset(file: FileIO, start: int, length: int, shape: tuple[int, ...], n
 
 def _description(shape: Sequence[int], dtype: str) -> bytes:
     """Return the pickle of a call to torch's `_rebuild_tensor_v2`."""
-    storage = f"(X\7\0\0\0storagectorch\n{_STORAGES[dtype]}\nX\1\0\0\x000X\3\0\0\0cpu".encode()
+    storage = f"(X\7\0\0\0storagectorch\n{STORAGES[dtype]}\nX\1\0\0\x000X\3\0\0\0cpu".encode()
     storage += _int(math.prod(shape)) + b"tQ"
     arguments = storage + _int(0) + _ints(shape) + _ints(_strides(shape)) + b"\x89ccollections\nOrderedDict\n)R"
     return b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR."

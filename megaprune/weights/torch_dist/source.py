@@ -65,7 +65,7 @@ class CheckpointSource(TensorSource):
         found = pieces(self.family, self.config, self._shapes)
         lacking = [piece.key for piece in found if not self._holds(piece)]
         if lacking:
-            raise MegapruneError(f"{checkpoint} lacks {lacking[0]}: it is of another model than its config")
+            raise MegapruneError(f"{checkpoint} lacks {lacking[0]}: it does not belong to its config")
         used = {piece.key for piece in found}
         unused = [
             key
@@ -74,7 +74,7 @@ class CheckpointSource(TensorSource):
         ]
         if unused:
             raise MegapruneError(
-                f"{checkpoint} holds {unused[0]}, for which its config has no place: it would be lost on export"
+                f"{checkpoint} holds {unused[0]}, which its config does not define: it would be lost on export"
             )
         self._pieces = {name: (piece, number) for piece in found for number, name in enumerate(piece.hf)}
         self._folder = checkpoint

@@ -9,7 +9,7 @@ from tests.helpers.converting import with_mtp
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(import_hf, "_PART_BYTES", 60_000)
+    monkeypatch.setattr(import_hf, "PART_BYTES", 60_000)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ FLAGS = {"import": ("--hf-model", "--megatron-path"), "export": ("--megatron-pat
 
 def convert(verb: str, given: str, out: str, extra: tuple[str, ...] = ()) -> tuple[int, str | None]:
     """Run a conversion in parts small enough that there are several."""
-    import_hf._PART_BYTES = 30_000
+    import_hf.PART_BYTES = 30_000
     size = ("--max-shard-size", "30KB") if verb == "export" else ()
     return cli.attempt("convert", [verb, FLAGS[verb][0], given, FLAGS[verb][1], out, "--workers", "1", *size, *extra])
 
@@ -40,7 +40,7 @@ def count_steps(die_at: int | None = None) -> list[int]:
     import_hf.append_tensor = counted(import_hf.append_tensor)
     export_hf.CheckpointSource.read_from = counted(export_hf.CheckpointSource.read_from)
     Path.rename = counted(Path.rename)
-    engine.os = type("os", (), {**vars(os), "replace": staticmethod(counted(os.replace))})
+    engine.put_in_place = counted(engine.put_in_place)
     Path.unlink = counted(Path.unlink)
     return done
 

@@ -16,7 +16,7 @@ from megaprune.weights.dtypes import TORCH_NAMES
 from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, dequantize, scale_shape
 from megaprune.weights.source import HFSource
 from megaprune.weights.torch_dist import chunks, import_hf
-from megaprune.weights.torch_dist.chunks import Chunk, StoredTensor, append_tensor
+from megaprune.weights.torch_dist.chunks import Chunk, ChunkReader, StoredTensor, append_tensor
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 from megaprune.weights.torch_dist.source import CheckpointSource
 from tests.helpers import pangu, tiny
@@ -116,7 +116,7 @@ def test_fp8_becomes_bf16(fp8, tmp_path):
 
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_killed_and_resumed_gives_the_same_bytes(models, verb, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_hf, "_PART_BYTES", 30_000)
+    monkeypatch.setattr(import_hf, "PART_BYTES", 30_000)
     given = str(models("qwen3_tied"))
     if verb == "export":
         done("import", "--hf-model", given, "--megatron-path", tmp_path / "m")
@@ -144,7 +144,7 @@ def test_unfinished_work_is_not_taken_for_other_work(models, tmp_path, monkeypat
         broken.setattr(chunks, "copy_range", raising(OSError(errno.ENOSPC, "No space left on device")))
         status, line = convert("import", "--hf-model", models("qwen2"), "--megatron-path", out)
     assert status == 1 and "No space left on device" in line and "--resume" in line and not out.exists()
-    for flags, said in (((), "go on with it by --resume"), (("--resume", "--dtype", "bf16"), "other flags")):
+    for flags, said in (((), "continue it with --resume"), (("--resume", "--dtype", "bf16"), "other flags")):
         status, line = convert("import", "--hf-model", models("qwen2"), "--megatron-path", out, *flags)
         assert status == 2 and said in line
     done("import", "--hf-model", models("qwen2"), "--megatron-path", out, "--resume")
@@ -172,19 +172,17 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
     """The checkpoint looks like one that Megatron-Core saved at TP 2, with a padded vocabulary."""
     model, out = models("qwen3"), tmp_path / "m"
     done("import", "--hf-model", model, "--megatron-path", out)
-    source = CheckpointSource(out)
-    stored = read_metadata(out)
+    reader, stored = ChunkReader(out), read_metadata(out)
     tensors = {}
     with (out / "other.distcp").open("w+b", buffering=0) as file:
         for key, tensor in stored.items():
-            name = next(hf for hf, (piece, _) in source._pieces.items() if piece.key == key)
             dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
             whole = torch.empty(tensor.size, dtype=dtype)
             for chunk in tensor.chunks:
                 part = torch.empty(chunk.shape, dtype=dtype)
-                source._reader.read(chunk, tensor.dtype, part)
+                reader.read(chunk, tensor.dtype, part)
                 whole[tuple(slice(a, a + n) for a, n in zip(chunk.offset, chunk.shape, strict=True))] = part
-            if "embed" in name or "lm_head" in name:
+            if "word_embeddings" in key or "output_layer" in key:
                 whole = torch.cat([whole, torch.full((53, whole.shape[1]), 9.0)])
             chunks, dim = [], 1 if "linear_proj" in key or "linear_fc2" in key else 0
             start = 0

@@ -27,7 +27,7 @@ from tests.helpers.converting import done
 SHAPES = [(), (0,), (7,), (3, 300), (2, 0, 3), (2, 70000), (2, 3, 4)]
 
 
-@pytest.mark.parametrize("dtype", saved_tensor._STORAGES)
+@pytest.mark.parametrize("dtype", saved_tensor.STORAGES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_tensor_is_read_by_torch(dtype, shape):
     tensor = torch.randint(0, 2, shape).to(getattr(torch, TORCH_NAMES[dtype]))

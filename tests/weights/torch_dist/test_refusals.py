@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megaprune.weights.fp8 import SCALE_SUFFIX
-from megaprune.weights.torch_dist import engine
 from tests.helpers import tiny
 from tests.helpers.checkpoints import layers_in_config
 from tests.helpers.converting import KEY, convert, done, edited
@@ -126,7 +125,7 @@ def test_output_that_exists(models, tmp_path):
 
 
 def test_no_room(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 9, 9, 9, 9, 9, 0, 255)))
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 9, 9, 9, 9, 9, 0, 255)))
     status, line = convert("import", "--hf-model", models("qwen3"), "--megatron-path", tmp_path / "new" / "m")
     assert status == 1 and "needs" in line and "left" in line and not (tmp_path / "new").exists()
 

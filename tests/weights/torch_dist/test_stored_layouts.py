@@ -235,7 +235,7 @@ def test_memory_of_surgery_does_not_grow_with_a_stack(tmp_path):
     assert peak < expected.nbytes / 2
 
 
-@pytest.mark.parametrize("change, said", [("missing", "not all there"), ("dtype", "several"), ("twice", "twice")])
+@pytest.mark.parametrize("change, said", [("missing", "are incomplete"), ("dtype", "several"), ("twice", "twice")])
 def test_stacks_that_can_not_be_put_together(tmp_path, change, said):
     writer = ShardWriter(tmp_path, 1)
     for expert in range(2):
