@@ -112,10 +112,10 @@ def check_stitch(config: Config) -> None:
         )
     if config.distillation.teacher == "self":
         raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
-    if method.searches and config.search.search_weights == "trained":
+    if method.searches and config.search.search_weights == "trained" and config.lora.lora_rank is not None:
         raise UsageError(
-            f"{flag} is fitted on the source's weights, and --method {config.prune.method} trains them while it "
-            "searches: give --search-weights frozen"
+            f"{flag} changes the weights below the adapters, and --method {config.prune.method} trains the adapters "
+            "while it searches: give --search-weights frozen"
         )
 
 

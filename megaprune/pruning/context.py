@@ -45,6 +45,7 @@ class RunContext:
         should_stop: ShouldStop | None = None,
         origin: Origin | None = None,
     ) -> None:
+        self.options, self.data = options, data
         self.source, self.origin, self._should_stop = source, origin, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = self._latest()
@@ -52,7 +53,6 @@ class RunContext:
         if self.resume_from is not None:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
-        self.options, self.data = options, data
         self.shorten(self.progress.other_iterations)
         if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)

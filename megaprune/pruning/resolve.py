@@ -100,8 +100,11 @@ def open_source(config: Config) -> TensorSource:
 
 
 def _join(config: Config) -> None:
-    """Join the process group: ranks decide together what they find in the file system."""
-    if parallel.world_size() > 1:
+    """Join the process group: ranks decide together what they find in the file system.
+
+    Without the address of the others a process decides alone, so that wrong flags are reported first.
+    """
+    if parallel.world_size() > 1 and parallel.has_rendezvous():
         parallel.join(config.parallel.distributed_timeout_minutes)
 
 

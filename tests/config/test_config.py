@@ -304,7 +304,7 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
         (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--stitch", "fold"], "--method e3 trains them while it searches: give --search-weights frozen"),
+        (E3 + ["--stitch", "fold", "--lora-rank", "2"], "--method e3 trains the adapters while it searches: give"),
         (SHORTGPT + ["--stitch", "fold", "--calibration-samples", "1"], "--calibration-samples must be above 1"),
         (
             SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--export-adapter"],
