@@ -18,9 +18,7 @@ ITERS, HEAL, TOKENS = 10, 2, 4 * tiny.SEQ_LENGTH
 
 
 def argv_of(tiny_model, tiny_data, save, *extra):
-    argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, "auto", "--selection-budget", "30000")
-    healing = ["--heal-candidates", "2", "--heal-iters", str(HEAL)]
-    return [*argv, "--train-iters", str(ITERS), "--lr", "1e-2", *healing, *extra]
+    return tiny.healed_argv(tiny_model("qwen3_tied"), tiny_data, save, *extra)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +89,7 @@ def test_the_best_candidate_goes_on(tiny_model, tiny_data, tmp_path):
     argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, alone, "manual")
     at = argv.index("--num-layers-to-prune")
     argv[at : at + 2] = ["--prune-layers", ",".join(map(str, report["pruned_layers"]))]
-    tiny.run_here([*argv, "--train-iters", str(ITERS - HEAL), "--lr", "1e-2"])
+    tiny.run_here([*argv, "--train-iters", str(ITERS - HEAL), "--lr", "3e-3"])
     assert_same(save, alone)
     assert [record["loss"] for record in read_metrics(alone)] == [record["loss"] for record in records]
 
