@@ -127,7 +127,7 @@ def _go_on_with_best(run: RunContext) -> None:
         progress.contenders, progress.other_iterations = [], others
         parallel.on_rank0(lambda: take_files(run, branch.options.output.run_dir.path))
         checkpoint.save(run.options.output.run_dir.checkpoints, progress.iteration, student, progress.state())
-    run.resume_from = checkpoint.latest(run.options.output.run_dir.checkpoints)
+    run.resume_from = run.latest_checkpoint()
     run.shorten(others)
 
 

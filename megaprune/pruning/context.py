@@ -48,7 +48,7 @@ class RunContext:
         self.options, self.data = options, data
         self.source, self.origin, self._should_stop = source, origin, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = self._latest()
+        self.resume_from = self.latest_checkpoint()
         self.progress = Progress()
         if self.resume_from is not None:
             found = self.resume_from
@@ -150,9 +150,9 @@ class RunContext:
 
     def saved_weights(self) -> Path | None:
         """Return the newest checkpoint if it contains weights. Collective."""
-        return None if self.weights_are_the_source else self._latest()
+        return None if self.weights_are_the_source else self.latest_checkpoint()
 
-    def _latest(self) -> Path | None:
+    def latest_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that rank 0 sees. Collective."""
         return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
 
