@@ -56,7 +56,7 @@ def test_an_id_is_an_id_unless_the_folder_is_there(hub, prepare):
 
 
 def test_tokenizers_may_have_no_owner(hub):
-    with pytest.raises(MegapruneError, match="--tokenizer gpt2 is not a folder here, and the hub does not provide it: 404"):
+    with pytest.raises(MegapruneError, match="--tokenizer gpt2 is not a folder, and the hub does not provide it: 404"):
         resolve_hf_model("gpt2", flag="--tokenizer", tokenizer_only=True)
     [(name, wanted)] = hub[2]
     assert name == "gpt2" and "*.safetensors" in wanted["ignore_patterns"]
@@ -81,7 +81,7 @@ def test_paths_are_not_asked_for(hub, name):
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda path: None, "is not a folder here, and the hub does not provide it: 404 Client Error"),
+        (lambda path: None, "is not a folder, and the hub does not provide it: 404 Client Error"),
         (lambda path: path.write_text(""), "is not a folder here, and the hub"),
         (lambda path: path.symlink_to("/no/such"), "is a link to /no/such, which does not exist here, and the hub"),
     ],
