@@ -59,6 +59,8 @@ def check_method_flags(config: Config) -> None:
         for flag in _TRAINED_SCORES:
             if getattr(config.search, flag) is not None:
                 raise UsageError(f"{flag_name(flag)} is for --search-preset paper: measured values are not trained")
+    elif "search_preset" in method.flags and config.search.mask_lr is None and config.recovery.lr == 0:
+        raise UsageError("--search-preset paper trains the scores with --lr, which is 0: give --mask-lr")
     search_iters = config.search.search_iters
     if method.searches:
         if train_iters == 0:

@@ -61,6 +61,9 @@ def test_the_searches_of_e3():
         assert refusal([*E3, *words.split()]).startswith(f"{words.split()[0]} is for --search-preset paper")
         settings = parse_config([*E3, *words.split(), "--search-preset", "paper"]).method_options()
         assert settings["search_preset"] == "paper"
+    still = [*E3, "--lr", "0", "--search-preset", "paper"]
+    assert refusal(still) == "--search-preset paper trains the scores with --lr, which is 0: give --mask-lr"
+    assert parse_config([*still, "--mask-lr", "0.1"]).method_options()["mask_lr"] == 0.1
     assert settings["mask_init_scale"] == 2.0 and settings["mask_lr"] is None and settings["lr"] == 1e-4
     assert parse_config(E3).method_options()["search_preset"] == "measured"
     assert refusal([*SHORTGPT, "--search-preset", "paper"]).startswith("--search-preset is for --method e3")

@@ -53,8 +53,7 @@ def e3(
         num_steps,
         temperature=gumbel_temperature,
         anneal=gumbel_anneal,
-        # Adam trains the weights and the scores together; its rate can't be 0, as `--lr` can
-        lr=mask_lr or lr or 1e-4,
+        lr=lr if mask_lr is None else mask_lr,
         seed=seed,
         ramp=1.0 if mask_ramp is None else mask_ramp,
         damped=False,
