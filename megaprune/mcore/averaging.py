@@ -16,6 +16,18 @@ from megaprune.mcore.pipeline_model import PipelineModel
 _PREFIX = "average"
 
 
+def first_averaged(share: float, search_iters: int, train_iters: int) -> int | None:
+    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are.
+
+    Args:
+        share: of recovery, at its end; at least one iteration unless it is 0.
+    """
+    recovery = train_iters - search_iters
+    if share <= 0 or recovery < 1:
+        return None
+    return train_iters - max(1, round(share * recovery))
+
+
 class WeightAverage:
     """Average of a model's trained parameters.
 

@@ -1,6 +1,7 @@
 """The part of `resolve` that makes the options of training: adapters, optimizer, iterations."""
 
 from megaprune.config.schema import Config
+from megaprune.mcore.averaging import first_averaged
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
 from megaprune.models import Architecture, HFConfig, family_of
@@ -35,17 +36,8 @@ def optimizer_options(config: Config) -> OptimizerOptions:
         weight_decay=recovery.weight_decay,
         clip_grad=recovery.clip_grad,
         distributed=config.engine.use_distributed_optimizer,
-        averaged_from=averaged_from(config),
+        averaged_from=first_averaged(recovery.average_weights, config.search_iters, recovery.train_iters or 0),
     )
-
-
-def averaged_from(config: Config) -> int | None:
-    """Return the first iteration whose weights are averaged, which is one of recovery; None if none are."""
-    recovery = (config.recovery.train_iters or 0) - config.search_iters
-    if not config.recovery.average_weights or recovery < 1:
-        return None
-    averaged = max(1, round(config.recovery.average_weights * recovery))
-    return config.search_iters + recovery - averaged
 
 
 def training_options(config: Config, batch: int) -> TrainingOptions:

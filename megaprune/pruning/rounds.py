@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megaprune.mcore import parallel
+from megaprune.mcore.averaging import first_averaged
 from megaprune.models import family_of
 from megaprune.pruning import runner
 from megaprune.pruning.context import ShouldStop
@@ -77,6 +78,7 @@ def round_options(options: RunOptions, number: int, kept: Sequence[int], source:
     """
     training, output, costs = options.training, options.output, options.pipeline.layer_costs
     first, iterations = _share(training.train_iters, number, training.rounds)
+    searching = _share(training.search_iters, number, training.rounds)[1]
     arch = replace(family_of(source.config).architecture(source.config), num_mtp=options.model.arch.num_mtp)
     return replace(
         options,
@@ -87,14 +89,18 @@ def round_options(options: RunOptions, number: int, kept: Sequence[int], source:
             options.pipeline.output_cost,
         ),
         data=replace(options.data, cache_dir=runner.cache_dir(options)),
-        optimizer=replace(options.optimizer, train_iters=iterations),
+        optimizer=replace(
+            options.optimizer,
+            train_iters=iterations,
+            averaged_from=first_averaged(_averaged_share(options), searching, iterations),
+        ),
         selection=_selection(options.selection, number, training.rounds, kept),
         training=replace(
             training,
             rounds=1,
             first_iteration=first,
             train_iters=iterations,
-            search_iters=_share(training.search_iters, number, training.rounds)[1],
+            search_iters=searching,
         ),
         output=replace(
             output,
@@ -117,6 +123,14 @@ def _selection(selection: SelectionOptions, number: int, rounds: int, kept: Sequ
         token_budget=max(1, selection.token_budget // rounds),
         heal_iters=_share(selection.heal_iters, number, rounds)[1],
     )
+
+
+def _averaged_share(options: RunOptions) -> float:
+    """Return the share of recovery whose weights are averaged. Each round averages over this share of its own."""
+    training, first = options.training, options.optimizer.averaged_from
+    if first is None:
+        return 0.0
+    return (training.train_iters - first) / (training.train_iters - training.search_iters)
 
 
 def _share(total: int, number: int, rounds: int) -> tuple[int, int]:
