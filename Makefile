@@ -42,7 +42,7 @@ SMOLLM2_TASKS := arc_easy,piqa,winogrande,openbookqa,lambada_openai,copa
 smollm2: $(STAMP)
 	$(BIN)/python examples/smollm2/prepare.py runs/smollm2/data
 	$(BIN)/torchrun --nproc-per-node 2 tools/compare.py --config examples/smollm2/smollm2.yaml --save runs/smollm2/results \
-		$(if $(TASKS),--tasks $(SMOLLM2_TASKS) --task-path $(TASKS))
+		$(if $(TASKS),--tasks $(SMOLLM2_TASKS) --task-path $(TASKS) --task-limit 200 --task-pruned true)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

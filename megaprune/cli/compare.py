@@ -18,6 +18,8 @@ class CompareConfig:
     save: str | None = flag("folder for the runs, the tables and the plots; finished runs in it are not repeated")
     tasks: str | None = flag("benchmark tasks to score, separated by commas, instead of the file's")
     task_path: str | None = flag("folder with task files or their data, instead of the file's")
+    task_limit: int | None = flag("number of items of each task, instead of the file's", least=1)
+    task_pruned: bool | None = flag("score the pruned models before recovery, too (default: as in the file)")
 
 
 def run(argv: Sequence[str], command: str = "") -> None:
@@ -34,7 +36,8 @@ def run(argv: Sequence[str], command: str = "") -> None:
             raise UsageError(f"--{name} is required")
     from megaprune.comparison.grid import read_comparison
 
-    given = {"tasks": settings.tasks.split(",") if settings.tasks else None, "task_path": settings.task_path}
+    given = {key: getattr(settings, key) for key in ("task_path", "task_limit", "task_pruned")}
+    given["tasks"] = settings.tasks.split(",") if settings.tasks else None
     overrides = {key: value for key, value in given.items() if value is not None}
     comparison = read_comparison(Path(settings.config), Path(settings.save), overrides)
     # Imported here, so that a wrong file is reported before megatron loads.

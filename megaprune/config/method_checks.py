@@ -14,7 +14,12 @@ _BUDGETS: dict[str, BudgetKind] = {
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
-_OWN_FLAGS = ("criterion", "selection_budget", "search_weights", "search_iters")
+_OWN_FLAGS = (
+    *("criterion", "selection_budget", "search_weights", "search_iters", "search_preset"),
+    *("heal_candidates", "heal_iters"),
+)
+# Settings of trained scores, which the default search of e3 does not have.
+_TRAINED_SCORES = ("mask_lr", "mask_init_scale")
 
 
 def check_budget(prune: PruneConfig) -> None:
@@ -50,6 +55,12 @@ def check_method_flags(config: Config) -> None:
         given = getattr(config.search, flag) not in (0, getattr(defaults, flag))
         if given and flag not in method.flags:
             raise UsageError(f"{flag_name(flag)} is for {_takers(flag, name)}")
+    if "search_preset" in method.flags and config.search.search_preset == "measured":
+        for flag in _TRAINED_SCORES:
+            if getattr(config.search, flag) is not None:
+                raise UsageError(f"{flag_name(flag)} is for --search-preset paper: measured values are not trained")
+    elif "search_preset" in method.flags and config.search.mask_lr is None and config.recovery.lr == 0:
+        raise UsageError("--search-preset paper trains the scores with --lr, which is 0: give --mask-lr")
     search_iters = config.search.search_iters
     if method.searches:
         if train_iters == 0:
@@ -58,6 +69,11 @@ def check_method_flags(config: Config) -> None:
             raise UsageError(f"--search-iters {config.search_iters} is not between 1 and --train-iters {train_iters}")
     elif "search_iters" in method.flags and search_iters is not None and search_iters < 1:
         raise UsageError(f"--search-iters {search_iters} is less than 1")
+    if config.heal_iters * config.search.heal_candidates > train_iters:
+        raise UsageError(
+            f"--heal-iters {config.heal_iters} of --heal-candidates {config.search.heal_candidates} are more than "
+            f"--train-iters {train_iters}"
+        )
     config.method_options()  # raises if the method's function has a parameter that is not a flag
 
 
@@ -98,10 +114,10 @@ def check_stitch(config: Config) -> None:
         )
     if config.distillation.teacher == "self":
         raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
-    if method.searches and config.search.search_weights == "trained":
+    if method.searches and config.search.search_weights == "trained" and config.lora.lora_rank is not None:
         raise UsageError(
-            f"{flag} is fitted on the source's weights, and --method {config.prune.method} trains them while it "
-            "searches: give --search-weights frozen"
+            f"{flag} changes the weights below the adapters, and --method {config.prune.method} trains the adapters "
+            "while it searches: give --search-weights frozen"
         )
 
 

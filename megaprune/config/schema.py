@@ -94,10 +94,24 @@ class SearchConfig:
         "search iterations, part of --train-iters (default: a tenth of it); with --method clp, which trains no "
         "weights, in addition to --train-iters"
     )
-    mask_lr: float = flag("learning rate of the layer scores (Adam); it decreases to 0 over the search", 0.02, above=0)
-    mask_init_scale: float = flag("standard deviation of the initial layer scores", 16.0, above=0)
-    mask_ramp: float = flag(
-        "fraction of the search during which the number of kept layers decreases to the target", 0.05, above=0, most=1
+    search_preset: Literal["measured", "paper"] = flag(
+        "search of --method e3. measured: the value of each layer beside the others, from half-open gates in single "
+        "windows; paper: scores trained by Adam through the relaxed mask, as in the text of E3-Pruner",
+        "measured",
+    )
+    mask_lr: float | None = flag(
+        "with --search-preset paper: learning rate of the layer scores (default: --lr)", above=0
+    )
+    mask_init_scale: float | None = flag(
+        "with --search-preset paper: standardize the logarithms of the initial scores to this standard deviation "
+        "(default: the KLs themselves)",
+        above=0,
+    )
+    mask_ramp: float | None = flag(
+        "fraction of the search during which the number of kept layers decreases to the target (default: 0.5; with "
+        "--search-preset paper, 1)",
+        above=0,
+        most=1,
     )
     search_weights: Literal["trained", "frozen"] = flag(
         "whether the model's weights are trained during the search, or stay unchanged until recovery", "trained"
@@ -114,6 +128,15 @@ class SearchConfig:
         "with --method auto or quadratic: maximum number of tokens in their forward passes (default: the cost of a "
         "search of a tenth of --train-iters, in which a backward pass counts as two forward passes)",
         least=1,
+    )
+    heal_candidates: int = flag(
+        "with --method auto: number of candidates that recovery begins with; after --heal-iters iterations of each, "
+        "the best one goes on. All of them are part of --train-iters. 1 chooses by KL alone",
+        1,
+        least=1,
+    )
+    heal_iters: int | None = flag(
+        "with --heal-candidates: iterations of each candidate (default: a twentieth of --train-iters)", least=0
     )
     protect_layers: str = flag(
         "layers that are never removed, separated by commas: first, last, numbers from 0; or none", "first,last"
@@ -344,6 +367,14 @@ class Config:
     def tenth_of_training(self) -> int:
         """Default number of search iterations (E3-Pruner)."""
         return max(1, round((self.recovery.train_iters or 0) / 10))
+
+    @property
+    def heal_iters(self) -> int:
+        """Number of iterations of each candidate before one is chosen; 0 if one is chosen without training."""
+        if not self.method.heals or self.search.heal_candidates == 1:
+            return 0
+        train_iters, chosen = self.recovery.train_iters or 0, self.search.heal_iters
+        return round(train_iters / 20) if chosen is None else chosen
 
     @property
     def search_iters(self) -> int:

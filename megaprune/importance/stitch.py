@@ -5,8 +5,8 @@ output of the last layer that is removed, T minimizes the weighted sum over toke
 ridge * |T - 1|^2. With T = 1 + C this is ridge regression of L - X on M. T can be folded into the weights of a's MLP,
 so that the model keeps its shape.
 
-Not in the paper (ours): each token is weighted by 1 / |L|^2, because the norms behind the cut divide by this magnitude,
-and a few tokens with very large hidden states would decide everything. The ridge is the best of a grid on held-out
+Not in the paper (ours): each token is weighted by 1 / |L|, so that a few tokens with very large hidden states, whose
+magnitude the norms behind the cut remove, do not decide everything. The ridge is the best of a grid on held-out
 windows; if none of them helps there, the map is left out.
 """
 
@@ -111,7 +111,9 @@ def _add_tokens(sums: list[Tensor], output: Tensor, entering: Tensor, target: Te
     """Add the tokens of a micro-batch: M, X and L are [s, b, h], `weight` is [s, b]; or with s / tp."""
     m, target = output.float().flatten(0, 1), target.float().flatten(0, 1)
     rest = target - entering.float().flatten(0, 1)
-    scale = (weight.flatten() / target.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)
+    scale = (weight.flatten() / target.square().mean(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(
+        -1
+    )
     weighted = (m * scale).t()
     for total, part in zip(sums, (weighted @ m, weighted @ rest, (scale * rest.square()).sum(0).sum()), strict=True):
         total += part

@@ -16,9 +16,9 @@ from torch.distributed import distributed_c10d
 from megaprune import device
 from megaprune.models.shards import TensorParallel
 from megaprune.utils import failure
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together
-from megaprune.utils.ranks import forget_stale_variables, raise_together, rank, world_size
+from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
 
 __all__ = ["on_each_node", "on_rank0", "on_rank0_for_all", "raise_together", "rank", "together", "world_size"]
 
@@ -58,8 +58,16 @@ def join(timeout_minutes: int = TIMEOUT_MINUTES) -> None:
 
     Args:
         timeout_minutes: limit of every collective operation in the group.
+
+    Raises:
+        UsageError: there are several processes, and the launcher did not say where they meet.
     """
     forget_stale_variables()
+    if world_size() > 1 and not has_rendezvous():
+        raise UsageError(
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR or MASTER_PORT is not set: start the processes with "
+            "torchrun, or set both to the address of rank 0 and a free port there"
+        )
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     own_device = device.bind_local_device(int(os.environ["LOCAL_RANK"]))

@@ -83,7 +83,10 @@ def forward(
 
 
 def forward_backward(
-    model: PipelineModel, batches: Sequence[MicroBatch], loss: Callable[[Tensor, LossTokens], Tensor]
+    model: PipelineModel,
+    batches: Sequence[MicroBatch],
+    loss: Callable[[Tensor, LossTokens], Tensor],
+    announce: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
 
@@ -92,6 +95,8 @@ def forward_backward(
         batches: micro-batches of this rank, all of one shape.
         loss: called on the last pipeline stage with the logits [s, b, vocab / tp] and the tokens that they
             predict; returns a scalar. The schedule takes the mean over micro-batches and replicas.
+        announce: called on every stage with the number of a micro-batch before its forward pass, and again before its
+            backward pass, since the passes of several micro-batches may alternate.
 
     Returns:
         The detached losses on the last pipeline stage; an empty list on the others.
@@ -104,7 +109,8 @@ def forward_backward(
 
         return loss_func
 
-    return _run(model, batches, _forward_step(batches, with_copy, None), forward_only=False)
+    before = None if announce is None else lambda tokens: announce(tokens.number)
+    return _run(model, batches, _forward_step(batches, with_copy, before, announce), forward_only=False)
 
 
 def mean_token_loss(
@@ -136,6 +142,7 @@ def mean_loss_parts(
     weights: Callable[[LossTokens], Tensor],
     token_losses: Callable[[Tensor, LossTokens], Tensor],
     shares: Sequence[float],
+    announce: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Run micro-batches forward and backward with a sum of weighted means of their tokens' losses. Collective.
 
@@ -147,6 +154,7 @@ def mean_loss_parts(
         weights: as in `mean_token_loss`; with several parts [parts, s, b].
         token_losses: as in `mean_token_loss`; with several parts [parts, s, b].
         shares: factor of each part in the loss.
+        announce: as in `forward_backward`.
 
     Returns:
         The mean of each part in nats per token, before the factor, the same on every rank.
@@ -168,7 +176,7 @@ def mean_loss_parts(
         parts.append(found.detach())
         return (found * factors).sum()
 
-    forward_backward(model, batches, loss)
+    forward_backward(model, batches, loss, announce)
     means = torch.zeros(len(shares), device=device.torch_device())
     if parts:
         means = parallel.sum_over_data_parallel(torch.stack(parts).mean(0)) / parallel.data_parallel_size()
@@ -184,6 +192,7 @@ def _forward_step(
     batches: Sequence[MicroBatch],
     loss_func_for: Callable[[Tensor, LossTokens], Any],
     before: Callable[[LossTokens], None] | None,
+    before_backward: Callable[[int], None] | None = None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
     """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
@@ -200,6 +209,8 @@ def _forward_step(
             attention_mask=None,  # causal attention throughout
             labels=batch.labels,  # makes LogitsModel return the logits without a copy
         )
+        if before_backward is not None and output.requires_grad:
+            output.register_hook(lambda _: before_backward(number))
         return output, loss_func_for(output, tokens)
 
     return step

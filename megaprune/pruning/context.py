@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models, Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
+from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.step import StepResult
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
@@ -43,15 +45,16 @@ class RunContext:
         should_stop: ShouldStop | None = None,
         origin: Origin | None = None,
     ) -> None:
-        self.options, self.source, self.data, self.origin = options, source, data, origin
-        self._should_stop = should_stop
-        self.models = Models(options, source, data.teacher_cache, origin)
+        self.options, self.data = options, data
+        self.source, self.origin, self._should_stop = source, origin, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
-        self.resume_from = self._latest()
+        self.resume_from = self.latest_checkpoint()
         self.progress = Progress()
         if self.resume_from is not None:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
+        self.shorten(self.progress.other_iterations)
+        if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)
             say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
@@ -67,6 +70,29 @@ class RunContext:
             wandb_project=options.output.wandb_project,
             start_iteration=self.progress.iteration,
         )
+
+    def shorten(self, iterations: int) -> None:
+        """Leave out a number of training iterations, and let the learning rate fall over the others."""
+        training, optimizer = self.options.training, self.options.optimizer
+        training = replace(training, train_iters=training.train_iters - iterations)
+        averaged = optimizer.averaged_from
+        averaged = None if averaged is None else max(training.search_iters, averaged - iterations)
+        optimizer = replace(optimizer, train_iters=training.train_iters, averaged_from=averaged)
+        self.options = replace(self.options, training=training, optimizer=optimizer)
+        self.data = replace(self.data, training=training)
+        self.models = Models(self.options, self.source, self.data.teacher_cache, self.origin)
+
+    def branch(self, folder: Path, iterations: int) -> "RunContext":
+        """Return a run in a folder of its own, which begins like this one or goes on from its own checkpoint.
+
+        Args:
+            iterations: number of training iterations that it leaves out.
+        """
+        output = replace(self.options.output, run_dir=RunDir(folder), tensorboard_dir=None, wandb_project=None)
+        options = replace(self.options, output=output)
+        begun = RunContext(options, self.source, self.data, self._should_stop, self.origin)
+        begun.shorten(iterations)
+        return begun
 
     def _check_batch(self, begun_with: int | None) -> None:
         """Refuse to resume with another batch size. Without --global-batch-size, it follows the number of replicas."""
@@ -109,7 +135,7 @@ class RunContext:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "num_kept": num_kept,
-            "tokens": (iteration + 1) * self.options.tokens_per_iteration,
+            "tokens": (iteration + 1 + self.progress.other_iterations) * self.options.tokens_per_iteration,
             "seconds": seconds,
         }
         if result.mask is not None:
@@ -118,17 +144,21 @@ class RunContext:
 
     @property
     def weights_are_the_source(self) -> bool:
-        """Return whether the weights still equal the source, because only scores were trained."""
-        training = self.options.training
-        return self.progress.iteration <= training.search_iters and not training.trains_weights_in_search
+        """Return whether the weights still equal the source, because nothing or only scores were trained."""
+        iteration, training = self.progress.iteration, self.options.training
+        return iteration == 0 or (iteration <= training.search_iters and not training.trains_weights_in_search)
 
     def saved_weights(self) -> Path | None:
         """Return the newest checkpoint if it contains weights. Collective."""
-        return None if self.weights_are_the_source else self._latest()
+        return None if self.weights_are_the_source else self.latest_checkpoint()
 
-    def _latest(self) -> Path | None:
+    def latest_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that rank 0 sees. Collective."""
         return parallel.on_rank0_for_all(lambda: checkpoint.latest(self.options.output.run_dir.checkpoints))
+
+    def save_state(self) -> None:
+        """Save the progress of a run that has trained nothing yet."""
+        checkpoint.save(self.options.output.run_dir.checkpoints, 0, None, self.progress.state())
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -144,6 +174,10 @@ class RunContext:
         if stopping:
             say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
+
+    def close(self) -> None:
+        """Close the metrics."""
+        self.metrics.close()
 
     def _is_to_stop(self) -> bool:
         return self._should_stop is not None and parallel.any_rank(self._should_stop())

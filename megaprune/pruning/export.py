@@ -100,7 +100,7 @@ def _report(run: RunContext) -> Report:
         scores=run.progress.scores,
         before=inventory(hf_config),
         after=inventory(hf_config, kept),
-        tokens_seen=run.progress.iteration * options.tokens_per_iteration,
+        tokens_seen=(run.progress.iteration + run.progress.other_iterations) * options.tokens_per_iteration,
         seed=options.training.seed,
         stages=run.progress.stages,
         valid={model: dict(measured) for model, measured in run.progress.valid.items()},

@@ -106,8 +106,8 @@ class SelectionOptions:
         name: the method as the user named it.
         method: its function and traits; method_options: the flags that the function takes.
         manual: kept layers given by the user.
-        init_scale: standard deviation of the initial scores of a search.
         token_budget: tokens that a method with `--selection-budget` may spend.
+        heal_candidates: number of candidates that are trained for `heal_iters` iterations before one is chosen.
         token_budget_given: whether the user set the budget; if so, a budget that is too small is refused.
     """
 
@@ -118,9 +118,10 @@ class SelectionOptions:
     protected: frozenset[int]
     manual: list[int] | None
     calibration_samples: int
-    init_scale: float
     token_budget: int
     token_budget_given: bool
+    heal_candidates: int = 1
+    heal_iters: int = 0
 
     def fewest_layers(self) -> list[int]:
         """Return the layers of the shortest model that the selection may produce."""

@@ -18,6 +18,8 @@ class Progress:
         pruned: whether the checkpoint holds the pruned model (otherwise the whole model during the search).
         scores: the layers' scores, higher = keep, if the method has any.
         candidates: the candidates that the selection compared, if any.
+        contenders: the kept layers of the candidates of which one is still to be chosen by training.
+        other_iterations: training iterations that went to contenders which were not chosen.
         stitched: whether the weights contain the maps of `--stitch`.
         selector: the state of the selector of a search.
         stages: seconds and tokens of each stage so far.
@@ -30,6 +32,8 @@ class Progress:
     pruned: bool = False
     scores: list[float] | None = None
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    contenders: list[list[int]] = field(default_factory=list)
+    other_iterations: int = 0
     stitched: bool = False
     selector: dict[str, Any] | None = None
     stages: dict[str, dict[str, float]] = field(default_factory=dict)

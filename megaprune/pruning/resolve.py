@@ -100,8 +100,11 @@ def open_source(config: Config) -> TensorSource:
 
 
 def _join(config: Config) -> None:
-    """Join the process group: ranks decide together what they find in the file system."""
-    if parallel.world_size() > 1:
+    """Join the process group: ranks decide together what they find in the file system.
+
+    Without the address of the others a process decides alone, so that wrong flags are reported first.
+    """
+    if parallel.world_size() > 1 and parallel.has_rendezvous():
         parallel.join(config.parallel.distributed_timeout_minutes)
 
 
@@ -266,10 +269,11 @@ def _selection(config: Config, hf_config: HFConfig, tokens_per_iteration: int) -
         protected=protected,
         manual=manual,
         calibration_samples=config.data.calibration_samples,
-        init_scale=config.search.mask_init_scale,
         # One iteration of a search: a forward pass, and a backward pass, which counts as two.
         token_budget=given or 3 * config.tenth_of_training * tokens_per_iteration,
         token_budget_given=given is not None,
+        heal_candidates=config.search.heal_candidates,
+        heal_iters=config.heal_iters,
     )
 
 

@@ -115,6 +115,7 @@ def _selection(selection: SelectionOptions, number: int, rounds: int, kept: Sequ
         budget=Budget(tuple(costs[layer] for layer in kept), selection.budget.limit_of_round(number, rounds)),
         protected=frozenset(kept.index(layer) for layer in selection.protected),
         token_budget=max(1, selection.token_budget // rounds),
+        heal_iters=_share(selection.heal_iters, number, rounds)[1],
     )
 
 

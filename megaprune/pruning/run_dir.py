@@ -54,6 +54,11 @@ class RunDir:
         return self.path / "stitch.safetensors"
 
     @property
+    def candidates(self) -> Path:
+        """Return the folder of the candidates that are trained until one is chosen."""
+        return self.path / "candidates"
+
+    @property
     def data_cache(self) -> Path:
         return self.path / "data-cache"
 

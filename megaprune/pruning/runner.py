@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
+from megaprune.pruning.candidates import choose_healed
 from megaprune.pruning.context import RunContext, ShouldStop
 from megaprune.pruning.data import prepare_data, run_tokenizer
 from megaprune.pruning.export import GO_ON, export
@@ -85,6 +86,7 @@ def _execute(context: RunContext, command: str) -> None:
     student = teacher = None
     if context.progress.kept_layers is None:
         student, teacher = select(context)
+    teacher = choose_healed(context, teacher)
     if context.options.training.changes_weights or context.valid:
         student = begin_recovery(context, student)
         recover(context, student, teacher)

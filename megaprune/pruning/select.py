@@ -8,13 +8,14 @@ from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.pruning.candidates import branches, contenders
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.stitch import fit_stitch
 from megaprune.pruning.train import search
-from megaprune.selection.initial_scores import scores_from_kl
+from megaprune.selection.initial_scores import check_finite
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 
 
@@ -36,12 +37,17 @@ class Calibration:
 
         return LayerEvaluator(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
 
-    def initial_scores(self) -> tuple[list[float], int]:
-        """Return the initial scores of a search, and their cost in tokens."""
+    def initial_kl(self) -> tuple[list[float], int]:
+        """Return the KL without each layer, from which a search starts, and its cost in tokens. Protected layers get 0.
+
+        Raises:
+            MegapruneError: a KL is not finite.
+        """
         selection, evaluator = self._options.selection, self.evaluator()
         kl = evaluator.without_each(selection.protected)
-        scores = scores_from_kl(kl, selection.protected, selection.init_scale, selection.budget.costs)
-        return scores.tolist(), evaluator.tokens
+        kl[sorted(selection.protected)] = 0.0
+        check_finite(kl, range(len(kl)))
+        return kl.tolist(), evaluator.tokens
 
     def choose(self) -> tuple[Choice, int]:
         """Return the choice of a calibrated method, and its cost in tokens.
@@ -112,7 +118,7 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
     calibration = Calibration(options, run.data, run.models, model)
     if selection.method.needs_scores:
         with progress.timed("importance"):
-            progress.scores, tokens = calibration.initial_scores()
+            progress.scores, tokens = calibration.initial_kl()
         progress.spend("importance", 0.0, tokens)
     elif selection.method.calibrated:
         with progress.timed("importance"):
@@ -120,10 +126,12 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
+        progress.contenders = contenders(choice.candidates, selection)
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
     if options.training.stitches and not selection.method.searches:
-        fit_stitch(run, model)
+        for each in branches(run):
+            fit_stitch(each, model)
 
 
 def _named_layers(options: RunOptions) -> list[int]:

@@ -18,11 +18,12 @@ from megaprune.utils.progress import say
 def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the whole model and the layers' scores, and select the layers that stay."""
     training, selection, progress = run.options.training, run.options.selection, run.progress
-    method, scores = selection.method, None
+    method, kl = selection.method, None
     if method.needs_scores:
-        scores = torch.tensor(progress.scores)
+        # before the first step; a resumed search replaces what it was made of by its state
+        kl = torch.tensor(progress.scores)
     selector = method.selector(
-        selection.budget, selection.protected, training.search_iters, selection.method_options, scores
+        selection.budget, selection.protected, training.search_iters, selection.method_options, kl
     )
     if run.resume_from is not None:
         assert progress.selector is not None  # every checkpoint of a search holds it
@@ -66,25 +67,29 @@ def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:
 
 def recover(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     """Train the student for the remaining iterations, and measure it before and after."""
-    if "pruned" not in run.progress.valid:
-        run.validate("pruned", student.ddp)
     training = run.options.training
-    if training.stitches:
-        fold_stitch(run, student)
-    train_iters = training.train_iters
-    if run.progress.iteration < train_iters and teacher is None:
-        teacher = run.models.teacher(student)
-    objective = _recovery_objective(run, student, teacher)
-    for iteration in range(run.progress.iteration, train_iters):
-        start = time.perf_counter()
-        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
-        run.record(iteration, "recovery", result, start)
-        run.save_if_due(student, force=iteration + 1 == train_iters)
+    heal(run, student, teacher, training.train_iters)
     if student.average is not None:
         student.average.use()
     if training.changes_weights and not run.options.output.export_adapter:
         run.models.merge_and_round(student, run.kept_layers)
     run.validate("recovered", student.ddp)
+
+
+def heal(run: RunContext, student: Trainer, teacher: Teacher | None, until: int) -> None:
+    """Measure the student, stitch it, and train it up to an iteration."""
+    if "pruned" not in run.progress.valid:
+        run.validate("pruned", student.ddp)
+    if run.options.training.stitches:
+        fold_stitch(run, student)
+    if run.progress.iteration < until and teacher is None:
+        teacher = run.models.teacher(student)
+    objective = _recovery_objective(run, student, teacher)
+    for iteration in range(run.progress.iteration, until):
+        start = time.perf_counter()
+        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
+        run.record(iteration, "recovery", result, start)
+        run.save_if_due(student, force=iteration + 1 == until)
 
 
 def _recovery_objective(run: RunContext, student: Trainer, teacher: Teacher | None) -> Objective:

@@ -11,6 +11,7 @@ from megaprune.selection.initial_scores import scores_from_kl
 from megaprune.selection.local_search import best_of, improve
 from megaprune.selection.masks import masks_of, sets_without_each, shared_cost
 from megaprune.selection.one_shot import top_layers
+from megaprune.selection.quadratic import QuadraticSearch
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 from megaprune.selection.segments import best_segment, segments
 from megaprune.utils.errors import UsageError
@@ -23,8 +24,10 @@ _FEWEST_STEPS = 8
 _MOST_STEPS = 60
 # The number of candidates that swaps improve. A second one helps if the first is a local optimum.
 _SWAPPED = 2
-# kl-init, block influence, best segment, greedy, search, and the results of swaps
-_MOST_CANDIDATES = 5 + _SWAPPED
+# Share of the tokens that are left for the sets that a quadratic model predicts to be best; swaps get the rest.
+_QUADRATIC_SHARE = 0.5
+# kl-init, block influence, best segment, greedy, search, quadratic, runner-up, and the results of swaps
+_MOST_CANDIDATES = 7 + _SWAPPED
 
 
 def passes_of_candidates(budget: Budget, protected: Set[int]) -> float:
@@ -65,8 +68,8 @@ def choose_automatically(
     them used. By this measure the result is never worse than any candidate.
 
     CLP is represented by its oracle, the best of all contiguous segments, which costs less than CLP's search. E3's
-    search
-    runs with frozen weights if the budget allows it.
+    search runs with frozen weights if the budget allows it. The quadratic model is fitted to the sets of the final size
+    that the methods before it measured.
 
     Args:
         tokens: the budget, in tokens that run forward through all layers.
@@ -79,15 +82,27 @@ def choose_automatically(
         if kept is not None:
             found[name], spent[name] = list(kept), cost
 
+    quadratic = QuadraticSearch(evaluator, budget, protected, seed)
+
+    def losses_of(kept_sets: Sequence[Sequence[int]]) -> list[float]:
+        """Return losses, and let the quadratic model know those of the final size."""
+        losses = evaluator.losses(kept_sets)
+        quadratic.measured.update(
+            (quadratic.gone(kept), loss)
+            for kept, loss in zip(kept_sets, losses, strict=True)
+            if budget.take([*kept, *range(budget.num_layers)], protected) == list(kept)
+        )
+        return losses
+
     with evaluator.counting() as cost:
         scores = scores_from_kl(evaluator.without_each(protected), protected, 1.0, budget.costs)
         enter("kl-init", top_layers(scores, budget, protected), cost())
     with evaluator.counting() as cost:
         enter("block influence", top_layers(evaluator.block_influence(), budget, protected), cost())
     with evaluator.counting() as cost:
-        enter("best segment", best_segment(budget, protected, evaluator.losses), cost())
+        enter("best segment", best_segment(budget, protected, losses_of), cost())
     with evaluator.counting() as cost:
-        enter("greedy", greedy_layers(budget, protected, evaluator.losses), cost())
+        enter("greedy", greedy_layers(budget, protected, losses_of), cost())
     steps = min(_MOST_STEPS, int(_SEARCH_SHARE * tokens / evaluator.tokens_of_a_gradient()))
     if steps >= _FEWEST_STEPS:
         with evaluator.counting() as cost:
@@ -100,12 +115,24 @@ def choose_automatically(
     def affordable(sets: Sequence[Sequence[int]]) -> int:
         return evaluator.affordable(sets, tokens - evaluator.tokens - final)
 
+    losses_of(list(found.values()))
+    with evaluator.counting() as cost:
+        reserve = (1 - _QUADRATIC_SHARE) * max(0, tokens - evaluator.tokens - final)
+        guides = [quadratic.sum_of_layers()]
+        quadratic.improve(
+            guides, lambda sets: evaluator.affordable(sets, int(tokens - evaluator.tokens - final - reserve))
+        )
+        enter("quadratic", quadratic.best(1)[0], cost())
+
     beginnings = {tuple(kept): name for name, kept in reversed(found.items())}
     losses = dict(zip(beginnings, evaluator.losses(list(beginnings)), strict=True))
     for kept in sorted(beginnings, key=lambda kept: losses[kept])[:_SWAPPED]:
         with evaluator.counting() as cost:
-            swapped, _ = improve(kept, losses[kept], budget, protected, evaluator.losses, affordable)
+            swapped, _ = improve(kept, losses[kept], budget, protected, losses_of, affordable)
             enter(f"{beginnings[kept]}, swapped", swapped, cost())
+    # the best set that no method chose
+    others = [kept for kept in quadratic.best(len(found) + 1) if kept not in found.values()]
+    enter("runner-up", others[0] if others else None, 0)
 
     kl = dict(zip(found, held_out.losses(list(found.values())), strict=True))
     chosen = best_of(found, kl)

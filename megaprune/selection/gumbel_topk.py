@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaprune.selection.budget import Budget
 from megaprune.selection.one_shot import top_layers
-from megaprune.selection.selector import check_gradient, check_same_search
+from megaprune.selection.selector import check_gradient, check_same_search, check_settings
 from megaprune.utils.errors import MegapruneError, UsageError
 
 
@@ -76,9 +76,13 @@ def _log_complement(logits: Tensor) -> Tensor:
     return others - logits.logsumexp(0)
 
 
-def gumbel_noise(num_layers: int, seed: int, step: int) -> Tensor:
-    """Return standard Gumbel noise, [num_layers] fp32, which depends on the arguments alone, not on earlier draws."""
-    return (-(-_uniform(num_layers, seed, step).log()).log()).float()
+def gumbel_noise(num_layers: int, seed: int, *draw: int) -> Tensor:
+    """Return standard Gumbel noise, [num_layers] fp32, which depends on the arguments alone, not on earlier draws.
+
+    Args:
+        draw: numbers of the draw, such as the step.
+    """
+    return (-(-_uniform(num_layers, seed, *draw).log()).log()).float()
 
 
 def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
@@ -86,12 +90,23 @@ def uniform_noise(num_layers: int, seed: int, step: int) -> Tensor:
     return _uniform(num_layers, seed, step).clamp(1e-6, 1 - 1e-6).float()
 
 
-def _uniform(num_layers: int, seed: int, step: int) -> Tensor:
+def _uniform(num_layers: int, seed: int, *draw: int) -> Tensor:
     # The CPU generator takes 32 bits of its seed, so the numbers have to be mixed into 32 bits.
-    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(":".join(map(str, (seed, *draw))).encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     uniform = torch.rand(num_layers, dtype=torch.float64, generator=generator)
     return uniform.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def removal_limit(budget: Budget, step: int, ramp_steps: float) -> int:
+    """Return the maximum cost of a step's mask: less than all layers from step 0 on, the budget's limit after
+    `ramp_steps`.
+
+    The removed share is rounded up. A step with every layer would distill the model from itself: its gradient
+    is rounding noise, which Adam scales up to a full step.
+    """
+    total, steps = sum(budget.costs), max(1, round(ramp_steps))
+    return total - -(-(total - budget.limit) * min(step + 1, steps) // steps)
 
 
 class GumbelTopK:
@@ -100,7 +115,8 @@ class GumbelTopK:
     `init_scores` is [num_layers] (see `scores_from_kl`). Over the `num_steps` of the search the temperature
     decreases linearly to `1 - anneal` of its start. Over the first `ramp` of them (a share, in (0, 1]) the maximum cost
     of the kept layers decreases linearly from the cost of all layers to the budget's limit. Layers in `protected` are
-    always kept and take no part in the relaxation. `lr` is the learning rate of the scores' own Adam.
+    always kept and take no part in the relaxation. `lr` is the learning rate of the scores' own Adam. `damped` (ours)
+    lets the noise and the learning rate decrease to 0.
 
     Raises:
         UsageError: a setting is out of range.
@@ -118,11 +134,14 @@ class GumbelTopK:
         lr: float = 0.05,
         seed: int = 0,
         ramp: float = 1.0,
+        damped: bool = True,
     ) -> None:
         self.num_layers = len(init_scores)
         self.budget = budget
         budget.check(protected)
-        _check_settings(num_steps, temperature, anneal, lr, ramp)
+        check_settings(num_steps, temperature, anneal, ramp)
+        if lr <= 0:
+            raise UsageError(f"--mask-lr: cannot be {lr}; give a number above 0, such as 0.05")
         if not init_scores.isfinite().all():
             raise MegapruneError("the initial scores of the search are not all finite")
 
@@ -134,6 +153,7 @@ class GumbelTopK:
         self._anneal = anneal
         self._lr = lr
         self._seed = seed
+        self._damped = damped
         self._scores = init_scores.detach().cpu().float().clone().requires_grad_()
         self._optimizer = torch.optim.Adam([self._scores], lr=lr)
 
@@ -143,15 +163,8 @@ class GumbelTopK:
         return self._scores.detach().clone()
 
     def limit_at(self, step: int) -> int:
-        """Return the maximum cost of this step's mask: less than all layers from step 0 on, the budget's limit after
-        the ramp.
-
-        The removed share is rounded up. A step with every layer would distill the model from itself: its gradient
-        is rounding noise, which Adam scales up to a full step.
-        """
-        total = sum(self.budget.costs)
-        ramp_step = min(step + 1, self._ramp_steps)
-        return total - -(-(total - self.budget.limit) * ramp_step // self._ramp_steps)
+        """Return the maximum cost of this step's mask; see `removal_limit`."""
+        return removal_limit(self.budget, step, self._ramp_steps)
 
     def temperature(self, step: int) -> float:
         """Return the initial temperature times 1 - anneal * step / num_steps."""
@@ -176,8 +189,7 @@ class GumbelTopK:
             mask = self._draw(step)
         if not mask.requires_grad:
             return
-        # Like the noise, the learning rate decreases, so that similar layers do not change places at the end.
-        self._optimizer.param_groups[0]["lr"] = self._lr * (1 - step / self._num_steps)
+        self._optimizer.param_groups[0]["lr"] = self._lr * self._share_left(step)
         self._optimizer.zero_grad()
         mask.backward(mask_grad.detach().to("cpu", torch.float32))
         self._optimizer.step()
@@ -210,14 +222,20 @@ class GumbelTopK:
         """Return this step's mask, [num_layers], with its graph to the scores if there is one."""
         if not 0 <= step < self._num_steps:
             raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
-        # The noise dies down over the search (ours): its last masks are close to the one that will be kept, so that
-        # the weights that train beside them are healing for that one already.
-        loudness = (1 - step / self._num_steps) ** 2
-        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free] * loudness
+        noise = gumbel_noise(self.num_layers, self._seed, step)[self._free] * self._share_left(step) ** 2
         costs = [self.budget.costs[layer] for layer in self._free.tolist()]
         limit = self.limit_at(step) - sum(self.budget.costs[layer] for layer in self._protected)
         free_mask, _ = gumbel_topk_mask(self._scores[self._free], limit, self.temperature(step), noise, costs)
         return torch.ones(self.num_layers).index_copy(0, self._free, free_mask)
+
+    def _share_left(self, step: int) -> float:
+        """Return the factor by which noise and learning rate are damped.
+
+        The noise dies down over the search (ours): its last masks are close to the one that will be kept, so that the
+        weights that train beside them are healing for that one already. The learning rate decreases too, so that
+        similar layers do not change places at the end.
+        """
+        return 1 - step / self._num_steps if self._damped else 1.0
 
     def _fresh_adam_state(self) -> dict[str, Tensor]:
         zeros = torch.zeros(self.num_layers)
@@ -235,17 +253,5 @@ class GumbelTopK:
             "anneal": self._anneal,
             "lr": self._lr,
             "seed": self._seed,
+            "damped": self._damped,
         }
-
-
-def _check_settings(num_steps: int, temperature: float, anneal: float, lr: float, ramp: float) -> None:
-    for flag, value, valid, remedy in [
-        ("--search-iters", num_steps, num_steps >= 1, "give at least 1"),
-        ("--gumbel-temperature", temperature, temperature > 0, "give a number above 0, such as 1.0"),
-        ("--gumbel-anneal", anneal, 0 <= anneal < 1, "give a number from 0 to below 1, such as 0.9"),
-        ("--mask-lr", lr, lr > 0, "give a number above 0, such as 0.05"),
-    ]:
-        if not valid:
-            raise UsageError(f"{flag}: cannot be {value}; {remedy}")
-    if not 0 < ramp <= 1:
-        raise MegapruneError(f"the ramp cannot be {ramp}: it is a share of the search, above 0 and at most 1")

@@ -28,12 +28,7 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: S
     scores = torch.zeros(len(kl))
     if not free:
         return scores
-    for layer in free:
-        if not kl[layer].isfinite():
-            raise MegapruneError(
-                f"the KL without layer {layer} is {kl[layer].item()}, not a finite number: check the source "
-                "weights, and that the calibration data has tokens"
-            )
+    check_finite(kl, free)
     logs = kl[free].clamp_min(MIN_KL).log()
     if costs is not None:
         logs = logs - torch.tensor(costs, dtype=torch.float64)[free].log()
@@ -43,3 +38,32 @@ def scores_from_kl(kl: Tensor, protected: Set[int], scale: float = 1.0, costs: S
     scores[free] = (scale * standardized).float()
     scores[sorted(protected)] = scores[free].max()
     return scores
+
+
+def raw_scores(kl: Tensor, protected: Set[int], costs: Sequence[int]) -> Tensor:
+    """Return the KLs themselves as scores (E3-Pruner), [num_layers] fp32 on the CPU, divided by the layers' relative
+    costs. Protected layers get the highest score.
+
+    Raises:
+        MegapruneError: the KL of an unprotected layer is not finite.
+    """
+    free = [layer for layer in range(len(kl)) if layer not in protected]
+    check_finite(kl, free)
+    relative = torch.tensor(costs, dtype=torch.float64) / max(costs)
+    scores = (kl.detach().cpu().double() / relative).float()
+    scores[sorted(protected)] = scores[free].max() if free else 0.0
+    return scores
+
+
+def check_finite(kl: Tensor, layers: Sequence[int]) -> None:
+    """Check the KLs of these layers.
+
+    Raises:
+        MegapruneError: one is not finite.
+    """
+    for layer in layers:
+        if not kl[layer].isfinite():
+            raise MegapruneError(
+                f"the KL without layer {layer} is {kl[layer].item()}, not a finite number: check the source "
+                "weights, and that the calibration data has tokens"
+            )

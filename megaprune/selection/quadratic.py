@@ -46,7 +46,7 @@ class QuadraticSearch:
     def measure(self, kept_sets: Sequence[Sequence[int]]) -> None:
         """Measure sets of kept layers that fit the budget."""
         losses = self.evaluator.losses(kept_sets)
-        self.measured.update({self._gone(kept): loss for kept, loss in zip(kept_sets, losses, strict=True)})
+        self.measured.update({self.gone(kept): loss for kept, loss in zip(kept_sets, losses, strict=True)})
 
     def guides(self) -> list[Quadratic]:
         """Measure the layers and the near pairs of layers alone. Return the sum of the layers' losses, and this sum
@@ -55,20 +55,23 @@ class QuadraticSearch:
         near = near_pairs(self.budget, self.protected)
         # together, so that sets with a common prefix share it
         self.evaluator.losses([*sets_without_each(self.budget, self.protected), *self._without(near)])
+        layers = self.sum_of_layers()
+        linear, pairs = layers.linear, [row.copy() for row in layers.pairs]
+        for (i, j), loss in zip(near, self.evaluator.losses(self._without(near)), strict=True):
+            if math.isfinite(loss):
+                pairs[i][j] = pairs[j][i] = loss - linear[i] - linear[j]
+        return [Quadratic(linear, pairs), layers]
+
+    def sum_of_layers(self) -> Quadratic:
+        """Measure the layers alone, and return the sum of their losses."""
         alone = self.evaluator.without_each(self.protected).tolist()
-        finite = [loss for loss in alone if math.isfinite(loss)]
-        most = max(finite, default=0.0)
+        most = max(filter(math.isfinite, alone), default=0.0)
         # a layer without which the loss is not finite is at least as bad as the worst of the others
         linear = [
             0.0 if layer in self.protected else loss if math.isfinite(loss) else 10 * most + 1
             for layer, loss in enumerate(alone)
         ]
-        nothing = [[0.0] * len(linear) for _ in linear]
-        pairs = [row.copy() for row in nothing]
-        for (i, j), loss in zip(near, self.evaluator.losses(self._without(near)), strict=True):
-            if math.isfinite(loss):
-                pairs[i][j] = pairs[j][i] = loss - linear[i] - linear[j]
-        return [Quadratic(linear, pairs), Quadratic(linear, nothing)]
+        return Quadratic(linear, [[0.0] * len(linear) for _ in linear])
 
     def begin(self, guides: Sequence[Quadratic], affordable: Callable[[Sequence[Sequence[int]]], int]) -> None:
         """Measure sets around the best guess, and sets that are more and more random."""
@@ -117,7 +120,8 @@ class QuadraticSearch:
     def _free(self) -> list[int]:
         return [layer for layer in range(self.budget.num_layers) if layer not in self.protected]
 
-    def _gone(self, kept: Sequence[int]) -> tuple[int, ...]:
+    def gone(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """Return the removed layers for the kept ones."""
         return tuple(sorted(set(range(self.budget.num_layers)) - set(kept)))
 
     def _kept(self, gone: Sequence[int]) -> list[int]:

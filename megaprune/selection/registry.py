@@ -27,8 +27,10 @@ BudgetKind = Literal["layers", "parameters", "list"]
 HELD_OUT_WINDOWS = 4
 # Flags of every method that trains its scores together with the weights.
 SEARCH_FLAGS = frozenset({"search_iters", "search_weights"})
+# Flags of every method whose best candidates are trained for a while before one of them is chosen.
+HEAL_FLAGS = frozenset({"heal_candidates", "heal_iters"})
 # Keywords of a method that are not flags.
-_INPUTS = frozenset({"scores", "held_out"})
+_INPUTS = frozenset({"kl", "scores", "held_out"})
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -60,6 +62,7 @@ class Method:
     recovers: Literal["all", "endpoints"] = "all"
     check: Callable[[Budget, Set[int]], None] | None = None
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None
+    heals: bool = False
 
     @property
     def takes(self) -> frozenset[str]:
@@ -70,12 +73,13 @@ class Method:
     @property
     def flags(self) -> frozenset[str]:
         """Return the flags that the method takes, by field name."""
-        return (self.takes - _INPUTS) | (SEARCH_FLAGS if self.searches else frozenset())
+        searching = SEARCH_FLAGS if self.searches else frozenset[str]()
+        return (self.takes - _INPUTS) | searching | (HEAL_FLAGS if self.heals else frozenset())
 
     @property
     def needs_scores(self) -> bool:
-        """Return whether a search starts from scores, which need calibration data."""
-        return self.searches and "scores" in self.takes
+        """Return whether a search starts from the KL without each layer, which needs calibration data."""
+        return self.searches and bool({"kl", "scores"} & self.takes)
 
     @property
     def needs_held_out(self) -> bool:
@@ -134,14 +138,21 @@ class Method:
         return choice
 
     def selector(
-        self, budget: Budget, protected: Set[int], num_steps: int, options: Mapping[str, Any], scores: "Tensor | None"
+        self, budget: Budget, protected: Set[int], num_steps: int, options: Mapping[str, Any], kl: "Tensor | None"
     ) -> "Selector":
         """Return the selector of a method that searches.
 
         Args:
-            scores: initial scores [num_layers], for a method that takes them.
+            kl: KL without each layer, [num_layers], for a method that takes it or the scores made of it.
         """
-        inputs = {"scores": scores} if self.needs_scores else {}
+        inputs: dict[str, Any] = {}
+        if "kl" in self.takes:
+            inputs["kl"] = kl
+        if "scores" in self.takes:
+            from megaprune.selection.initial_scores import scores_from_kl
+
+            assert kl is not None
+            inputs["scores"] = scores_from_kl(kl, protected, 1.0, budget.costs)
         return self.function(budget, protected, num_steps, **options, **inputs)
 
     def checked(self, kept: Iterable[int], budget: Budget, protected: Set[int]) -> list[int]:
@@ -188,6 +199,7 @@ def register(
     recovers: Literal["all", "endpoints"] = "all",
     check: Callable[[Budget, Set[int]], None] | None = None,
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None,
+    heals: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register a function as a method for `--method`.
 
@@ -197,9 +209,10 @@ def register(
     - `(budget, protected, num_steps)` if it searches, and returns a `Selector`;
     - `(budget, protected)` otherwise, and returns the kept layers or a `Choice`.
 
-    Keyword-only parameters are flags of the run, by name with underscores, such as `seed`. A search may take `scores`
-    by keyword, [num_layers], to start from; a calibrated method `held_out`, an evaluator on other windows. Every rank
-    calls the function and must get the same answer.
+    Keyword-only parameters are flags of the run, by name with underscores, such as `seed`. A search may take
+    `kl` by keyword, [num_layers], the KL without each layer, or `scores`, its standardized logarithms. A calibrated
+    method may take `held_out`, an evaluator on other windows. Every rank calls the function and must get the same
+    answer.
 
     Args:
         description: one line for `--help` and the docs; by default the first line of the docstring.
@@ -212,6 +225,8 @@ def register(
         check: raises if the method can't choose within a budget, before the model is loaded.
         windows: the number of calibration windows for a budget, protected layers, a number of tokens, a sequence
             length, and whether the user asked for that number; for methods with `--selection-budget`.
+        heals: the best candidates of the `Choice`, by their `kl`, are trained for a few iterations, and the best one
+            then is kept.
 
     Raises:
         MegapruneError: the name is taken, or the function's parameters do not have this form.
@@ -231,6 +246,7 @@ def register(
             recovers,
             check,
             windows,
+            heals,
         )
         _check(method)
         _methods[name] = method

@@ -1,7 +1,7 @@
 """Interface of every search during training, and checks that all ways of selecting layers share."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,7 +24,10 @@ class Selector(Protocol):
         """Return the mask, [num_layers] fp32 on the CPU, detached; 1 keeps a layer, 0 bypasses it."""
 
     def update(self, mask_grad: Tensor, step: int) -> None:
-        """Move the scores by `mask_grad`, [num_layers], the loss's gradient at `mask(step)`."""
+        """Move the scores by `mask_grad`, [num_layers], the loss's gradient at `mask(step)`.
+
+        A `WindowSelector` receives [windows, num_layers], the gradient at its `window_masks`.
+        """
 
     @property
     def scores(self) -> Tensor:
@@ -45,6 +48,14 @@ class Selector(Protocol):
         Raises:
             MegapruneError: the saved search had other settings.
         """
+
+
+@runtime_checkable
+class WindowSelector(Protocol):
+    """Selector whose mask may differ between the windows of a step; its `update` takes a gradient per window."""
+
+    def window_masks(self, step: int, count: int) -> Tensor:
+        """Return the mask of each window of the step's global batch, [count, num_layers] fp32 on the CPU."""
 
 
 def check_gradient(mask_grad: Tensor, step: int) -> None:
@@ -71,6 +82,22 @@ def check_same_search(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
                 f"cannot resume: the saved search has {name} = {saved.get(name)}, this run asks for {value}; give the "
                 "saved run's flags again, or another --save"
             )
+
+
+def check_settings(num_steps: int, temperature: float, anneal: float, ramp: float) -> None:
+    """Check the settings that the Gumbel-TopK searches share.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for flag, value, valid, remedy in [
+        ("--search-iters", num_steps, num_steps >= 1, "give at least 1"),
+        ("--gumbel-temperature", temperature, temperature > 0, "give a number above 0, such as 1.0"),
+        ("--gumbel-anneal", anneal, 0 <= anneal < 1, "give a number from 0 to below 1, such as 0.9"),
+        ("--mask-ramp", ramp, 0 < ramp <= 1, "give a share of the search, above 0 and at most 1"),
+    ]:
+        if not valid:
+            raise UsageError(f"{flag}: cannot be {value}; {remedy}")
 
 
 def protected_layers(spec: str, num_layers: int) -> frozenset[int]:

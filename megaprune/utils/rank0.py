@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from megaprune.utils.errors import MegapruneError, RunStopped
-from megaprune.utils.ranks import raise_together, rank, world_size
+from megaprune.utils.ranks import has_rendezvous, raise_together, rank, world_size
 
 T = TypeVar("T")
 _LONGEST_PAUSE_SECONDS = 0.5
@@ -37,8 +37,11 @@ def on_rank0(action: Callable[[], T]) -> T | None:
 
 
 def on_rank0_for_all(action: Callable[[], T]) -> T:
-    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`."""
-    if world_size() == 1:
+    """Return on every rank what the action returns on rank 0, which alone runs it. Raises as `on_rank0`.
+
+    Where the launcher gave no address, processes can't meet, and each runs the action.
+    """
+    if world_size() == 1 or not has_rendezvous():
         return action()
     import torch.distributed as dist
 

@@ -30,6 +30,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if _is_launched() else 0
 
 
+def has_rendezvous() -> bool:
+    """Return whether the launcher gave the address at which the processes meet."""
+    return all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
 def world_size() -> int:
     """Return the number of processes in this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if _is_launched() else 1
@@ -90,7 +95,7 @@ def raise_together(error: MegapruneError | None) -> None:
         error: this rank's error, if there is one.
     """
     errors: list[MegapruneError | None] = [error]
-    if world_size() > 1:
+    if world_size() > 1 and has_rendezvous():
         import torch.distributed as dist  # imported here: a single process does not need torch
 
         errors = [None] * world_size()

@@ -121,7 +121,7 @@ CASES = {
     ),
     "no weights": lambda w: bad("holds neither model.safetensors", hf_model=w.model_without("w2", "model.safetensors")),
     "config of another model": lambda w: bad(
-        "mlp.down_proj.weight is stored as [64, 96], where but config.json gives [64, 128]",
+        "mlp.down_proj.weight is stored as [64, 96], but config.json gives [64, 128]",
         hf_model=w.model_with_config("w3", intermediate_size=128),
     ),
     "more layers in the config": lambda w: bad(

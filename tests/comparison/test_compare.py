@@ -38,7 +38,7 @@ def test_a_run_for_each_method_size_and_seed(tmp_path):
 def test_methods_may_have_flags_and_labels_of_their_own(tmp_path):
     methods = [
         "clp",
-        {"method": "e3", "mask_lr": 0.5, "label": "fast"},
+        {"method": "e3", "search_preset": "paper", "mask_lr": 0.5, "label": "fast"},
         {"method": "clp", "recovery_layers": "endpoints", "label": "ends"},
     ]
     runs = read_comparison(write(tmp_path, methods=methods, seeds=[1], num_layers_to_prune=[2]), tmp_path).runs

@@ -24,8 +24,7 @@ FLAGS = [
     ("--data-cache-path c", "c"),
     ("--method kl-init", "kl-init"),
     ("--search-iters 20", 20),
-    ("--mask-lr 0.1", 0.1),
-    ("--mask-init-scale 2", 2.0),
+    ("--search-preset paper", "paper"),
     ("--mask-ramp 0.5", 0.5),
     ("--gumbel-temperature 2", 2.0),
     ("--gumbel-anneal 0.5", 0.5),
@@ -305,7 +304,7 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
         (E3 + ["--criterion", "taylor"], "--criterion is for --method shortened, not e3"),
         (E3 + ["--selection-budget", "100"], "--selection-budget is for --method auto or quadratic, not e3"),
         (E3 + ["--method", "clp", "--search-weights", "frozen"], "--search-weights is for methods that search"),
-        (E3 + ["--stitch", "fold"], "--method e3 trains them while it searches: give --search-weights frozen"),
+        (E3 + ["--stitch", "fold", "--lora-rank", "2"], "--method e3 trains the adapters while it searches: give"),
         (SHORTGPT + ["--stitch", "fold", "--calibration-samples", "1"], "--calibration-samples must be above 1"),
         (
             SHORTGPT + ["--stitch", "fold", "--lora-rank", "2", "--export-adapter"],

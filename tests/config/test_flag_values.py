@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.config.test_config import E3, refusal
+from megaprune.cli.prune import parse_config
+from tests.config.test_config import E3, SHORTGPT, refusal
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,17 @@ def test_search_settings(words):
 )
 def test_lora_settings(words, said):
     assert said in refusal([*E3, *words.split()])
+
+
+def test_the_searches_of_e3():
+    """Scores are trained in the paper's search alone; other methods have neither."""
+    for words in ("--mask-lr 0.1", "--mask-init-scale 2"):
+        assert refusal([*E3, *words.split()]).startswith(f"{words.split()[0]} is for --search-preset paper")
+        settings = parse_config([*E3, *words.split(), "--search-preset", "paper"]).method_options()
+        assert settings["search_preset"] == "paper"
+    still = [*E3, "--lr", "0", "--search-preset", "paper"]
+    assert refusal(still) == "--search-preset paper trains the scores with --lr, which is 0: give --mask-lr"
+    assert parse_config([*still, "--mask-lr", "0.1"]).method_options()["mask_lr"] == 0.1
+    assert settings["mask_init_scale"] == 2.0 and settings["mask_lr"] is None and settings["lr"] == 1e-4
+    assert parse_config(E3).method_options()["search_preset"] == "measured"
+    assert refusal([*SHORTGPT, "--search-preset", "paper"]).startswith("--search-preset is for --method e3")

@@ -260,7 +260,7 @@ REFUSED = {
         {"--input": "{tmp}/chat.jsonl", "--tokenizer": "{tmp}/plain"},
         "the tokenizer has no chat templ",
     ),
-    "template": (2, {"--chat-template": "{tmp}/none.jinja"}, "--chat-template {tmp}/none.jinja is no file"),
+    "template": (2, {"--chat-template": "{tmp}/none.jinja"}, "--chat-template {tmp}/none.jinja is not a file"),
     "bad template": (
         1,
         {"--input": "{tmp}/chat.jsonl", "--chat-template": "{tmp}/bad.jinja"},

@@ -59,11 +59,11 @@ def test_recipe_end_to_end(prepared):
         "global_batch_size": 4,
         "calibration_samples": 4,
     }
-    recipe |= {"methods": ["shortgpt"], "num_layers_to_prune": [10], "task_limit": 2}
+    recipe |= {"methods": ["shortgpt"], "num_layers_to_prune": [10]}
     (prepared / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     tasks = write_benchmarks(prepared / "tasks")
     words = ["--config", str(prepared / "recipe.yaml"), "--save", str(prepared / "out")]
-    words += ["--tasks", "copa,piqa", "--task-path", str(tasks)]
+    words += ["--tasks", "copa,piqa", "--task-path", str(tasks), "--task-limit", "2"]
     subprocess.run(
         [sys.executable, "tools/compare.py", *words], check=True, env=tiny.environment(), cwd=EXAMPLE.parents[1]
     )

@@ -254,7 +254,6 @@ def prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
         "--lr": 2e-3,
         "--lr-warmup-iters": 3,
         "--weight-decay": 0.1,
-        "--mask-lr": 0.2,
         "--max-shard-size": "100KB",
     }
     return [str(word) for pair in flags.items() for word in pair] + list(extra)
@@ -275,7 +274,7 @@ def moe_prune_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str
 def select_argv(model: Path, data: Path, save: Path, method: str, *extra: str) -> list[str]:
     """Return the flags of a run that selects its layers by calibration data and does not train."""
     argv = prune_argv(model, data, save, "--method", method, *extra)
-    for flag in ("--search-iters", "--mask-lr", "--lr-warmup-iters"):
+    for flag in ("--search-iters", "--lr-warmup-iters"):
         at = argv.index(flag)
         del argv[at : at + 2]
     return [*argv, "--train-iters", "0"]
@@ -300,6 +299,12 @@ def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
         *select_argv(model, data, save, "shortgpt", "--num-layers-to-prune", "3", "--rounds", "2", "--stitch", "fold"),
         *("--train-iters", "4", "--lr-warmup-iters", "1", "--lr", "3e-4", *extra),
     ]
+
+
+def healed_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Return the flags of a run that trains two candidates for 2 iterations each, of 10."""
+    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000"]
+    return [*select_argv(model, data, save, "auto"), *healing, "--train-iters", "10", "--lr", "3e-3", *extra]
 
 
 def sheared_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:

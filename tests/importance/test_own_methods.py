@@ -89,7 +89,7 @@ def test_an_alias_keeps_the_name_that_was_typed(tiny_model, tiny_data, tmp_path)
 def test_in_a_comparison(tiny_model, tiny_data, tmp_path, module):
     words = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path)
     flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
-    common = {key: flags[key] for key in flags if key not in ("save", "num-layers-to-prune", "search-iters", "mask-lr")}
+    common = {key: flags[key] for key in flags if key not in ("save", "num-layers-to-prune", "search-iters")}
     common |= {"train-iters": 1, "lr-warmup-iters": 0, "method-module": str(module)}
     asked = {"run": common, "methods": ["deepest", "first"], "num_layers_to_prune": [2], "seeds": [1234]}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))

@@ -48,7 +48,7 @@ def test_moments_are_those_of_the_hidden_states(tiny_model):
         with torch.no_grad():
             hidden = reference(batch.tokens, output_hidden_states=True, use_cache=False).hidden_states
         m, x, target = (states.flatten(0, 1) for states in (seen.pop(), hidden[2], hidden[5]))
-        scale = (batch.loss_mask.flatten() / target.square().mean(-1))[:, None]
+        scale = (batch.loss_mask.flatten() / target.square().mean(-1).sqrt())[:, None]
         for total, part in zip(sums, (m, target - x, None), strict=True):
             left = m * scale if part is not None else (target - x) * scale
             total += left.t() @ part if part is not None else (left * (target - x)).sum()

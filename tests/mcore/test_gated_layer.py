@@ -91,6 +91,89 @@ def test_gradients_are_those_of_the_formula(source, expected_gradients, mask, re
     assert_same_gradients(found, expected_gradients(mask))
 
 
+# of 4 windows: layer 2 and 4 are closed in all of them, and in those of the first micro-batch, layer 5
+WINDOW_MASKS = torch.tensor(
+    [
+        [0.5, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+        [1.0, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0],
+        [1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 1.0],
+        [1.0, 1.0, 0.0, 1.0, 0.0, 0.25, 0.0],
+    ]
+)
+
+
+def window_gradients(source, recompute, prepare, trainable=""):
+    """Return the gradients of the parameters over two micro-batches of two windows, and those of `prepare`'s masks."""
+    gate = LayerGate()
+    model = build(source, gate, recompute=recompute)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable in name)
+    shard = vocab_shard(source.family.architecture(source.config))
+    batches = [tiny.make_batch(tokens) for tokens in tiny.random_tokens(4, 21).split(2)]
+    announce = prepare(gate)
+
+    def loss(logits, tokens):
+        return cross_entropy(logits, tokens.labels, shard).mean()
+
+    schedule.forward_backward(model, batches, loss, announce)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: 0.0 if grad is None else grad for name, grad in grads.items()}, gate.take_gradient()
+
+
+@pytest.fixture(scope="module")
+def expected_of_windows(source):
+    def formula(self, hidden_states, *args, **kwargs):
+        out, context = TransformerLayer.forward(self, hidden_states, *args, **kwargs)
+        number = 0 if self.gate.batch is None else self.gate.batch
+        mask = self.gate.mask[2 * number : 2 * number + 2, self.layer_number - 1]
+        return hidden_states + mask[:, None] * (out - hidden_states), context
+
+    def prepare(gate):
+        gate.mask, gate.batch = WINDOW_MASKS.clone().requires_grad_(), None
+        return lambda number: setattr(gate, "batch", number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GatedTransformerLayer, "forward", formula)
+        return window_gradients(source, None, prepare)
+
+
+@pytest.mark.parametrize("together", [frozenset(), frozenset({2, 5})])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_masks_of_windows_are_those_of_the_formula(source, expected_of_windows, recompute, together):
+    """A layer that no window of a micro-batch uses runs only if other ranks wait for it."""
+
+    def prepare(gate):
+        gate.set_windows(WINDOW_MASKS, 2, [together, together])
+        return gate.run_micro_batch
+
+    grads, of_mask = window_gradients(source, recompute, prepare)
+    expected, expected_of_mask = expected_of_windows
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            torch.as_tensor(grads[name]).expand_as(grad), grad, atol=1e-5 * grad.abs().max().item(), rtol=1e-4, msg=name
+        )
+    half_open = (WINDOW_MASKS > 0) & (WINDOW_MASKS < 1)
+    assert expected_of_mask[half_open].abs().min() > 1e-4
+    torch.testing.assert_close(of_mask[half_open], expected_of_mask[half_open], atol=1e-6, rtol=1e-4)
+    idle = {int(name.split(".")[2]) for name, grad in grads.items() if isinstance(grad, float)}
+    assert idle == {2, 4} - together
+
+
+@pytest.mark.parametrize("closed", [0, 7])
+def test_frozen_weights_leave_a_graph(source, closed):
+    """A pipeline stage needs one for its backward pass, even if none of its layers runs."""
+
+    def prepare(gate):
+        masks = WINDOW_MASKS.clone()
+        masks[:, :closed] = 0.0
+        gate.set_windows(masks, 2, [frozenset(), frozenset()])
+        return gate.run_micro_batch
+
+    grads, of_mask = window_gradients(source, None, prepare, "nothing")
+    assert grads == {} and of_mask.isfinite().all()
+    assert (of_mask.abs().max() > 1e-4) == (closed == 0)
+
+
 @pytest.mark.parametrize("recompute", [None, "selective"])
 def test_gradients_pass_layers_that_nothing_before_needs(source, expected_gradients, recompute):
     """Frozen embedding and first layers, masked or not, need no gradient."""

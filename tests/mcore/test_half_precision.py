@@ -117,7 +117,7 @@ def test_only_parameters_become_bf16(biased_model, tmp_path):
 RUNS = {
     "online": [],
     "self": ["--teacher", "self", "--lora-rank", "2", "--lora-alpha", "4"],
-    "search": ["--method", "e3", "--search-iters", "2", "--mask-lr", "0.2"],
+    "search": ["--method", "e3", "--search-iters", "2"],
 }
 
 

@@ -9,6 +9,7 @@ from tests.helpers.launch import Launched, launch_cases
 from tests.parallel import loss_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
+    HEALED_LAYOUTS,
     HIDDEN_LAYOUTS,
     INTERRUPTED_RUNS,
     LOAD_LAYOUTS,
@@ -123,6 +124,7 @@ def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
         (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
         (SHEARED_LAYOUTS, tiny.sheared_argv),
         (ROUNDS_LAYOUTS, tiny.rounds_argv),
+        (HEALED_LAYOUTS, tiny.healed_argv),
     )
     for layouts, argv_of in short_runs:
         for layout, flags in layouts.items():

@@ -87,6 +87,7 @@ STITCH_LAYOUTS = {
     "stitch_moe_tp2_sp": ("deepseek_v3", "1,4", (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
     "stitch_moe_ep2": ("deepseek_v3", "1,4", ("--expert-model-parallel-size", "2")),
 }
+HEALED_LAYOUTS = {"healed_pp2": _PP2, "healed_tp2_sp": (*_TP2, _SP, _DISTRIBUTED)}
 ROUNDS_LAYOUTS = {"rounds_pp2": _PP2, "rounds_tp2_sp": (*_TP2, _SP, _DISTRIBUTED)}
 # at which Megatron-Core loads an imported checkpoint
 LOAD_LAYOUTS = {

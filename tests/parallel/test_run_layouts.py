@@ -10,6 +10,7 @@ from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
+    HEALED_LAYOUTS,
     MOE_RUN_LAYOUTS,
     ROUNDS_LAYOUTS,
     RUN_LAYOUTS,
@@ -47,6 +48,22 @@ def assert_same_up_to_rounding(run, other, iterations=20):
 @pytest.mark.parametrize("layout", RUN_LAYOUTS)
 def test_run_is_the_same_at_every_layout(results, whole_run, layout):
     assert_same_up_to_rounding(results(RUN_LAYOUTS[layout][0]).path(f"run-{layout}"), whole_run)
+
+
+@pytest.fixture(scope="module")
+def healed_alone(tiny_model, tiny_data, tmp_path_factory):
+    save = tmp_path_factory.mktemp("healed") / "run"
+    tiny.run_here(tiny.healed_argv(tiny_model("qwen3_tied"), tiny_data, save))
+    return save
+
+
+@pytest.mark.parametrize("layout", HEALED_LAYOUTS)
+def test_candidates_are_healed_alike_at_every_layout(results, healed_alone, layout):
+    run = results(2).path(f"run-{layout}")
+    assert_same_up_to_rounding(run, healed_alone, iterations=8)
+    losses = [[c.get("healed_loss") for c in report(folder)["candidates"]] for folder in (run, healed_alone)]
+    assert sum(loss is not None for loss in losses[1]) == 2
+    assert losses[0] == [loss and pytest.approx(loss, rel=1e-4) for loss in losses[1]]
 
 
 @pytest.mark.parametrize("layout", ROUNDS_LAYOUTS)

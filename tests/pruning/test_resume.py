@@ -115,7 +115,7 @@ def test_finished_run_is_left_alone(whole_run, tiny_model, tiny_data, capsys):
     assert fingerprint(whole_run) == before
 
 
-@pytest.mark.parametrize("setting", [("--lr", "0.001"), ("--mask-lr", "0.1"), ("--train-iters", "21")])
+@pytest.mark.parametrize("setting", [("--lr", "0.001"), ("--gumbel-temperature", "2.0"), ("--train-iters", "21")])
 def test_another_setting_is_refused(whole_run, tiny_model, tiny_data, setting):
     before = fingerprint(whole_run)
     with pytest.raises(MegapruneError, match=f"another {setting[0]} "):

@@ -67,6 +67,29 @@ def test_the_global_batch_counts_not_the_micro_batches(source, kind):
             )
 
 
+class WindowMasks(tiny.FixedMask):
+    """Selector with a half-open gate in each window of the step."""
+
+    def window_masks(self, step, count):
+        masks = self.mask(step).repeat(count, 1)
+        masks[range(count), [(2 * window + 1) % 7 for window in range(count)]] = 0.5
+        return masks
+
+
+def test_masks_of_windows_follow_the_windows(source, monkeypatch):
+    monkeypatch.setattr(tiny, "FixedMask", WindowMasks)
+    (result, grads), *others = [step(source, "adaptive", sizes, True) for sizes in ([4], [2, 2], [1, 1, 1, 1])]
+    assert grads["mask"].shape == (4, 7)
+    # no token of the first window counts
+    assert grads["mask"][0].abs().max() == 0 and grads["mask"][[1, 2, 3], [3, 5, 0]].abs().min() > 1e-3
+    assert torch.equal(result.mask, WindowMasks().mask(0))
+    half_open = WindowMasks().window_masks(0, 4) == 0.5
+    for other, other_grads in others:
+        assert other.loss == pytest.approx(result.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+        torch.testing.assert_close(other_grads["mask"][half_open], grads["mask"][half_open], atol=1e-6, rtol=1e-4)
+
+
 def test_loss_and_gradient_are_those_of_transformers(source):
     model = tiny.load_hf(source.folder)
     total, count = 0.0, 0.0

@@ -78,6 +78,22 @@ def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_
     assert report_of(tmp_path / "named")["valid"]["stitched"] == whole["valid"]["stitched"]
 
 
+@pytest.mark.slow
+def test_after_a_search_that_trains_the_weights_their_maps_are_fitted(tiny_model, tiny_data, tmp_path):
+    def argv(name):
+        flags = ("--train-iters", "4", "--search-iters", "2", "--lr-warmup-iters", "0", "--lr", "1e-4")
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags, "--stitch", "fold")
+
+    tiny.run_here(argv("whole"))
+    with pytest.raises(RunStopped):
+        tiny.run_here(argv("stopped"), tiny.stop_after(2))
+    tiny.run_here(argv("stopped"))
+    whole, stopped = report_of(tmp_path / "whole"), report_of(tmp_path / "stopped")
+    assert whole["valid"] == stopped["valid"] and whole["valid"]["stitched"] != whole["valid"]["pruned"]
+    tensors, expected = (tiny.read_tensors(tmp_path / name / "hf") for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
 def test_a_norm_behind_the_mlp_is_refused(tiny_model, tiny_data, tmp_path):
     argv = tiny.stitched_argv(tiny_model("pangu_ultra_moe"), tiny_data, tmp_path / "run", "2")
     with pytest.raises(UsageError, match="--stitch fold: .* has a norm after each MLP"):

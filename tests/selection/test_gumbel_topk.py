@@ -239,7 +239,7 @@ def test_bad_settings_and_gradients_are_refused():
     ]:
         with pytest.raises(UsageError, match=flag):
             build(**change)
-    with pytest.raises(MegapruneError, match="ramp"):
+    with pytest.raises(UsageError, match="--mask-ramp"):
         build(ramp=0.0)
     with pytest.raises(MegapruneError, match="finite"):
         GumbelTopK(torch.full((12,), torch.nan), Budget.of_layers(12, 5), PROTECTED, 40)

@@ -19,6 +19,8 @@ PROTECTED = frozenset({0, 6})
 THREE = Budget.of_layers(7, 4)
 USUAL = {
     "seed": 1,
+    "search_preset": "measured",
+    "lr": 1e-4,
     "mask_lr": 0.02,
     "mask_ramp": 0.05,
     "mask_init_scale": 1.0,

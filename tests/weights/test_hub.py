@@ -82,7 +82,7 @@ def test_paths_are_not_asked_for(hub, name):
     ("prepare", "said"),
     [
         (lambda path: None, "is not a folder, and the hub does not provide it: 404 Client Error"),
-        (lambda path: path.write_text(""), "is not a folder, and the hub"),
+        (lambda path: path.write_text(""), "is not a folder here, and the hub"),
         (lambda path: path.symlink_to("/no/such"), "is a link to /no/such, which does not exist here, and the hub"),
     ],
 )

@@ -193,7 +193,7 @@ def test_rope_frequencies_are_no_unknown_tensor(tmp_path):
 )
 def test_weights_of_another_shape_than_the_config(tmp_path, name, shape, expected):
     write_folder(tmp_path, LLAMA, random_tensors(LLAMA) | {name: torch.ones(shape)})
-    assert f"{name} is stored as {list(shape)}, where but config.json gives {expected}" in refusal(tmp_path)
+    assert f"{name} is stored as {list(shape)}, but config.json gives {expected}" in refusal(tmp_path)
 
 
 # Folders without a model

@@ -1,10 +1,11 @@
 """Gated transformer layers with E3-Pruner's mask: ``x + m * (layer(x) - x)``.
 
 The mask is sampled once per step outside the layers and passed to them as a leaf tensor. Its gradient therefore
-accumulates over micro-batches, works under activation recompute, and is reduced over the ranks once.
+accumulates over micro-batches, works under activation recompute, and is reduced over the ranks once. It holds for all
+windows of the step, or each window has a mask of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +28,16 @@ class LayerGate:
     def __init__(self, skip_masked_backward: bool = True) -> None:
         self.skip_masked_backward = skip_masked_backward
         self.mask: Tensor | None = None
-        self._values: list[float] = []
+        # layer -> its mask in each window of the micro-batch that runs; one number if all windows have the same mask
+        self._values: list[tuple[float, ...]] = []
+        # with masks of windows: windows in a micro-batch, the number of the one that runs, and layers that run anyway
+        self._windows: int | None = None
+        self._number = 0
+        self._together: Sequence[frozenset[int]] = ()
         self._bypassed: frozenset[int] = frozenset()
+        self._rows: list[list[float]] = []
         # layer -> the mask up to and including the layer, and the layer's output under this mask
-        self._outputs: dict[int, tuple[tuple[float, ...], Tensor]] | None = None
+        self._outputs: dict[int, tuple[tuple[tuple[float, ...], ...], Tensor]] | None = None
 
     def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
         """Set the mask of the following passes.
@@ -39,11 +46,40 @@ class LayerGate:
             mask: [num_layers]; None removes the mask.
             device: device of the model; None keeps the mask's device.
         """
+        self._windows = None
         if mask is None:
             self.mask = None
             return
-        self._values = mask.tolist()  # one transfer per step, so that no layer waits for the device
+        self._values = [(value,) for value in mask.tolist()]  # one transfer per step, so that no layer waits
         self.mask = mask.detach().to(device=device, dtype=torch.float32).clone().requires_grad_()
+
+    def set_windows(
+        self, masks: Tensor, windows: int, together: Sequence[frozenset[int]], device: torch.device | None = None
+    ) -> None:
+        """Set masks of single windows for the following passes, each of which `run_micro_batch` announces.
+
+        A layer that no window of a micro-batch uses does not run at all; its mask gets no gradient there.
+
+        Args:
+            masks: [micro-batches * windows, num_layers], in the order of this rank's windows.
+            windows: number of windows in a micro-batch.
+            together: for each micro-batch, the layers that run although none of its windows uses them, because the
+                layers of other ranks wait for them.
+            device: device of the model; None keeps the device of the masks.
+        """
+        self.set(None)
+        self._windows, self._together, self._rows = windows, together, masks.t().tolist()
+        self.mask = masks.detach().to(device=device, dtype=torch.float32).clone().requires_grad_()
+        self.run_micro_batch(0)
+
+    def run_micro_batch(self, number: int) -> None:
+        """Use the masks of the windows of a micro-batch. Call it before its forward pass and before its backward pass,
+        in which activations may be recomputed.
+        """
+        if self._windows is None or self.mask is None:
+            return
+        self._number, first = number, number * self._windows
+        self._values = [tuple(row[first : first + self._windows]) for row in self._rows]
 
     def bypass(self, layers: Iterable[int]) -> None:
         """Skip these layers (from 0) in all later passes, as if they were pruned; their mask gets no gradient."""
@@ -89,9 +125,9 @@ class LayerGate:
         if self._outputs is not None and not torch.is_grad_enabled():
             self._outputs[layer] = (self._prefix(layer), output)
 
-    def _prefix(self, layer: int) -> tuple[float, ...]:
+    def _prefix(self, layer: int) -> tuple[tuple[float, ...], ...]:
         """Return the mask up to and including `layer`."""
-        return tuple(self._values[: layer + 1]) if self.mask is not None else (1.0,) * (layer + 1)
+        return tuple(self._values[: layer + 1]) if self.mask is not None else ((1.0,),) * (layer + 1)
 
     def bypasses(self, layer: int) -> bool:
         """Return whether `layer` is bypassed."""
@@ -102,47 +138,78 @@ class LayerGate:
         """True if no layer is bypassed."""
         return not self._bypassed
 
-    def value(self, layer: int) -> float:
-        """Return the mask of one layer as a number."""
-        return self._values[layer]
+    def value(self, layer: int) -> float | None:
+        """Return the mask of one layer as a number; None if the windows of the micro-batch differ."""
+        values = self._values[layer]
+        return values[0] if len(set(values)) == 1 else None
+
+    def mask_of(self, layer: int) -> Tensor:
+        """Return the mask of one layer as part of the leaf: a scalar, or [windows of the micro-batch]."""
+        assert self.mask is not None
+        if self._windows is None:
+            return self.mask[layer]
+        return self.mask[self._number * self._windows :, layer][: self._windows]
+
+    def skips(self, layer: int) -> bool:
+        """Return whether no window of the micro-batch needs the layer's output or its mask's gradient."""
+        return self._windows is not None and self.value(layer) == 0.0 and layer not in self._together[self._number]
+
+    def runs_without_graph(self, layer: int) -> bool:
+        """Return whether a layer whose mask is 0 runs forward only, for the mask's gradient."""
+        return self.skip_masked_backward and self._windows is None and self.value(layer) == 0.0
 
     def take_gradient(self) -> Tensor:
-        """Return the mask's gradient that has accumulated on this rank, [num_layers]."""
+        """Return the mask's gradient that has accumulated on this rank, in the shape of the mask."""
         assert self.mask is not None
         return torch.zeros_like(self.mask) if self.mask.grad is None else self.mask.grad
 
 
 class _Gate(torch.autograd.Function):
-    """Autograd function for ``x + m * (y - x)``; the mask's gradient is ``<dL/dout, y - x>``.
+    """Autograd function for ``x + m * (y - x)``; the mask's gradient is ``<dL/dout, y - x>``, in each window if it has
+    a mask for each.
 
     For m = 1 the output is y itself, and for m = 0 it is x, so that a masked model is bitwise equal to the pruned one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, value: float) -> Tensor:
-        ctx.save_for_backward(x, y)
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, value: float | None) -> Tensor:
+        ctx.save_for_backward(x, y, mask)
         ctx.value = value
         if value == 1.0:
             return y.view_as(y)
         if value == 0.0:
             return x.view_as(x)
-        return torch.lerp(x, y, value)
+        if value is not None:
+            return torch.lerp(x, y, value)
+        return torch.lerp(x, y, _per_window(mask, x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, y = ctx.saved_tensors
+        x, y, mask = ctx.saved_tensors
         need_x, need_y, need_mask, _ = ctx.needs_input_grad
-        grad_mask = torch.sum(grad.float() * (y.float() - x.float())) if need_mask else None
-        grad_x = _scaled(grad, 1.0 - ctx.value) if need_x else None
-        grad_y = _scaled(grad, ctx.value) if need_y else None
+        grad_mask = None
+        if need_mask:
+            change = grad.float() * (y.float() - x.float())
+            grad_mask = change.sum() if mask.dim() == 0 else change.sum((0, 2))
+        weight = _per_window(mask, grad) if ctx.value is None else ctx.value
+        grad_x = _scaled(grad, 1.0 - weight) if need_x else None
+        grad_y = _scaled(grad, weight) if need_y else None
         return grad_x, grad_y, grad_mask, None
 
 
-def _scaled(grad: Tensor, factor: float) -> Tensor | None:
+def _per_window(mask: Tensor, hidden: Tensor) -> Tensor:
+    """Return the mask [b] as a factor of hidden states [s, b, h]."""
+    return mask.detach().to(hidden.dtype).view(1, -1, 1)
+
+
+def _scaled(grad: Tensor, factor: float | Tensor) -> Tensor | None:
     """Return the scaled gradient; None, which autograd reads as zero, for a factor of 0."""
-    if factor == 0.0:
-        return None
-    return grad if factor == 1.0 else grad * factor
+    if isinstance(factor, float):
+        if factor == 0.0:
+            return None
+        if factor == 1.0:
+            return grad
+    return grad * factor
 
 
 class GatedTransformerLayer(TransformerLayer):
@@ -174,16 +241,27 @@ class GatedTransformerLayer(TransformerLayer):
         value = gate.value(layer)
         if value == 0.0 and not torch.is_grad_enabled():
             return _viewless(hidden_states.view_as(hidden_states)), kwargs.get("context")
-        if value == 0.0 and gate.skip_masked_backward:
+        if gate.skips(layer):
+            return _viewless(_connected(hidden_states, gate.mask)), kwargs.get("context")
+        if gate.runs_without_graph(layer):
             # The derivative by x is the identity, and the mask's gradient needs only y, so the layer needs no graph.
             with torch.no_grad():
                 y, context = super().forward(hidden_states.detach(), *args, **kwargs)
             y = y.detach()
         else:
             y, context = super().forward(hidden_states, *args, **kwargs)
-        output = _viewless(_Gate.apply(hidden_states, y, gate.mask[layer], value))
+        output = _viewless(_Gate.apply(hidden_states, y, gate.mask_of(layer), value))
         gate.remember(layer, output)
         return output, context
+
+
+def _connected(hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """Return the hidden states with a graph: a pipeline stage needs one, even if its weights are frozen and none of
+    its layers runs.
+    """
+    if hidden_states.requires_grad or not torch.is_grad_enabled():
+        return hidden_states.view_as(hidden_states)
+    return hidden_states + 0.0 * mask.sum().to(hidden_states.dtype)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ def _windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, 
     "auto",
     calibrated=True,
     windows=_windows,
-    description="the best of several cheap methods, improved by swaps and compared on held-out text",
+    heals=True,
+    description="the best of several cheap methods and of swaps, compared on held-out text",
 )
 def auto(
     evaluator: "Evaluator",
