@@ -6,6 +6,7 @@ import torch
 from megaprune.cli import main as cli
 from tests.helpers import mtp, tiny
 from tests.helpers.launch import Launched, launch_cases
+from tests.parallel import loss_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
     HEALED_LAYOUTS,
@@ -109,10 +110,10 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, t
         cases[f"run-{layout}"] = dict(kind="prune", argv=argv(f"run-{layout}", flags))
     for layout, flags in of_layouts(MOE_RUN_LAYOUTS).items():
         cases[f"run-{layout}"] = dict(kind="prune", argv=moe_argv(layout, flags))
-    return cases | (_cases_of_two(folder, argv, tiny_model, tiny_data) if num_processes == 2 else {})
+    return cases | (_cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data) if num_processes == 2 else {})
 
 
-def _cases_of_two(folder, argv, tiny_model, tiny_data):
+def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
     """Return the cases that run only on two processes."""
     model, cases = tiny_model("qwen3_tied"), {}
     for method in SELECTING:
@@ -139,6 +140,8 @@ def _cases_of_two(folder, argv, tiny_model, tiny_data):
         cases[f"load-{name}"] = dict(
             kind="load_by_the_core", hf_model=source, megatron_path=_imported(source, folder), sizes=sizes
         )
+    stops = [(loss_cases.argv(mtp_model, tiny_data, folder / "losses", *flags), end) for flags, end in loss_cases.STOPS]
+    cases["losses"] = dict(kind="interrupted_prune", stops=stops)
     for layout, goes in INTERRUPTED_RUNS.items():
         stops = [(argv(f"run-{layout}", flags), iterations) for flags, iterations in goes]
         cases[f"run-{layout}"] = dict(kind="interrupted_prune", stops=stops)

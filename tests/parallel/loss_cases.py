@@ -19,7 +19,17 @@ from megaprune.pruning.step import train_step
 from megaprune.weights.source import HFSource
 from tests.helpers import tiny
 
+_PP2, _EP2 = ("--pipeline-model-parallel-size", "2"), ("--expert-model-parallel-size", "2")
+_TP2_SP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+# The parts of a run with every loss: flags and number of iterations.
+STOPS = [((*_EP2,), 2), (_PP2, 3), ((*_TP2_SP, *_EP2), None)]
 HIDDEN_KEPT, MTP_KEPT = [0, 2, 3, 6], [0, 2, 4]
+
+
+def argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
+    """Return the flags of a run with every loss: 3 iterations of search and 3 of recovery."""
+    flags = ("--train-iters", "6", "--search-iters", "3", "--kd-loss-alpha", "0.5", "--hidden-loss-weight", "0.5")
+    return tiny.prune_argv(model, data, save, *flags, "--mtp-loss-scaling-factor", "0.3", *extra)
 
 
 def hidden_states(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
 from tests.parallel import loss_cases
 from tests.parallel.layouts import HIDDEN_LAYOUTS, MTP_LAYOUTS
@@ -56,3 +57,17 @@ def test_loss_of_mtp_layers(results, mtp_alone, mtp_model, layout):
             assert not torch.equal(tensor, source[name.replace(".3.", ".5.", 1)]), f"{name} was not trained"
     assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
     assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
+
+
+def test_a_run_that_goes_on_at_other_layouts(results, mtp_model, tiny_data, tmp_path):
+    tiny.run_here(loss_cases.argv(mtp_model, tiny_data, tmp_path / "run"))
+    found = results(2).path("losses")
+    for record, wanted in zip(read_metrics(found), read_metrics(tmp_path / "run"), strict=True):
+        parts = {name for name in wanted if name.endswith("loss")}
+        assert len(parts) == (5 if wanted["stage"] == "recovery" else 4)
+        for name in parts:
+            assert record[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (name, record["iteration"])
+    tensors, expected = tiny.read_tensors(found / "hf"), tiny.read_tensors(tmp_path / "run" / "hf")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
