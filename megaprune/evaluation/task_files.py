@@ -130,7 +130,7 @@ class _TaskIndex:
 
     @property
     def _metadata(self) -> dict[str, Any] | None:
-        """What the harness passes to functions that read data."""
+        """Return the arguments that the harness passes to functions that read data."""
         return {"data_dir": str(self.folder)} if self.folder else None
 
 

@@ -61,17 +61,23 @@ def test_recovery_starts_from_the_maps_and_resumes(tiny_model, tiny_data, tmp_pa
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.slow
-def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_model, tiny_data, tmp_path):
+def searched(tiny_model, tiny_data, folder, *extra):
+    """Return the reports of a stitched run with a search, and of one that was stopped at the end of its search."""
+
     def argv(name):
-        flags = ("--train-iters", "4", "--search-iters", "2", "--lr-warmup-iters", "0", "--search-weights", "frozen")
-        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags, "--stitch", "fold")
+        flags = ("--train-iters", "4", "--search-iters", "2", "--lr-warmup-iters", "0", *extra)
+        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, folder / name, *flags, "--stitch", "fold")
 
     tiny.run_here(argv("whole"))
     with pytest.raises(RunStopped):
         tiny.run_here(argv("stopped"), tiny.stop_after(2))
     tiny.run_here(argv("stopped"))
-    whole, stopped = report_of(tmp_path / "whole"), report_of(tmp_path / "stopped")
+    return report_of(folder / "whole"), report_of(folder / "stopped")
+
+
+@pytest.mark.slow
+def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_model, tiny_data, tmp_path):
+    whole, stopped = searched(tiny_model, tiny_data, tmp_path, "--search-weights", "frozen")
     assert whole["kept_layers"] == stopped["kept_layers"] and whole["valid"] == stopped["valid"]
     gone = ",".join(map(str, whole["pruned_layers"]))
     tiny.run_here(tiny.stitched_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / "named", gone))
@@ -80,15 +86,7 @@ def test_a_search_with_frozen_weights_is_stitched_and_resumes_from_its_end(tiny_
 
 @pytest.mark.slow
 def test_after_a_search_that_trains_the_weights_their_maps_are_fitted(tiny_model, tiny_data, tmp_path):
-    def argv(name):
-        flags = ("--train-iters", "4", "--search-iters", "2", "--lr-warmup-iters", "0", "--lr", "1e-4")
-        return tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path / name, *flags, "--stitch", "fold")
-
-    tiny.run_here(argv("whole"))
-    with pytest.raises(RunStopped):
-        tiny.run_here(argv("stopped"), tiny.stop_after(2))
-    tiny.run_here(argv("stopped"))
-    whole, stopped = report_of(tmp_path / "whole"), report_of(tmp_path / "stopped")
+    whole, stopped = searched(tiny_model, tiny_data, tmp_path, "--lr", "1e-4")
     assert whole["valid"] == stopped["valid"] and whole["valid"]["stitched"] != whole["valid"]["pruned"]
     tensors, expected = (tiny.read_tensors(tmp_path / name / "hf") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
