@@ -101,7 +101,7 @@ def _check_teacher(config: Config) -> None:
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
     alpha = config.distillation.kd_loss_alpha
-    if config.distillation.distill_loss == "ce" and alpha != 1:
+    if config.distillation.distill_loss == "ce" and alpha not in (None, 1):
         raise UsageError(
             f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
             "leave one of them out"

@@ -69,7 +69,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     """
     parse_size(config.run.max_shard_size)
     source = open_source(config)
-    windowed = _with_window(config, source.config)
+    windowed = _for_model(config, source.config)
     parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
     return with_mtp(resolve(windowed, source.config, world_size), source), source
@@ -115,7 +115,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         MegapruneError: the model can't be expressed.
         UsageError: flags that don't fit each other, the model or the processes.
     """
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(_transformer_impl(config))
     job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
@@ -139,7 +139,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
     """Return the options of a plan. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
-    config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
+    config, trains = _for_model(config, hf_config), config.recovery.train_iters != 0
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
@@ -160,7 +160,7 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
 
 def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output: Path) -> CachingOptions:
     """Return the options of caching a teacher. Raises as `resolve`."""
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(config.engine.transformer_impl)
     job = _job(config, hf_config, world_size, fused, reads_windows=True)
     _check_top_k(config, job.model.arch)
@@ -172,8 +172,12 @@ def fixed_settings(config: Config) -> dict[str, object]:
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
-def _with_window(config: Config, hf_config: HFConfig) -> Config:
-    return config.with_window(family_of(hf_config).architecture(hf_config).max_position_embeddings)
+def _for_model(config: Config, hf_config: HFConfig) -> Config:
+    """Return the configuration with the defaults that depend on the model."""
+    arch = family_of(hf_config).architecture(hf_config)
+    if arch.sandwich_norm and config.recovery.stitch is None:
+        config = replace(config, recovery=replace(config.recovery, stitch="none"))
+    return config.with_window(arch.max_position_embeddings)
 
 
 def _job(
@@ -212,7 +216,7 @@ def _job(
             teacher=distillation.teacher,
             teaches=config.distills,
             logits=Path(logits) if logits else None,
-            alpha=distillation.kd_loss_alpha,
+            alpha=config.kd_share,
             hidden_weight=distillation.hidden_loss_weight,
             mtp_factor=distillation.mtp_loss_scaling_factor,
         ),
