@@ -92,6 +92,9 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
         every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
         raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
     check_budget(prune)
+    for flag in ("target_memory_batch_size", "target_memory_seq_length"):
+        if prune.target_memory is None and getattr(prune, flag) != getattr(PruneConfig(), flag):
+            raise UsageError(f"--{flag.replace('_', '-')} needs --target-memory")
     if prune.prune_layers is not None:
         pruned_layers_of(prune.prune_layers)
 

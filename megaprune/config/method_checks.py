@@ -11,6 +11,8 @@ _BUDGETS: dict[str, BudgetKind] = {
     "num_layers_to_prune": "layers",
     "prune_ratio": "layers",
     "target_params": "parameters",
+    "target_active_params": "parameters",
+    "target_memory": "parameters",
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
@@ -37,7 +39,8 @@ def check_budget(prune: PruneConfig) -> None:
         raise UsageError(f"--prune-layers and --method {listing} go together")
     counts = "finds a segment of a fixed number of layers" if method.contiguous else "counts layers"
     if kind == "layers":
-        raise UsageError(f"--method {prune.method} counts parameters: give --target-params, not {flag_name(flag)}")
+        targets = " or ".join(flag_name(name) for name, kind in _BUDGETS.items() if kind == "parameters")
+        raise UsageError(f"--method {prune.method} counts parameters: give {targets}, not {flag_name(flag)}")
     raise UsageError(
         f"--method {prune.method} {counts}: give --num-layers-to-prune or --prune-ratio, not {flag_name(flag)}"
     )

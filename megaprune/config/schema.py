@@ -15,7 +15,10 @@ from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method
 
 _LONGEST_DEFAULT_WINDOW = 4096
-WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
+WHAT_TO_PRUNE = (
+    *("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params", "target_active_params"),
+    "target_memory",
+)
 # Groups of settings of which exactly one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
 
@@ -83,6 +86,19 @@ class PruneConfig:
     )
     prune_layers: str | None = flag("with --method manual: the layers to remove, counted from 0, such as 3,7,9")
     target_params: int | None = flag("maximum number of parameters of the pruned model, without MTP layers", least=1)
+    target_active_params: int | None = flag(
+        "maximum number of parameters that a token passes through in the pruned model: of the routed experts, only the "
+        "chosen ones",
+        least=1,
+    )
+    target_memory: str | None = flag(
+        "maximum memory of the served model, such as 24GB: its weights, and its KV cache for "
+        "--target-memory-batch-size sequences of --target-memory-seq-length tokens"
+    )
+    target_memory_batch_size: int = flag("with --target-memory: sequences in the KV cache", 1, least=1)
+    target_memory_seq_length: int | None = flag(
+        "with --target-memory: tokens of each sequence (default: --seq-length)", least=1
+    )
 
 
 @dataclass

@@ -15,13 +15,13 @@ from megaprune.config.schema import (
     ParallelConfig,
     RunConfig,
 )
-from megaprune.config.sizes import num_layers_to_prune
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
-from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
+from megaprune.models.sizes import layer_costs, layer_sizes, output_cost
+from megaprune.pruning.budgets import budget_of
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
 from megaprune.pruning.mtp import with_mtp
@@ -288,23 +288,10 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
         whole = Budget.of_layers(num_layers, num_layers)
         manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
-    if config.prune.target_params is not None:
-        budget = _parameter_budget(config.prune.target_params, hf_config)
-    else:
-        num_pruned = num_layers_to_prune(config.prune, num_layers)
-        if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
-        budget = Budget.of_layers(num_layers, num_layers - num_pruned)
+    budget = budget_of(config, hf_config)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
     return None, protected, budget
-
-
-def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
-    total, costs = model_size(hf_config).total, tuple(size.total for size in layer_sizes(hf_config))
-    if target >= total:
-        raise UsageError(f"--target-params {target:,}: the model has {total:,}; give a smaller number")
-    return Budget(costs, target - (total - sum(costs)))
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
