@@ -92,6 +92,9 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
         every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
         raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
     check_budget(prune)
+    for flag in ("target_memory_batch_size", "target_memory_seq_length"):
+        if prune.target_memory is None and getattr(prune, flag) != getattr(PruneConfig(), flag):
+            raise UsageError(f"--{flag.replace('_', '-')} needs --target-memory")
     if prune.prune_layers is not None:
         pruned_layers_of(prune.prune_layers)
 
@@ -101,7 +104,7 @@ def _check_teacher(config: Config) -> None:
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
     alpha = config.distillation.kd_loss_alpha
-    if config.distillation.distill_loss == "ce" and alpha != 1:
+    if config.distillation.distill_loss == "ce" and alpha not in (None, 1):
         raise UsageError(
             f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
             "leave one of them out"

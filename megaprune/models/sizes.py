@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from megaprune.models import HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, Architecture, WeightRule
+from megaprune.utils.errors import MegapruneError
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,28 @@ def inventory(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Inv
 def layer_costs(config: HFConfig) -> list[int]:
     """Multiply-adds that each layer's weights do for a token."""
     return [size.active for size in layer_sizes(config)]
+
+
+def cached_per_token(config: HFConfig) -> int:
+    """Numbers that one layer keeps in the KV cache for a token: keys and values, or MLA's latent and RoPE key."""
+    arch = family_of(config).architecture(config)
+    if arch.mla:
+        return int(arch.transformer["kv_lora_rank"]) + int(arch.transformer["qk_pos_emb_head_dim"])
+    return 2 * arch.query_groups * arch.head_dim
+
+
+def bytes_per_weight(config: HFConfig) -> int:
+    """Bytes of a weight in the exported model. Block-FP8 sources are exported in bf16.
+
+    Raises:
+        MegapruneError: config.json has a dtype that is not understood.
+    """
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if config.get("quantization_config"):
+        return _BYTES["bfloat16"]
+    if dtype not in _BYTES:
+        raise MegapruneError(f"config.json: the size of dtype {dtype!r} is not known: give the target in parameters")
+    return _BYTES[dtype]
 
 
 def output_cost(config: HFConfig) -> int:

@@ -15,13 +15,13 @@ from megaprune.config.schema import (
     ParallelConfig,
     RunConfig,
 )
-from megaprune.config.sizes import num_layers_to_prune
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
-from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
+from megaprune.models.sizes import layer_costs, layer_sizes, output_cost
+from megaprune.pruning.budgets import budget_of
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
 from megaprune.pruning.mtp import with_mtp
@@ -69,7 +69,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     """
     parse_size(config.run.max_shard_size)
     source = open_source(config)
-    windowed = _with_window(config, source.config)
+    windowed = _for_model(config, source.config)
     parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
     return with_mtp(resolve(windowed, source.config, world_size), source), source
@@ -115,7 +115,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         MegapruneError: the model can't be expressed.
         UsageError: flags that don't fit each other, the model or the processes.
     """
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(_transformer_impl(config))
     job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
@@ -139,7 +139,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
     """Return the options of a plan. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
-    config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
+    config, trains = _for_model(config, hf_config), config.recovery.train_iters != 0
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
@@ -160,7 +160,7 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
 
 def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output: Path) -> CachingOptions:
     """Return the options of caching a teacher. Raises as `resolve`."""
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(config.engine.transformer_impl)
     job = _job(config, hf_config, world_size, fused, reads_windows=True)
     _check_top_k(config, job.model.arch)
@@ -172,8 +172,12 @@ def fixed_settings(config: Config) -> dict[str, object]:
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
-def _with_window(config: Config, hf_config: HFConfig) -> Config:
-    return config.with_window(family_of(hf_config).architecture(hf_config).max_position_embeddings)
+def _for_model(config: Config, hf_config: HFConfig) -> Config:
+    """Return the configuration with the defaults that depend on the model."""
+    arch = family_of(hf_config).architecture(hf_config)
+    if arch.sandwich_norm and config.recovery.stitch is None:
+        config = replace(config, recovery=replace(config.recovery, stitch="none"))
+    return config.with_window(arch.max_position_embeddings)
 
 
 def _job(
@@ -212,7 +216,7 @@ def _job(
             teacher=distillation.teacher,
             teaches=config.distills,
             logits=Path(logits) if logits else None,
-            alpha=distillation.kd_loss_alpha,
+            alpha=config.kd_share,
             hidden_weight=distillation.hidden_loss_weight,
             mtp_factor=distillation.mtp_loss_scaling_factor,
         ),
@@ -284,23 +288,10 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
         whole = Budget.of_layers(num_layers, num_layers)
         manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
-    if config.prune.target_params is not None:
-        budget = _parameter_budget(config.prune.target_params, hf_config)
-    else:
-        num_pruned = num_layers_to_prune(config.prune, num_layers)
-        if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
-        budget = Budget.of_layers(num_layers, num_layers - num_pruned)
+    budget = budget_of(config, hf_config)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
     return None, protected, budget
-
-
-def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
-    total, costs = model_size(hf_config).total, tuple(size.total for size in layer_sizes(hf_config))
-    if target >= total:
-        raise UsageError(f"--target-params {target:,}: the model has {total:,}; give a smaller number")
-    return Budget(costs, target - (total - sum(costs)))
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:

@@ -26,7 +26,6 @@ from megaprune.report.metrics import JSONL_NAME, read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, read_report, result_table, write_report
-from megaprune.selection.budget import Budget
 from megaprune.utils.disk import one_line
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.locks import locked
@@ -118,7 +117,11 @@ def _selection(selection: SelectionOptions, number: int, rounds: int, kept: Sequ
     return replace(
         selection,
         method_options=method_options,
-        budget=Budget(tuple(costs[layer] for layer in kept), selection.budget.limit_of_round(number, rounds)),
+        budget=replace(
+            selection.budget,
+            costs=tuple(costs[layer] for layer in kept),
+            limit=selection.budget.limit_of_round(number, rounds),
+        ),
         protected=frozenset(kept.index(layer) for layer in selection.protected),
         token_budget=max(1, selection.token_budget // rounds),
         heal_iters=_share(selection.heal_iters, number, rounds)[1],

@@ -303,7 +303,7 @@ def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
 
 def healed_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Return the flags of a run that trains two candidates for 2 iterations each, of 10."""
-    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000"]
+    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000", "--stitch", "none"]
     return [*select_argv(model, data, save, "auto"), *healing, "--train-iters", "10", "--lr", "3e-3", *extra]
 
 
