@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.strategies.common as common
 import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from megaprune.mcore import optimizer_state, parallel
@@ -30,9 +30,10 @@ from megaprune.utils import disk
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import aside_of, put_in_place
 
-# The writers of 0.16.1 report through a manager process, which supports saving in the background. The process takes
+# The core's writers report through a manager process, which supports saving in the background. The process takes
 # seconds to start and 400 MB per rank, and it survives when its rank is killed. Saves here are synchronous, so a queue
-# within the process is sufficient.
+# within the process is sufficient. The core uses this writer for them whether or not nvidia-resiliency-ext, whose
+# writers save in the background, is installed.
 filesystem_async._results_queue = queue.Queue()
 # An exception in a section that only rank 0 runs would leave the other ranks waiting in the next collective. Disk
 # errors are therefore recorded here and raised after the last collective.
@@ -53,7 +54,8 @@ def _postponing(write: Callable[..., None]) -> Callable[..., None]:
     return postponing
 
 
-TorchCommonSaveStrategy.save_common = _postponing(TorchCommonSaveStrategy.save_common)
+if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16.1; newer cores give the run's state to the writers
+    common.TorchCommonSaveStrategy.save_common = _postponing(common.TorchCommonSaveStrategy.save_common)
 filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
 serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
