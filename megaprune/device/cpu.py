@@ -36,6 +36,10 @@ def bind_local_device(local_rank: int) -> torch.device | None:
     return None
 
 
+def empty_cache() -> None:
+    """Do nothing: the C library reuses freed memory of any size."""
+
+
 def synchronize() -> None:
     """Do nothing: CPU operations are synchronous."""
 

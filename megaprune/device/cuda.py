@@ -35,6 +35,11 @@ def bind_local_device(local_rank: int) -> torch.device | None:
     return torch.device(NAME, local_rank)
 
 
+def empty_cache() -> None:
+    """Give the memory that the allocator caches back to the device, where NCCL can use it, too."""
+    torch.cuda.empty_cache()
+
+
 def synchronize() -> None:
     """Wait for all queued work of the device."""
     torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from megaprune.mcore.averaging import WeightAverage
 from megaprune.mcore.builder import EngineOptions, in_half_precision
 from megaprune.mcore.layers.lora import adapted_layers
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.mcore.release import detach_from_training, release_config, release_wrappers
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,20 @@ class Trainer:
         if self.average is not None:
             self.average.add(iteration)
         return self._schedule.get_lr(self.optimizer.param_groups[0]), grad_norm
+
+    def close(self) -> None:
+        """End the training: free the gradient buffers, the optimizer's state and the average. The model keeps its
+        weights, in `model`; nothing else of the trainer can be used afterwards.
+        """
+        if not self._wrappers:
+            return
+        release_wrappers(self._wrappers)
+        detach_from_training(self.model.parameters())
+        release_config(self.model)
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            part.__dict__.clear()  # a part refers to buffers, copies of weights and itself
+        self._wrappers, self.average = [], None
+        del self.ddp, self.optimizer, self._schedule
 
     def _steps_into_schedule(self, iteration: int) -> int:
         """Return the position in the schedule of an iteration (from 0).
