@@ -275,9 +275,9 @@ def push(hf_model: str | Path, repo_id: str, **flags: Any) -> "Pushed":
     from megaprune.weights.push import push as send
 
     to = Destination(config.repo_id, config.private, config.revision, config.create_pr, config.commit_message)
-    files = [None if name is None else Path(name) for name in (config.evaluation, config.source_evaluation)]
     fields = {"license": config.license, "base_model": config.base_model}
-    return send(Path(config.hf_model), to, fields, *files, config.dry_run)
+    ours, theirs = (None if name is None else Path(name) for name in (config.evaluation, config.source_evaluation))
+    return send(Path(config.hf_model), to, fields, ours, theirs, config.dry_run)
 
 
 def _config(config: Config | None, flags: dict[str, Any]) -> Config:

@@ -73,7 +73,9 @@ def push(
     """
     _check_destination(to)
     files = _files(folder)
-    evaluations = None if evaluation is None else Evaluations(_tasks(evaluation), _tasks(source_evaluation))
+    evaluations = None
+    if evaluation is not None:
+        evaluations = Evaluations(_tasks(evaluation), None if source_evaluation is None else _tasks(source_evaluation))
     given = {name: value for name, value in fields.items() if value is not None}
     card = completed_card(_card(folder), to.repo_id, given, evaluations)
     sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD_NAME: len(card.encode())}
@@ -130,9 +132,7 @@ def _card(folder: Path) -> str:
     return card
 
 
-def _tasks(path: Path | None) -> dict[str, dict[str, Any]] | None:
-    if path is None:
-        return None
+def _tasks(path: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
