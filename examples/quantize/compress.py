@@ -12,28 +12,50 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# The output layer decides on every token, and routers of experts are small and decide much: they keep their dtype.
+IGNORED = ["lm_head", "re:.*mlp.gate$"]
+GROUP_SIZES = (128, 64, 32, 16)
 
-def modifier(kind: type, scheme: str) -> Modifier:
-    """Return the step that quantizes every linear layer, except for the output layer and the routers of experts."""
-    return kind(targets="Linear", scheme=scheme, ignore=["lm_head", "re:.*mlp.gate$"])
+
+def rounded(scheme: str) -> list[Modifier]:
+    """Return the step that rounds every linear layer to a scheme."""
+    return [QuantizationModifier(targets="Linear", scheme=scheme, ignore=IGNORED)]
 
 
-# Scheme -> its steps, and whether they read data.
+def smoothed() -> list[Modifier]:
+    """Return the steps to 8-bit weights and activations; activations are scaled for each token while the model runs."""
+    steps = GPTQModifier(targets="Linear", scheme="W8A8", ignore=IGNORED)
+    return [SmoothQuantModifier(smoothing_strength=0.8), steps]
+
+
+def grouped(model: torch.nn.Module) -> list[Modifier]:
+    """Return the step to 4-bit weights in groups, of the largest size that divides every layer's inputs."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    widths = {each.in_features for name, each in layers.items() if name != "lm_head"}
+    scheme = preset_name_to_scheme("W4A16", ["Linear"])
+    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+    if not fitting:
+        sys.exit(f"error: --scheme w4a16: no group of {GROUP_SIZES} divides the layers' inputs {sorted(widths)}")
+    scheme.weights.group_size = fitting[0]
+    return [GPTQModifier(config_groups={"group_0": scheme}, ignore=IGNORED)]
+
+
+# Scheme -> its steps for a model, and whether they read data.
 SCHEMES = {
-    # 8-bit weights and activations; activations are scaled for each token while the model runs
-    "w8a8": (lambda: [SmoothQuantModifier(smoothing_strength=0.8), modifier(GPTQModifier, "W8A8")], True),
-    # the same by rounding alone
-    "w8a8-rtn": (lambda: [modifier(QuantizationModifier, "W8A8")], False),
-    "fp8": (lambda: [modifier(QuantizationModifier, "FP8_DYNAMIC")], False),
-    "w4a16": (lambda: [modifier(GPTQModifier, "W4A16")], True),
+    "w8a8": (lambda model: smoothed(), True),
+    "w8a8-rtn": (lambda model: rounded("W8A8"), False),
+    "fp8": (lambda model: rounded("FP8_DYNAMIC"), False),
+    "w4a16": (grouped, True),
 }
 
 
@@ -56,7 +78,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.hf_model)
     data = texts(Path(args.data), tokenizer, args.samples, args.seq_length) if calibrates else None
     calibration = dict(dataset=data, num_calibration_samples=len(data), max_seq_length=args.seq_length) if data else {}
-    oneshot(model=model, recipe=steps(), **calibration)
+    oneshot(model=model, recipe=steps(model), **calibration)
     aside = Path(f"{args.save}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, save_compressed=True)
