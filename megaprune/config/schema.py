@@ -238,6 +238,11 @@ class Config:
         """Return every setting by its name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, by name."""
+        defaults = Config().flat()
+        return {name: value for name, value in self.flat().items() if value != defaults[name]}
+
     def with_window(self, max_positions: int) -> "Config":
         """Return this configuration with `seq_length` set, by default for a model of so many positions."""
         if self.data.seq_length is not None:

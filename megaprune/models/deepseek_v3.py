@@ -33,6 +33,10 @@ _SCORED_PER_GROUP = 2
 # transformers' class and the makers' own code leave these norms at it, whatever rms_norm_eps is
 _LATENT_NORM_EPSILON = 1e-6
 
+# The router of every model of the family. transformers does not write these settings, and without them vLLM routes by
+# softmax and without the biases of experts.
+_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
 
 def _architecture(config: HFConfig) -> Architecture:
     name = config.get("model_type")
@@ -92,7 +96,8 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    return prune_dense_prefix(config, kept, ("first_k_dense_replace",))
+    pruned = prune_dense_prefix(config, kept, ("first_k_dense_replace",))
+    return pruned | {name: value for name, value in _ROUTING.items() if name not in pruned}
 
 
 FAMILY = Family(

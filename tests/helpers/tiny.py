@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -113,15 +114,21 @@ _CHAT_TEMPLATE = (
 )
 
 
-def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models."""
+def make_model(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changed: Any
+) -> Path:
+    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models.
+
+    Args:
+        changed: settings of the model's config in place of the family's own.
+    """
     if family == pangu.CONFIG["model_type"]:
-        pangu.make_checkpoint(folder, dtype)
+        pangu.make_checkpoint(folder, dtype, pangu.CONFIG | changed)
         make_tokenizer().save_pretrained(folder)
         return folder
     model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | changed)), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
