@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
 from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProductAttention
 from megaprune.mcore.layers.multi_token import LogitsModel, mtp_spec
 from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
+from megaprune.mcore.overrides import Overrides
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -39,6 +40,10 @@ class EngineOptions:
     bf16: bool = False
     recompute_granularity: str | None = None
     seq_length: int = 4096
+    recompute_modules: tuple[str, ...] = ()
+    overlap_grad_reduce: bool = False
+    token_dispatcher: str = "alltoall"
+    overrides: Overrides = field(default_factory=Overrides)
 
 
 def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
@@ -113,10 +118,12 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     recompute: dict[str, Any] = {}
     if options.recompute_granularity:
         recompute["recompute_granularity"] = options.recompute_granularity
+    if options.recompute_modules:
+        recompute["recompute_modules"] = list(options.recompute_modules)
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
-    return (MLATransformerConfig if arch.mla else TransformerConfig)(
+    fields = dict(
         **arch.transformer,
         **recompute,
         **(_expert_fields(options) if arch.num_experts else {}),
@@ -153,6 +160,16 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         persist_layer_norm=fused,
         transformer_impl="transformer_engine" if options.transformer_engine else "local",
     )
+    chosen = options.overrides.transformer
+    try:
+        return (MLATransformerConfig if arch.mla else TransformerConfig)(**{**fields, **chosen})
+    except (AssertionError, ImportError, ValueError) as error:
+        if not (chosen or options.recompute_modules or options.token_dispatcher != "alltoall"):
+            raise
+        raise UsageError(
+            "Megatron-Core refuses the options of --override, --recompute-modules and --moe-token-dispatcher-type: "
+            + " ".join(str(error).split())
+        ) from None
 
 
 def _leave_undefined(weight: torch.Tensor) -> None:
@@ -164,7 +181,7 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
     return dict(
         expert_model_parallel_size=options.sizes.expert,
         expert_tensor_parallel_size=options.sizes.expert_tensor,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=options.token_dispatcher,
         moe_grouped_gemm=options.transformer_engine,
         moe_router_dtype="fp32",
         # Load balancing would move the student, and even the bias of a frozen router, away from the teacher.
@@ -177,6 +194,11 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
 def uses_transformer_engine(model: PipelineModel) -> bool:
     """Return whether the model was built from Transformer Engine layers."""
     return model.config.transformer_impl == "transformer_engine"
+
+
+def is_gated(model: PipelineModel) -> bool:
+    """Return whether the layers of a model have a gate."""
+    return any(getattr(layer, "gate", None) is not None for _, layer in model.layers())
 
 
 def build_model(

@@ -16,7 +16,8 @@ from megaprune.config.schema import (
     RunConfig,
 )
 from megaprune.mcore import parallel
-from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.builder import check_parallel_sizes
+from megaprune.mcore.optimizer import check_training_configs
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
@@ -37,7 +38,7 @@ from megaprune.pruning.options import (
     RunOptions,
     SelectionOptions,
 )
-from megaprune.pruning.resolve_training import lora_options, optimizer_options, training_options
+from megaprune.pruning.resolve_training import engine_options, lora_options, optimizer_options, training_options
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
@@ -56,7 +57,7 @@ _MAY_CHANGE = {
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
     *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
-} - {"use_distributed_optimizer"}
+} - {"use_distributed_optimizer", "override"}
 
 
 def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
@@ -133,6 +134,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         output=_output_options(config),
     )
     options.pipeline.stages_of_layers(selection.fewest_layers())
+    check_training_configs(options.engine, options.optimizer)
     return options
 
 
@@ -195,7 +197,7 @@ def _job(
         model=ModelOptions(
             config.model.given, hf_config, arch, config.model.mtp == "keep", config.model.trust_remote_code
         ),
-        engine=EngineOptions(sizes, transformer_engine, recovery.bf16, config.engine.recompute_granularity, seq_length),
+        engine=engine_options(config, arch, sizes, transformer_engine, seq_length),
         pipeline=_pipeline(config, hf_config, sizes),
         data=DataOptions(
             train=list(data.train_data),

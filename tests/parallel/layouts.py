@@ -56,7 +56,7 @@ MTP_LAYOUTS = {
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
-_SP, _DISTRIBUTED = "--sequence-parallel", "--use-distributed-optimizer"
+_SP, _DISTRIBUTED, _OVERLAP = "--sequence-parallel", "--use-distributed-optimizer", "--overlap-grad-reduce"
 
 
 def model_layouts(family: str) -> dict[str, tuple[int, dict]]:
@@ -68,8 +68,8 @@ RUN_LAYOUTS = {
     "tp2": (2, _TP2),
     "pp2": (2, _PP2),
     "pp2_recompute": (2, (*_PP2, "--recompute-granularity", "full")),
-    "dp2": (2, ()),
-    "dp2_distributed": (2, (_DISTRIBUTED,)),
+    "dp2": (2, (_OVERLAP, "--override", "ddp.bucket_size=5000")),
+    "dp2_distributed": (2, (_DISTRIBUTED, _OVERLAP)),
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
@@ -98,7 +98,10 @@ LOAD_LAYOUTS = {
     "moe_pp2": ("pangu_ultra_moe", PP2),
 }
 MOE_RUN_LAYOUTS = {
-    "moe_ep2": (2, ("--expert-model-parallel-size", "2", _DISTRIBUTED)),
+    "moe_ep2": (
+        2,
+        ("--expert-model-parallel-size", "2", _DISTRIBUTED, "--moe-token-dispatcher-type", "allgather", _OVERLAP),
+    ),
     "moe_tp2_sp": (2, (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
     "moe_pp2": (2, _PP2),
 }
