@@ -8,6 +8,8 @@ from megaprune.planning.plan import Moment, Phase, Plan, Stage
 from megaprune.utils.text import number_ranges
 
 _GIB = 2**30
+# Marks of the stages of a phase, and of other moments, that need more memory than a device has.
+_UNFIT, _TOO_MUCH = "  DOES NOT FIT", "  too much"
 _MARGIN = (
     f"margin      {CONTEXT_BYTES / _GIB:g} GiB for the CUDA context and workspaces, {GROUP_BYTES / _GIB:g} GiB for each "
     "of {groups} communicators of NCCL,\n"
@@ -163,7 +165,7 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
             f"{stage.cost / mean:.3f}",
         ]
         if device_memory_gib is not None and memory.total > device_memory_gib * _GIB:
-            row[-1] += "  DOES NOT FIT"
+            row[-1] += _UNFIT
         rows.append(tuple(row))
     return lines + _aligned(rows)
 
@@ -180,7 +182,7 @@ def _moment_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
         memory = each.memory[stage]
         row = [names[each.name], str(stage), *(f"{part / unit:.2f}" for part in (*_parts(memory), memory.total))]
         if device_memory_gib is not None and memory.total > device_memory_gib * _GIB:
-            row[-1] += "  DOES NOT FIT"
+            row[-1] += _TOO_MUCH
         rows.append(tuple(row))
     return ["other moments, of each the fullest stage:", *_aligned(rows)]
 
@@ -192,8 +194,14 @@ def _parts(memory: Memory) -> tuple[int, ...]:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column].removesuffix("  DOES NOT FIT")) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(len(_marked(row[column])[0]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _marked(cell: str) -> tuple[str, str]:
+    """Return the text of a cell and its mark, if it has one."""
+    mark = next((mark for mark in (_UNFIT, _TOO_MUCH) if cell.endswith(mark)), "")
+    return cell.removesuffix(mark), mark
 
 
 def _disk_lines(plan: Plan) -> list[str]:
@@ -205,7 +213,7 @@ def _disk_lines(plan: Plan) -> list[str]:
 
 
 def _padded(cell: str, width: int) -> str:
-    number, mark, _ = cell.partition("  DOES NOT FIT")
+    number, mark = _marked(cell)
     return number.rjust(width) + mark
 
 
