@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+import megaprune.mcore.gradient_norm  # noqa: F401  (see there)
 from megaprune.mcore.averaging import WeightAverage
 from megaprune.mcore.builder import EngineOptions, in_half_precision, is_gated
 from megaprune.mcore.layers.lora import adapted_layers

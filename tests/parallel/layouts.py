@@ -73,6 +73,7 @@ RUN_LAYOUTS = {
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
+FREED_LAYOUTS = {"tp2_sp": (*_TP2, _SP, "--bf16"), "dp2_distributed": (_DISTRIBUTED,)}
 # calibrated methods, and the run on one process
 SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
