@@ -54,7 +54,9 @@ def _postponing(write: Callable[..., None]) -> Callable[..., None]:
     return postponing
 
 
-if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16.1; newer cores give the run's state to the writers
+# 0.16.1 writes the run's state to a file of its own. Newer cores give it to the writers.
+STATE_IN_A_FILE = hasattr(common, "TorchCommonSaveStrategy")
+if STATE_IN_A_FILE:
     common.TorchCommonSaveStrategy.save_common = _postponing(common.TorchCommonSaveStrategy.save_common)
 filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
 serialization.save_config = _postponing(serialization.save_config)
@@ -172,6 +174,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         MegapruneError: the checkpoint cannot be read.
     """
+    if STATE_IN_A_FILE and not (checkpoint / "common.pt").is_file():
+        raise MegapruneError(
+            f"{checkpoint} is damaged, or was saved with megatron-core 0.17 or newer: install that version to "
+            "continue, or remove the checkpoint to start again"
+        )
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
     except Exception as error:  # the core raises many exception types for a damaged checkpoint
