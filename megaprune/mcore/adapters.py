@@ -88,6 +88,8 @@ def export_adapter(
             new_name = source.renamed(name, kept_layers)
             if new_name is None or not writes:
                 continue
+            for stored, loaded in source.family.modules_in_transformers:
+                name, new_name = (n.replace(f".{stored}.", f".{loaded}.") for n in (name, new_name))
             targets.add(name_in_layer(name))
             for which, matrix in zip("AB", matrices, strict=True):
                 writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)

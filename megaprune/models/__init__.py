@@ -1,6 +1,21 @@
 """One file per model family. A new family is a new file, listed below."""
 
-from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
+from megaprune.models import (
+    block_sparse_moe,
+    deepseek_v3,
+    gemma3,
+    glm4_moe,
+    llama,
+    mistral,
+    olmo,
+    pangu_embedded,
+    pangu_ultra_moe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import HFConfig
 from megaprune.models.tables import Architecture, Family, WeightRule
@@ -13,6 +28,17 @@ _ALL = (
     qwen3_moe.FAMILY,
     deepseek_v3.FAMILY,
     deepseek_v3.KIMI_K2,
+    deepseek_v3.GLM4_MOE_LITE,
+    deepseek_v3.DEEPSEEK_V32,
+    glm4_moe.FAMILY,
+    *block_sparse_moe.FAMILIES,
+    *mistral.FAMILIES,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    olmo.OLMO2,
+    olmo.OLMO3,
+    gemma3.FAMILY,
+    pangu_embedded.FAMILY,
     pangu_ultra_moe.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

@@ -171,6 +171,17 @@ class TensorSource(Protocol):
             found += self.mtp_copies(original)
         return found
 
+    def carried(self, kept_layers: Sequence[int]) -> list[str]:
+        """Return the tensors of kept layers that no Megatron parameter holds."""
+        arch = self.family.architecture(self.config)
+        return [
+            name
+            for layer in kept_layers
+            for rule in self.family.layer_rules(arch, layer)
+            if rule.carried
+            for name in rule.at(layer).hf
+        ]
+
     def mtp_own(self) -> list[str]:
         """Return the MTP layers' tensors that are not copies."""
         copies = {*self.mtp_copies(EMBEDDING), *self.mtp_copies(OUTPUT)}

@@ -67,6 +67,92 @@ FAMILIES = {
     # as the small ones of Qwen3 are
     "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
 }
+_MINISTRAL3_ROPE = _YARN | dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=32)
+# Windows are shorter than the tests' sequences.
+FAMILIES |= {
+    "llama_biased": ("llama", _COMMON | dict(num_hidden_layers=4, attention_bias=True, mlp_bias=True)),
+    "qwen2_windows": (
+        "qwen2",
+        _COMMON | dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=24, max_window_layers=2),
+    ),
+    "qwen3_windows": (
+        "qwen3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=32,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=17,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        ),
+    ),
+    "mistral": ("mistral", _COMMON | dict(num_hidden_layers=4, head_dim=24, sliding_window=40)),
+    "ministral": (
+        "ministral",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=16,
+            sliding_window=24,
+            layer_types=["full_attention", *["sliding_attention"] * 3],
+        ),
+    ),
+    "ministral3": ("ministral3", _COMMON | dict(num_hidden_layers=4, head_dim=24, rope_parameters=_MINISTRAL3_ROPE)),
+    "phi3": ("phi3", _COMMON | dict(num_hidden_layers=4, sliding_window=50, pad_token_id=0)),
+    "phi3_partial": (
+        "phi3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75),
+        ),
+    ),
+    "smollm3": (
+        "smollm3",
+        _COMMON
+        | dict(
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            no_rope_layer_interval=3,
+            use_sliding_window=True,
+            sliding_window=24,
+            pad_token_id=0,
+        ),
+    ),
+    "olmo2": ("olmo2", _COMMON | dict(num_hidden_layers=4)),
+    "olmo3": (
+        "olmo3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            sliding_window=24,
+            attention_bias=True,
+            rope_parameters=dict(
+                full_attention={key: value for key, value in _YARN.items() if not key.startswith("mscale")},
+                sliding_attention=dict(rope_type="default", rope_theta=5e5),
+            ),
+        ),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _COMMON
+        | dict(
+            num_hidden_layers=7,
+            head_dim=32,
+            sliding_window=24,
+            query_pre_attn_scalar=40,
+            tie_word_embeddings=True,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", *["sliding_attention"] * 4],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+}
 # Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
 MOE_FAMILIES = {
     "deepseek_v3": (
@@ -107,6 +193,60 @@ MOE_FAMILIES = {
     ),
 }
 
+_SIGMOID_ROUTED = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=40,
+    routed_scaling_factor=1.8,
+    num_nextn_predict_layers=0,
+)
+_LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+)
+_BLOCK_SPARSE = dict(num_hidden_layers=4, intermediate_size=40, num_local_experts=8, num_experts_per_tok=2)
+MOE_FAMILIES |= {
+    "glm4_moe": (
+        "glm4_moe",
+        _COMMON
+        | _SIGMOID_ROUTED
+        | dict(
+            num_hidden_layers=5,
+            head_dim=24,
+            attention_bias=True,
+            use_qk_norm=True,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
+        ),
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", _COMMON | _SIGMOID_ROUTED | _LATENT | dict(num_hidden_layers=4)),
+    "deepseek_v32": (
+        "deepseek_v32",
+        _COMMON
+        | _SIGMOID_ROUTED
+        | _LATENT
+        | dict(
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            index_topk=128,
+            index_n_heads=4,
+            index_head_dim=16,
+            rope_parameters=_YARN,
+        ),
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        _COMMON
+        | _BLOCK_SPARSE
+        | dict(head_dim=24, rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)),
+    ),
+    "mixtral": ("mixtral", _COMMON | _BLOCK_SPARSE | dict(head_dim=16, sliding_window=40)),
+}
+
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
     "{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
@@ -127,7 +267,7 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 # from fp32, so that a detour over bf16 shows
-                parameter.data = 1 + 0.2 * noise
+                parameter.data = (0 if model_type == "gemma3_text" else 1) + 0.2 * noise
             else:
                 scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
                 parameter.copy_(scale * noise)
