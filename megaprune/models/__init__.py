@@ -7,6 +7,7 @@ from megaprune.models import (
     glm4_moe,
     llama,
     mistral,
+    nested,
     olmo,
     pangu_embedded,
     pangu_ultra_moe,
@@ -42,6 +43,22 @@ _ALL = (
     pangu_ultra_moe.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+# Language models within multimodal ones.
+_NESTED = (
+    nested.nested_family(
+        "kimi_k25",
+        {"kimi_k2": deepseek_v3.KIMI_K2, "deepseek_v3": deepseek_v3.FAMILY},
+        prefix="language_model.",
+        other_tensors=(r"^vision_tower\.", r"^(model\.)?mm_projector\."),
+    ),
+    nested.nested_family(
+        "mistral3",
+        {name: FAMILIES[name] for name in ("mistral", "ministral3")},
+        prefix="language_model.",
+        other_tensors=(r"^vision_tower\.", r"^multi_modal_projector\."),
+    ),
+)
+FAMILIES |= {family.model_type: family for family in _NESTED}
 
 __all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "WeightRule", "family_of"]
 
@@ -57,7 +74,7 @@ def family_of(config: HFConfig) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MegapruneError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    if config.get("text_config") is not None:
+    if config.get("text_config") is not None and FAMILIES[model_type].text_key is None:
         raise MegapruneError(
             f"{model_type}: config.json holds a text_config, as multimodal models do: only text models are supported"
         )

@@ -11,7 +11,7 @@ from megaprune.models.gqa import INPUT_NORM_RULES, attention_rules, gqa_architec
 from megaprune.models.keys import edited
 from megaprune.models.layer_settings import per_layer
 from megaprune.models.mla import check_chosen, sigmoid_router
-from megaprune.models.settings import HFConfig, flag, text, whole, whole_or_none
+from megaprune.models.settings import HFConfig, whole, whole_or_none
 from megaprune.models.shards import COPY
 from megaprune.models.tables import (
     HF,
@@ -28,9 +28,7 @@ from megaprune.utils.errors import MegapruneError
 
 _BLOCK = "block_sparse_moe"
 _RULES = (*expert_rules(_BLOCK, "w1", "w3", "w2"), mlp_norm_rule("post_attention_layernorm", moe=True))
-_EXPERT_BIAS_RULE = WeightRule(
-    MEGATRON + "mlp.router.expert_bias", (HF + f"{_BLOCK}.e_score_correction_bias",), COPY
-)
+_EXPERT_BIAS_RULE = WeightRule(MEGATRON + "mlp.router.expert_bias", (HF + f"{_BLOCK}.e_score_correction_bias",), COPY)
 # Settings of MiniMax's earlier models, which have one value each in every released M2.
 _FIXED: dict[str, Any] = {
     "qk_norm_type": "per_layer",
@@ -102,7 +100,7 @@ FAMILIES: Sequence[Family] = tuple(
         describe=describe,
         model_rules=MODEL_RULES,
         layer_rules=_layer_rules,
-        modules_in_transformers=((_BLOCK, "mlp"),),
+        modules_in_transformers=((rf"\b{_BLOCK}\.", "mlp."),),
     )
     for name, describe in (("mixtral", _mixtral), ("minimax_m2", _minimax_m2))
 )

@@ -114,7 +114,7 @@ def _types_by_prefix(config: HFConfig, default: int) -> list[str]:
 _PREFIX = "first_k_dense_replace"
 # What transformers assumes without the list; in GLM-4.7-Flash, whatever `first_k_dense_replace` is.
 _FIRST_DENSE = LayerRule(
-    "mlp_layer_types", lambda config: ["dense", *["sparse"] * config["num_hidden_layers"]][: config["num_hidden_layers"]]
+    "mlp_layer_types", lambda config: ["sparse" if layer else "dense" for layer in range(config["num_hidden_layers"])]
 )
 _DENSE_PREFIX = LayerRule("mlp_layer_types", partial(_types_by_prefix, default=3))
 _INDEXER_RULES = tuple(

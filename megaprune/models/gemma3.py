@@ -1,5 +1,8 @@
-"""Gemma 3's text models (``model_type: gemma3_text``): norms around attention and MLP that multiply by 1 + weight, GELU,
-a scaled embedding, and windows with a RoPE of their own in five of six layers."""
+"""Gemma 3's text models (``model_type: gemma3_text``).
+
+Norms precede and follow attention and MLP, and multiply by 1 + weight. The embedding is scaled, MLPs have GELU, and
+five of six layers have a sliding window with a RoPE of its own.
+"""
 
 import math
 from collections.abc import Sequence
@@ -95,4 +98,5 @@ FAMILY = Family(
     model_rules=MODEL_RULES,
     layer_rules=_layer_rules,
     prune_config=partial(prune_layer_settings, rules=(_RULE,)),
+    tied_by_default=True,
 )

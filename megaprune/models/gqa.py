@@ -70,10 +70,9 @@ _OUTPUT_BIAS_RULES = (WeightRule(ATTENTION + "linear_proj.bias", (HF + "self_att
 
 
 def _qk_norm_rules(over_width: bool) -> tuple[WeightRule, ...]:
-    # a norm over all heads is cut with them
+    kind = COLUMN if over_width else COPY  # a norm over all heads is cut with them
     return tuple(
-        WeightRule(ATTENTION + f"{x}_layernorm.weight", (HF + f"self_attn.{x}_norm.weight",), COLUMN if over_width else COPY)
-        for x in "qk"
+        WeightRule(ATTENTION + f"{x}_layernorm.weight", (HF + f"self_attn.{x}_norm.weight",), kind) for x in "qk"
     )
 
 

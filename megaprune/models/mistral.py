@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from megaprune.models.gqa import dense_layer_rules, gqa_architecture
 from megaprune.models.settings import HFConfig, is_number, whole, wrong
-from megaprune.models.rope import read_rope
 from megaprune.models.tables import MODEL_RULES, Architecture, Family, QueryGrowth
 from megaprune.models.windows import windows_by_type, windows_everywhere
 

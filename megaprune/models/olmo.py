@@ -35,8 +35,8 @@ def _olmo3(config: HFConfig) -> Architecture:
     positions = whole(config, "max_position_embeddings", 2048)
     if config.get("rope_theta", _THETA) != _THETA and not config.get("rope_parameters"):
         raise MegapruneError(
-            f"olmo3: rope_theta {config['rope_theta']!r} beside rope_scaling is ambiguous: transformers does not use it "
-            "in layers with a window; give rope_parameters by type of layer"
+            f"olmo3: rope_theta {config['rope_theta']!r} is ambiguous: transformers does not use it in layers with a "
+            "window; give rope_parameters by type of layer"
         )
     ropes = read_rope_by_type(config, positions, {FULL: _THETA, SLIDING: _THETA}, full=FULL)
     plain = edited(config, {}, without=("rope_theta", "rope_scaling", "rope_parameters"))

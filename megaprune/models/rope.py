@@ -108,8 +108,8 @@ def partial_rotary(config: HFConfig, channels: int, default: float, scaling: Rop
     rotated = int(channels * share)
     if rotated % 2 or not rotated:
         raise MegapruneError(
-            f"{config.get('model_type')}: partial_rotary_factor {share} of {channels} dimensions is {rotated}, but RoPE "
-            "needs an even number of them"
+            f"{config.get('model_type')}: partial_rotary_factor {share} of {channels} dimensions is {rotated}, but "
+            "RoPE needs an even number of them"
         )
     if rotated < channels and scaling is not None and scaling.attention_factor != 1:
         raise MegapruneError(

@@ -28,6 +28,7 @@ _TYPE_RULE = LayerRule("layer_types", _types)
 def _architecture(config: HFConfig) -> Architecture:
     num_layers = whole(config, "num_hidden_layers")
     whole(config, "no_rope_layer_interval", 4)
+    whole_or_none(config, "max_window_layers", None, least=0)  # of Qwen's code, read by none of this family
     # the list's name notwithstanding, 1 means RoPE
     rope = per_layer(config, "no_rope_layers", num_layers, (0, 1)) or _with_rope(config)
     arch = gqa_architecture(config, max_positions=32768, groups=4, theta=2000000.0, **_windows(config))
@@ -56,4 +57,5 @@ FAMILY = Family(
     model_rules=MODEL_RULES,
     layer_rules=dense_layer_rules,
     prune_config=_prune_config,
+    tied_by_default=True,
 )

@@ -5,6 +5,7 @@ A family is data. The conversion engine (`megaprune.weights`) and the model buil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -198,8 +199,12 @@ class Family:
         mtp_keys: names under which config.json counts multi-token-prediction layers, where the family has any.
         stacks_experts: transformers' class, where it has one, holds the experts of a layer as stacked parameters; the
             code that comes with other families, as a module each.
-        modules_in_transformers: modules whose names in transformers' class differ from those of the tensors, with the
-            names there.
+        modules_in_transformers: how names in transformers' class differ from those of the tensors: regular
+            expressions, with what replaces them.
+        prefix: what stored names have in front of the tables' names.
+        passed: regular expressions of tensors of other parts of the model, which the export holds as they are.
+        text_key: the key of config.json with the config of the language model, if it is nested.
+        tied_by_default: whether embeddings are tied if config.json does not say it.
     """
 
     model_type: str
@@ -211,6 +216,10 @@ class Family:
     mtp_keys: tuple[str, ...] = ()
     stacks_experts: bool = True
     modules_in_transformers: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    passed: tuple[str, ...] = ()
+    text_key: str | None = None
+    tied_by_default: bool = False
 
     def architecture(self, config: HFConfig) -> Architecture:
         """The architecture that an HF config describes.
@@ -223,6 +232,20 @@ class Family:
         recorded.read.update(self.mtp_keys)
         check_understood(recorded)
         return arch
+
+    def ties(self, config: HFConfig) -> bool:
+        """Return whether a config ties the embeddings."""
+        return bool(config.get("tie_word_embeddings", self.tied_by_default))
+
+    def with_mtp(self, config: HFConfig, number: int) -> HFConfig:
+        """The config with another number of multi-token-prediction layers, where the family counts them."""
+        if self.text_key is None:
+            return config | dict.fromkeys(self.mtp_keys, number)
+        return config | {self.text_key: config[self.text_key] | dict.fromkeys(self.mtp_keys, number)}
+
+    def passes(self, name: str) -> bool:
+        """Return whether a tensor belongs to another part of the model."""
+        return any(re.search(pattern, name) for pattern in self.passed)
 
     def rules(self, config: HFConfig) -> list[WeightRule]:
         """Every rule of a model with this config, layer by layer."""

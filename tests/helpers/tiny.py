@@ -6,13 +6,14 @@ import keyword
 import os
 import random
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
@@ -122,6 +123,7 @@ FAMILIES |= {
             pad_token_id=0,
         ),
     ),
+    "pangu_embedded": ("llama", _COMMON | dict(num_hidden_layers=4, attention_bias=True)),
     "olmo2": ("olmo2", _COMMON | dict(num_hidden_layers=4)),
     "olmo3": (
         "olmo3",
@@ -153,6 +155,26 @@ FAMILIES |= {
         ),
     ),
 }
+_PIXTRAL = dict(
+    model_type="pixtral",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    head_dim=16,
+    image_size=28,
+    patch_size=14,
+)
+# Language models within multimodal ones.
+NESTED = ("mistral3", "kimi_k25")
+FAMILIES["mistral3"] = (
+    "mistral3",
+    dict(
+        tie_word_embeddings=False,
+        text_config=_COMMON | dict(model_type="mistral", num_hidden_layers=4, head_dim=16, sliding_window=None),
+        vision_config=_PIXTRAL,
+    ),
+)
 # Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
 MOE_FAMILIES = {
     "deepseek_v3": (
@@ -244,6 +266,25 @@ MOE_FAMILIES |= {
         | _BLOCK_SPARSE
         | dict(head_dim=24, rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)),
     ),
+    "kimi_k25": (
+        "kimi_k25",
+        dict(
+            tie_word_embeddings=False,
+            projection_hidden_size=32,
+            text_config=_COMMON
+            | _SIGMOID_ROUTED
+            | _LATENT
+            | dict(model_type="deepseek_v3", num_hidden_layers=4, first_k_dense_replace=1, n_group=1, topk_group=1),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                pos_emb_height=4,
+                pos_emb_width=4,
+            ),
+        ),
+    ),
     "mixtral": ("mixtral", _COMMON | _BLOCK_SPARSE | dict(head_dim=16, sliding_window=40)),
 }
 
@@ -261,7 +302,7 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
         return folder
     model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    model = _auto_class(model_type).from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -275,8 +316,36 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if family == "kimi_k25":
+        _name_as_released(folder)
+    if family == "pangu_embedded":
+        _rename_family(folder, "PanguEmbedded", {"attention_bias": "bias"})
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _auto_class(model_type: str) -> type:
+    """Return transformers' class of models with a language model's output."""
+    return AutoModelForImageTextToText if model_type in NESTED else AutoModelForCausalLM
+
+
+def _name_as_released(folder: Path) -> None:
+    """Undo a change of Kimi's names, which transformers' reversal of its own conversion makes in the wrong place."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            name.replace("language_model.model.blocks.", "language_model.model.layers."): tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        path.write_text(path.read_text().replace("language_model.model.blocks.", "language_model.model.layers."))
+
+
+def _rename_family(folder: Path, model_type: str, keys: dict[str, str]) -> None:
+    """Change the family in config.json, and the names of keys."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": model_type}
+    path.write_text(json.dumps({keys.get(key, key): value for key, value in config.items()}))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -329,10 +398,22 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
-    """Load the folder in transformers, in fp32; fail unless every weight fits."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    """Load the folder in transformers, in fp32; fail unless every weight fits.
+
+    openPangu-Embedded, for which transformers has no class, is loaded as the Llama with biases that it equals.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as copy:
+        if config["model_type"] == "PanguEmbedded":
+            for path in folder.iterdir():
+                (Path(copy) / path.name).symlink_to(path.resolve())
+            (Path(copy) / "config.json").unlink()
+            (Path(copy) / "config.json").write_text(json.dumps(config))
+            _rename_family(Path(copy), "llama", {"bias": "attention_bias"})
+            folder = Path(copy)
+        model, info = _auto_class(config["model_type"]).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     assert not any(info.values()), info
     return model.eval()
 
