@@ -172,7 +172,11 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
 
 def _moment_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     """Return a table with the fullest stage of each moment."""
-    names = {"importance": "importance passes", "transition": "pruned student is built", "saving": "checkpoint is saved"}
+    names = {
+        "importance": "importance passes",
+        "transition": "pruned student is built",
+        "saving": "checkpoint is saved",
+    }
     largest = max(memory.total for each in plan.moments for memory in each.memory)
     unit, name = (_GIB, "GiB") if largest >= _GIB else (2**20, "MiB")
     header = ("", "stage", "weights", "gradients", "optimizer", "teacher", "activations", "working", "margin")
@@ -209,7 +213,9 @@ def _disk_lines(plan: Plan) -> list[str]:
         return []
     size, count = plan.disk.checkpoint, plan.disk.at_once
     unit, name = (_GIB, "GiB") if size >= _GIB else (2**20, "MiB")
-    return [f"disk        checkpoints of {size / unit:,.1f} {name}, up to {count} at once: {count * size / unit:,.1f} {name}"]
+    return [
+        f"disk        checkpoints of {size / unit:,.1f} {name}, up to {count} at once: {count * size / unit:,.1f} {name}"
+    ]
 
 
 def _padded(cell: str, width: int) -> str:

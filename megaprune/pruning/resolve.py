@@ -316,6 +316,12 @@ def _check_sequence(seq_length: int, arch: Architecture, sizes: ParallelSizes, r
         return
     if seq_length > arch.max_position_embeddings:
         raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
+    if arch.longest_sequence is not None and seq_length > arch.longest_sequence:
+        raise UsageError(
+            f"--seq-length {seq_length} is more than {arch.longest_sequence} (index_topk): in longer sequences the "
+            "model attends to tokens that its indexer chooses, which training does not; give --seq-length "
+            f"{arch.longest_sequence} or less"
+        )
     if sizes.sequence_parallel and seq_length % sizes.tensor:
         raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megaprune.models import HFConfig
 from megaprune.weights.beside import files_beside
+from megaprune.weights.quantized import without_quantization
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, finish_shards
 
@@ -14,12 +15,12 @@ from megaprune.weights.writer import ShardWriter, finish_shards
 def write_pruned_weights(
     source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
 ) -> None:
-    """Copy every kept tensor bit for bit (FP8 dequantized) under its new name, in the layout of the source."""
+    """Copy every kept tensor bit for bit, or dequantized, under its new name, in the layout of the source."""
     writer, layout = ShardWriter(folder, max_shard_bytes), source.pruned_layout(kept_layers, keep_mtp)
     for name in source.names:
         new_name = source.renamed(name, kept_layers, keep_mtp)
         if new_name is not None:
-            ranges = None if source.is_fp8(name) else source.ranges(name)
+            ranges = None if source.is_quantized(name) else source.ranges(name)
             if ranges is None:
                 writer.add(layout.written_name(new_name), source.read(name))
             else:
@@ -33,9 +34,8 @@ def write_pruned_config(source: TensorSource, kept_layers: Sequence[int], folder
     """
     pruned = source.family.prune_config(source.config, kept_layers)
     # readers use 1 if the count is absent
-    pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
-    pruned.pop("quantization_config", None)  # block FP8 was dequantized
-    write_config(pruned, folder)
+    pruned = source.family.with_mtp(pruned, len(source.mtp_layers) if keep_mtp else 0)
+    write_config(without_quantization(pruned), folder)
     copy_beside(source.folder, folder)
 
 

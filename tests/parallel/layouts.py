@@ -19,6 +19,11 @@ MOE_LAYOUTS = {
     "pp2": (2, PP2),
     "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2),
 }
+# Families that share their attention and MLPs with those that run at every layout.
+_FEWER_LAYOUTS = {name: MODEL_LAYOUTS[name] for name in ("tp2_sp", "pp2")}
+_FEWER_MOE_LAYOUTS = {name: MOE_LAYOUTS[name] for name in ("tp2_sp", "pp2", "ep2")}
+_EVERYWHERE = {"llama2", "llama3", "llama_tied", "qwen2", "qwen3", "qwen3_tied"}
+_EVERYWHERE |= {"deepseek_v3", "qwen3_moe", "pangu_ultra_moe"}
 # of models with another stored layout than the tables
 STORED_LAYOUTS = {
     "deepseek_v3_stacked": {name: MOE_LAYOUTS[name] for name in ("tp2_sp_ep2", "pp2")},
@@ -61,7 +66,9 @@ _SP, _DISTRIBUTED, _OVERLAP = "--sequence-parallel", "--use-distributed-optimize
 
 def model_layouts(family: str) -> dict[str, tuple[int, dict]]:
     """Return the layouts, with their numbers of processes, at which a family's model is computed."""
-    return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
+    if family in _EVERYWHERE:
+        return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
+    return _FEWER_MOE_LAYOUTS if family in MOE_FAMILIES else _FEWER_LAYOUTS
 
 
 RUN_LAYOUTS = {

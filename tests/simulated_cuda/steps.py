@@ -227,7 +227,8 @@ def _search(job: Job, trainer: Trainer, teacher: Any) -> None:
     for name, selector in selectors.items():
         for step in range(2):
             job.parts.run(
-                name, lambda: search_step(trainer, job.batches, objective, step, selector, job.gate)  # noqa: B023
+                name,
+                lambda: search_step(trainer, job.batches, objective, step, selector, job.gate),  # noqa: B023
             )
 
 
