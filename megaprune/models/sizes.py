@@ -61,12 +61,21 @@ def layer_costs(config: HFConfig) -> list[int]:
     return [size.active for size in layer_sizes(config)]
 
 
-def cached_per_token(config: HFConfig) -> int:
-    """Numbers that one layer keeps in the KV cache for a token: keys and values, or MLA's latent and RoPE key."""
+def cached_numbers(config: HFConfig, length: int) -> list[int]:
+    """Numbers that each layer keeps in the KV cache of a sequence: keys and values, or MLA's latent and RoPE key.
+
+    Args:
+        length: tokens of the sequence; a layer with a sliding window keeps no more than the window.
+    """
     arch = family_of(config).architecture(config)
+    fields = arch.transformer
     if arch.mla:
-        return int(arch.transformer["kv_lora_rank"]) + int(arch.transformer["qk_pos_emb_head_dim"])
-    return 2 * arch.query_groups * arch.head_dim
+        each = int(fields["kv_lora_rank"]) + int(fields["qk_pos_emb_head_dim"])
+    else:
+        each = 2 * arch.query_groups * arch.head_dim
+    slides = fields.get("window_attn_skip_freq") or [0] * arch.num_layers
+    window = fields["window_size"][0] + 1 if any(slides) else length
+    return [each * (min(length, window) if slide else length) for slide in slides]
 
 
 def bytes_per_weight(config: HFConfig) -> int:

@@ -3,7 +3,7 @@
 from megaprune.config.schema import Config
 from megaprune.config.sizes import num_layers_to_prune
 from megaprune.models import HFConfig
-from megaprune.models.sizes import Size, bytes_per_weight, cached_per_token, layer_sizes, model_size
+from megaprune.models.sizes import Size, bytes_per_weight, cached_numbers, layer_sizes, model_size
 from megaprune.selection.budget import Budget
 from megaprune.utils.errors import UsageError
 from megaprune.weights.writer import parse_size
@@ -36,9 +36,9 @@ def _memory_budget(config: Config, hf_config: HFConfig, sizes: list[Size], whole
     prune, bytes_each = config.prune, bytes_per_weight(hf_config)
     length = prune.target_memory_seq_length or config.data.seq_length
     assert prune.target_memory is not None and length is not None, "the configuration is completed for the model"
-    cache = cached_per_token(hf_config) * prune.target_memory_batch_size * length
-    costs = tuple(bytes_each * (size.total + cache) for size in sizes)
-    total = bytes_each * (whole.total + cache * len(sizes))
+    caches = [numbers * prune.target_memory_batch_size for numbers in cached_numbers(hf_config, length)]
+    costs = tuple(bytes_each * (size.total + cache) for size, cache in zip(sizes, caches, strict=True))
+    total = bytes_each * (whole.total + sum(caches))
     return _limited(costs, parse_size(prune.target_memory, "--target-memory"), total, "--target-memory", "bytes")
 
 

@@ -40,6 +40,13 @@ def test_the_cache_has_windows_of_the_run_by_default():
     assert long.costs[0] - short.costs[0] == 2 * 1000 * 2 * 8 * 128
 
 
+def test_a_layer_with_a_window_keeps_no_more_than_the_window():
+    windows = {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 2}
+    found = budget(real_configs.QWEN3_32B | windows, target_memory="40GB", target_memory_seq_length=1000)
+    full, slides = 2 * 1000 * 2 * 8 * 128, 2 * 300 * 2 * 8 * 128
+    assert found.costs[1] - found.costs[2] == full - slides and found.costs[2] == found.costs[63]
+
+
 def test_the_served_model_fits_and_no_removed_layer_would(tiny_model, tiny_data, tmp_path):
     """The memory is measured on the exported model: its tensors, and what transformers' cache holds."""
     model, batch, length = tiny_model("qwen3_tied"), 2, 97
