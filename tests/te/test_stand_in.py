@@ -1,7 +1,7 @@
 """Steps and checkpoints through Megatron-Core's spec for Transformer Engine, on gloo, with a stand-in for the package.
 
-The stand-in proves what the meta device can't: losses, gradients, and the modules' extra states in checkpoints. Its names
-and shapes are those that `test_names.py` compares with the real package.
+The stand-in proves what the meta device can't: losses, gradients, and the modules' extra states in checkpoints. Its
+names and shapes are those that `test_names.py` compares with the real package.
 """
 
 import importlib.util
@@ -33,7 +33,8 @@ def fused(tiny_model, tmp_path_factory):
     """Results of two processes with the stand-in."""
     folder = tmp_path_factory.mktemp("te")
     cases = {
-        name: dict(kind="te_cases.steps", hf_model=str(tiny_model(family)), sizes=sizes, te=True, out=str(folder / name))
+        name: dict(kind="te_cases.steps", hf_model=str(tiny_model(family)), sizes=sizes, te=True)
+        | dict(out=str(folder / name))
         for name, (family, sizes) in CASES.items()
     }
     for name in cases:
