@@ -1,5 +1,5 @@
-"""Steps of every stage on a CUDA device that is not there: tensors on one device, none on the CPU in a collective, and a
-fixed number of points at which the host waits for the device.
+"""Steps of every stage on a CUDA device that is not there: tensors on one device, none on the CPU in a collective, and
+a fixed number of points at which the host waits for the device.
 """
 
 import importlib.metadata
