@@ -50,6 +50,7 @@ class RunContext:
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = self.latest_checkpoint()
         self.progress = Progress()
+        self._saving: checkpoint.PendingSave | None = None
         if self.resume_from is not None:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
@@ -168,12 +169,27 @@ class RunContext:
         """
         interval, iteration = self.options.output.save_interval, self.progress.iteration
         stopping = self._is_to_stop()
-        if force or stopping or (interval and iteration % interval == 0):
+        is_due = bool(interval and iteration % interval == 0)
+        self.finish_saving(wait=force or stopping or is_due)
+        if force or stopping or is_due:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
-            checkpoint.save(folder, iteration, trained, self.progress.state())
+            # What follows a stage reads its last checkpoint, and a run that stops ends with it.
+            if self.options.output.async_save and not (force or stopping):
+                self._saving = checkpoint.save_in_background(folder, iteration, trained, self.progress.state())
+            else:
+                checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
             say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
+
+    def finish_saving(self, wait: bool) -> None:
+        """Put a checkpoint that is written in the background in place, if there is one and it is complete. Collective.
+
+        Args:
+            wait: wait until it is complete.
+        """
+        if self._saving is not None and self._saving.finish(wait):
+            self._saving = None
 
     def close(self) -> None:
         """Close the metrics."""

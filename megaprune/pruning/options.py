@@ -171,6 +171,7 @@ class OutputOptions:
     max_shard_bytes: int
     export_adapter: bool
     save_interval: int | None
+    async_save: bool
     log_interval: int
     tensorboard_dir: str | None
     wandb_project: str | None

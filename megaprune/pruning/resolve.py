@@ -360,6 +360,7 @@ def _output_options(config: Config) -> OutputOptions:
         max_shard_bytes=parse_size(run.max_shard_size),
         export_adapter=config.lora.export_adapter,
         save_interval=run.save_interval,
+        async_save=run.async_save,
         log_interval=run.log_interval,
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
