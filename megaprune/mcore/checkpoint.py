@@ -4,6 +4,7 @@ A checkpoint is saved completely or not at all. It can be loaded with any parall
 the layers are renamed.
 """
 
+import inspect
 import logging
 import re
 import shutil
@@ -65,6 +66,9 @@ logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 T = TypeVar("T")
 _GO_ON = "run the same command to continue from the last checkpoint"
 _PAUSE_SECONDS = 0.1
+# Newer cores default to the writers of nvidia-resiliency-ext, which need processes of their own.
+_HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 _FOLDER = re.compile(r"^iter_(\d{7})$")
 
 
@@ -168,7 +172,9 @@ def save_in_background(folder: Path, iteration: int, trainer: Trainer | None, st
         sharded, num_bytes = _begun(final, trainer, state)
         aside = aside_of(final)
         request = _attempt(
-            lambda: dist_checkpointing.save(sharded, str(aside), _strategy(), async_sharded_save=True), aside, num_bytes
+            lambda: dist_checkpointing.save(sharded, str(aside), _strategy(), async_sharded_save=True, **_WRITER),
+            aside,
+            num_bytes,
         )
         return PendingSave(request, final, num_bytes)
 

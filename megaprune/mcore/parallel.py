@@ -17,10 +17,19 @@ from megaprune import device
 from megaprune.models.shards import TensorParallel
 from megaprune.utils import failure
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together
+from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together, wait_for_all
 from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
 
-__all__ = ["on_each_node", "on_rank0", "on_rank0_for_all", "raise_together", "rank", "together", "world_size"]
+__all__ = [
+    "on_each_node",
+    "on_rank0",
+    "on_rank0_for_all",
+    "raise_together",
+    "rank",
+    "together",
+    "wait_for_all",
+    "world_size",
+]
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 60

@@ -1,6 +1,8 @@
 """Results of a run: report, plots, and the HF folder, which is renamed into place last."""
 
 import shutil
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from megaprune.mcore import parallel
@@ -17,7 +19,9 @@ from megaprune.utils.disk import one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import aside_of, put_in_place
 from megaprune.utils.progress import say
-from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from megaprune.weights.surgery import write_pruned_config, write_share
+from megaprune.weights.tensor_source import TensorSource
+from megaprune.weights.writer import WrittenShard, finish_shards
 
 GO_ON = "run the same command to continue from the last checkpoint"
 
@@ -70,12 +74,28 @@ def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> N
     elif student is not None and trained:
         export_weights(student.model, run.source, kept, folder, size, whole, keep_mtp)
     if options.output.export_adapter or not trained:
+        copy_weights(run.source, kept, folder, size, keep_mtp)  # no weight has changed: the stored bits are exported
 
-        def write() -> None:
-            with one_line(folder, GO_ON):
-                write_pruned_weights(run.source, kept, folder, size, keep_mtp)
 
-        parallel.on_rank0(write)  # no weight has changed, so the stored bits are exported
+def copy_weights(
+    source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool
+) -> None:
+    """Copy the kept tensors of the source. Ranks take files in turn; rank 0 writes the index. Collective."""
+    layout = source.pruned_layout(kept_layers, keep_mtp)
+    place = parallel.rank(), parallel.world_size()
+
+    def write() -> list[WrittenShard]:
+        with one_line(folder, GO_ON):
+            return write_share(source, kept_layers, folder, max_shard_bytes, keep_mtp, *place)
+
+    shards = parallel.all_gather_objects(parallel.together(write))
+
+    def finish() -> None:
+        with one_line(folder, GO_ON):
+            in_turn = [shard for turn in zip_longest(*shards) for shard in turn if shard is not None]
+            finish_shards(folder, in_turn, layout, max_shard_bytes)
+
+    parallel.on_rank0(finish)
 
 
 def _export_adapter(run: RunContext, student: Trainer | None) -> None:

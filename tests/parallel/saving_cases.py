@@ -1,4 +1,4 @@
-"""Checkpoints of the distributed optimizer, with a record of what a rank allocates and communicates."""
+"""What a rank allocates, communicates and writes when a checkpoint is saved and when a model is exported."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 from megaprune.mcore import checkpoint, optimizer_state, parallel
 from megaprune.mcore.builder import EngineOptions, build_model
-from megaprune.mcore.hf_weights import import_weights
+from megaprune.mcore.hf_weights import export_weights, import_weights
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages
+from megaprune.pruning.export import copy_weights
 from megaprune.weights.source import HFSource
+from megaprune.weights.writer import ShardWriter, WrittenShard
 from tests.helpers.gradients import step
+
+FILE_BYTES = 50_000
 
 
 class Largest(TorchDispatchMode):
@@ -63,6 +67,34 @@ def saved_in_parts(hf_model: str, sizes: dict[str, Any], bf16: bool, out: str) -
         "communicated": max(at_save.communicated, at_load.communicated),
     }
     torch.save(found, folder / f"found.{parallel.rank()}")
+    parallel.finish()
+
+
+def exported(hf_model: str, sizes: dict[str, Any], trained: bool, out: str) -> None:
+    """Export a model, as one that was trained or as a copy of its source. Write the bytes of this rank's files."""
+    sizes, source, folder = ParallelSizes(**sizes), HFSource(hf_model), Path(out) / "hf"
+    parallel.initialize(sizes)
+    arch, layers = source.family.architecture(source.config), range(source.config["num_hidden_layers"])
+    parallel.on_rank0(lambda: folder.mkdir(parents=True))
+    written: list[WrittenShard] = []
+    finish_shard = ShardWriter.close
+
+    def noted(self: ShardWriter) -> list[WrittenShard]:
+        found = finish_shard(self)
+        written[:] = found
+        return found
+
+    ShardWriter.close = noted
+    try:
+        if trained:
+            model = build_model(arch, balanced_stages([1] * arch.num_layers, sizes.pipeline), EngineOptions(sizes))
+            import_weights(model, source)
+            export_weights(model, source, layers, folder, FILE_BYTES)
+        else:
+            copy_weights(source, layers, folder, FILE_BYTES, keep_mtp=True)
+    finally:
+        ShardWriter.close = finish_shard
+    (Path(out) / f"bytes.{parallel.rank()}").write_text(str(sum(shard.num_bytes for shard in written)))
     parallel.finish()
 
 
