@@ -239,6 +239,11 @@ class RunConfig:
     )
     exit_on_signal: bool = flag("save a checkpoint and exit on SIGTERM", True)
     log_interval: int = flag("iterations between two log lines", 10, least=1)
+    peak_tflops: float | None = flag(
+        "peak of one device in TFLOP/s, for the share of it that is used (default: known for NVIDIA's data center GPUs "
+        "in bf16)",
+        above=0,
+    )
     tensorboard_dir: str | None = flag("folder for TensorBoard (default: SAVE/tensorboard)")
     wandb_project: str | None = flag("Weights & Biases project that gets the metrics")
     max_shard_size: str = flag("maximum size of a safetensors file of the exported model", "5GB")

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from megaprune.device.peak import bf16_tflops
 from megaprune.utils.errors import UsageError
 
 if torch.cuda.is_available():
     from megaprune.device.cuda import (
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         model_name,
         peak_memory_bytes,
@@ -27,6 +29,7 @@ else:
     from megaprune.device.cpu import (
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         model_name,
         peak_memory_bytes,
@@ -38,6 +41,8 @@ else:
 __all__ = [
     "BACKEND",
     "NAME",
+    "Stopwatch",
+    "bf16_tflops",
     "bind_local_device",
     "model_name",
     "on_meta",

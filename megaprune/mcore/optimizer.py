@@ -11,6 +11,7 @@ from megaprune.mcore.averaging import WeightAverage
 from megaprune.mcore.builder import EngineOptions, in_half_precision
 from megaprune.mcore.layers.lora import adapted_layers
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.mcore.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Trainer:
 
     def __init__(self, model: PipelineModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
+        self.times = StepTimes()
         self.adapters_only = bool(adapted_layers(model))
         model.config.finalize_model_grads_func = finalize_model_grads
         ddp_config = DistributedDataParallelConfig(

@@ -1,7 +1,7 @@
 """Process groups: set-up, collectives and agreement between ranks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -198,6 +198,14 @@ def all_gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gathered_numbers(numbers: Sequence[float]) -> list[list[float]]:
+    """Return the numbers of all ranks, in order of rank. Collective; the host waits for the device once."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=device.torch_device())
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return torch.stack(found).tolist()
 
 
 def any_rank(flag: bool) -> bool:

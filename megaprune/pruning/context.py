@@ -19,6 +19,7 @@ from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.step import StepResult
+from megaprune.pruning.throughput import Throughput
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
@@ -54,6 +55,7 @@ class RunContext:
         if self.resume_from is not None:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
+        self.throughput = Throughput(options, source.config, (origin.source if origin else source).config)
         self.shorten(self.progress.other_iterations)
         if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)
@@ -142,6 +144,19 @@ class RunContext:
         if result.mask is not None:
             record["mask"] = result.mask.tolist()
         self.metrics.log(record | (extra or {}))
+
+    def measured(
+        self, iteration: int, result: StepResult, start: float, waited: float, student: Trainer
+    ) -> dict[str, Any]:
+        """Return the speed of a step for its record (see `Throughput.of_step`).
+
+        Args:
+            start: the time at which the step began, by `time.perf_counter`.
+            waited: seconds until its data were there.
+        """
+        seconds = time.perf_counter() - start
+        flops = self.throughput.flops(self.progress.kept_layers or [], result.mask)
+        return self.throughput.of_step(iteration, seconds, waited, student.times, flops)
 
     @property
     def weights_are_the_source(self) -> bool:

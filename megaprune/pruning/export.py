@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from megaprune.mcore import parallel
 from megaprune.mcore.adapters import export_adapter
@@ -13,6 +14,7 @@ from megaprune.models.sizes import inventory
 from megaprune.pruning.context import RunContext
 from megaprune.report.metrics import read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
+from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.utils.disk import one_line
@@ -51,9 +53,9 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
     options, kept, run_dir = run.options, run.kept_layers, run.options.output.run_dir
     with one_line(aside, GO_ON):
         write_pruned_config(run.source, kept, aside, options.model.keep_mtp)
-        report = _report(run)
-        write_report(run_dir.report, report)
         records = read_metrics(run_dir.path)
+        report = _report(run, records)
+        write_report(run_dir.report, report)
         for path in write_plots(records, run_dir.plots, kept, report.valid):
             run.metrics.figure(path.stem, path)
         adapter = options.output.export_adapter
@@ -111,7 +113,7 @@ def _export_adapter(run: RunContext, student: Trainer | None) -> None:
     parallel.on_rank0(finish)
 
 
-def _report(run: RunContext) -> Report:
+def _report(run: RunContext, records: Sequence[dict[str, Any]]) -> Report:
     options, hf_config, kept = run.options, run.source.config, run.kept_layers
     return build_report(
         method=options.selection.name,
@@ -122,7 +124,7 @@ def _report(run: RunContext) -> Report:
         after=inventory(hf_config, kept),
         tokens_seen=(run.progress.iteration + run.progress.other_iterations) * options.tokens_per_iteration,
         seed=options.training.seed,
-        stages=run.progress.stages,
+        stages=with_performance(run.progress.stages, records),
         valid={model: dict(measured) for model, measured in run.progress.valid.items()},
         seq_length=options.data.seq_length,
         candidates=run.progress.candidates,

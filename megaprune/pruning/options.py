@@ -173,6 +173,7 @@ class OutputOptions:
     save_interval: int | None
     async_save: bool
     log_interval: int
+    peak_tflops: float | None
     tensorboard_dir: str | None
     wandb_project: str | None
     dry_run: bool

@@ -362,6 +362,7 @@ def _output_options(config: Config) -> OutputOptions:
         save_interval=run.save_interval,
         async_save=run.async_save,
         log_interval=run.log_interval,
+        peak_tflops=run.peak_tflops,
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
         dry_run=run.dry_run,

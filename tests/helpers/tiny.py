@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
+from megaprune.report.performance import MEASURED
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -331,6 +333,11 @@ def stop_after(iterations: int | None) -> Callable[[], bool]:
     """Return a function that asks a run to stop after this number of iterations (None: never)."""
     asked = itertools.count()  # the first call is before any iteration
     return lambda: next(asked) == iterations
+
+
+def steady(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a step's record that are the same when the run is repeated."""
+    return {name: value for name, value in record.items() if name not in MEASURED}
 
 
 def environment() -> dict[str, str]:
