@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reasons["gpu"] = "no GPU is visible (the tests hide it unless CUDA_VISIBLE_DEVICES is set)"
     if find_spec("vllm") is None:
         reasons["serving"] = "vLLM is not installed"
+    if find_spec("transformer_engine") is None:
+        reasons["te"] = "Transformer Engine is not installed (tests/te/build.sh)"
     for item in items:
         if item.path.is_relative_to(_PARALLEL):
             item.add_marker(pytest.mark.parallel)

@@ -27,6 +27,7 @@ VERBS = {
     "compare": "compare several methods on one model at equal budgets",
     "benchmark": "measure speed ratios side by side",
     "generate-data": "write text or chats with the model itself",
+    "push": "push a pruned model and its card to the Hugging Face Hub",
     "preprocess-data": "convert text or chat to Megatron's indexed datasets",
     "plan": "compute every rank's layers, parameters and memory without weights or accelerators",
 }

@@ -3,6 +3,7 @@
 The choice is made on import. No other package depends on the kind of device.
 """
 
+import gc
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if torch.cuda.is_available():
         NAME,
         Stopwatch,
         bind_local_device,
+        empty_cache,
         model_name,
         peak_memory_bytes,
         peak_memory_of,
@@ -31,6 +33,7 @@ else:
         NAME,
         Stopwatch,
         bind_local_device,
+        empty_cache,
         model_name,
         peak_memory_bytes,
         peak_memory_of,
@@ -44,6 +47,7 @@ __all__ = [
     "Stopwatch",
     "bf16_tflops",
     "bind_local_device",
+    "free_unused",
     "model_name",
     "on_meta",
     "peak_memory_bytes",
@@ -61,6 +65,16 @@ _device = torch.device(NAME)
 def torch_device() -> torch.device:
     """Return the device of this process's tensors."""
     return _device
+
+
+def free_unused() -> None:
+    """Free objects that only refer to each other, and give the memory that the allocator caches back to the device.
+
+    Call it before a model is built and where one is no longer needed. A model's modules, the core's wrappers and
+    optimizers are such objects, and blocks that are cached in the sizes of one model may not fit those of the next.
+    """
+    gc.collect()
+    empty_cache()
 
 
 @contextmanager

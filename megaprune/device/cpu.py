@@ -57,6 +57,10 @@ class Stopwatch:
         return seconds
 
 
+def empty_cache() -> None:
+    """Do nothing: the C library reuses freed memory of any size."""
+
+
 def synchronize() -> None:
     """Do nothing: CPU operations are synchronous."""
 

@@ -56,6 +56,11 @@ class Stopwatch:
         return sum(begun.elapsed_time(ended) for begun, ended in spans) / 1000
 
 
+def empty_cache() -> None:
+    """Give the memory that the allocator caches back to the device, where NCCL can use it, too."""
+    torch.cuda.empty_cache()
+
+
 def synchronize() -> None:
     """Wait for all queued work of the device."""
     torch.cuda.synchronize()

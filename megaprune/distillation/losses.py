@@ -302,7 +302,8 @@ def _local_top_keys(logits: Tensor, k: int, start: int) -> Tensor:
     values, columns = logits.topk(min(k + 1, valid), dim=-1)
     keys = _top_keys(_ranking_keys(values, columns + start), k)
     if valid > k:
-        open_rows = values[:, k - 1] == values[:, k]
+        # rows as numbers: each use of a mask as an index would make the host wait for the device
+        open_rows = (values[:, k - 1] == values[:, k]).nonzero().squeeze(-1)
         every = torch.arange(start, start + valid, device=logits.device)
         keys[open_rows] = _top_keys(_ranking_keys(logits[open_rows], every), k)
     return keys

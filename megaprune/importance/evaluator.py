@@ -22,7 +22,7 @@ from megaprune.utils.errors import MegapruneError
 # A backward pass counts as two forward passes.
 _PASSES_OF_A_GRADIENT = 4  # the original model's pass, the masked model's pass, and its backward pass
 # windows in each step of a search by gradient
-_WINDOWS_OF_A_STEP = 4
+WINDOWS_OF_A_STEP = 4
 
 
 class LayerEvaluator:
@@ -91,14 +91,14 @@ class LayerEvaluator:
         """Return the gradient of the KL with respect to a mask, [num_layers], on a few windows that change at each
         step.
         """
-        count = min(_WINDOWS_OF_A_STEP, self._num_windows)
+        count = min(WINDOWS_OF_A_STEP, self._num_windows)
         batches = self._windows(count, step * count % max(1, self._num_windows - count + 1))
         self.tokens += self.tokens_of_a_gradient()
         return mask_gradient(self._model, self._gate, batches, mask, self._shard)[1]
 
     def tokens_of_a_gradient(self) -> int:
         """Return the cost of `mask_gradient`, in tokens."""
-        share = min(_WINDOWS_OF_A_STEP, self._num_windows) / self._num_windows
+        share = min(WINDOWS_OF_A_STEP, self._num_windows) / self._num_windows
         return round(_PASSES_OF_A_GRADIENT * self._tokens_of_a_pass(share))
 
     def block_influence(self) -> torch.Tensor:

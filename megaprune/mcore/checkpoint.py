@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import megatron.core.dist_checkpointing.strategies.common as common
 import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 import torch
 import torch.distributed as dist
@@ -22,7 +23,6 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException
 
@@ -44,7 +44,7 @@ _failures: list[Exception] = []
 
 
 def _postponing(write: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a writer so that its disk errors are recorded; `_write` raises them at the end."""
+    """Wrap a writer so that its disk errors are recorded; `_attempt` raises them."""
 
     def postponing(*args: Any, **options: Any) -> None:
         try:
@@ -57,7 +57,10 @@ def _postponing(write: Callable[..., None]) -> Callable[..., None]:
     return postponing
 
 
-TorchCommonSaveStrategy.save_common = _postponing(TorchCommonSaveStrategy.save_common)
+# 0.16.1 writes the run's state to a file of its own. Newer cores give it to the writers.
+STATE_IN_A_FILE = hasattr(common, "TorchCommonSaveStrategy")
+if STATE_IN_A_FILE:
+    common.TorchCommonSaveStrategy.save_common = _postponing(common.TorchCommonSaveStrategy.save_common)
 filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
 serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
@@ -258,6 +261,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         MegapruneError: the checkpoint cannot be read.
     """
+    if STATE_IN_A_FILE and not (checkpoint / "common.pt").is_file():
+        raise MegapruneError(
+            f"{checkpoint} is damaged, or was saved with megatron-core 0.17 or newer: install that version to "
+            "continue, or remove the checkpoint to start again"
+        )
     try:
         return dist_checkpointing.load_common_state_dict(str(checkpoint))["state"]
     except Exception as error:  # the core raises many exception types for a damaged checkpoint

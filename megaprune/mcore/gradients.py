@@ -10,6 +10,7 @@ from torch import Tensor
 from megaprune import device
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.mcore.release import release_wrappers
 
 
 def taylor_importance(
@@ -50,11 +51,8 @@ def taylor_importance(
                     sums[number] += change / _holders(name, parameter)
     finally:
         config.finalize_model_grads_func = before
-        # Remove every reference to the wrappers, so that their hooks and gradient buffers are freed.
-        for parameter in model.parameters():
-            parameter.__dict__.pop("main_grad", None)
-            parameter.grad = None
-        del wrapper, wrappers
+        release_wrappers(wrappers)
+        device.free_unused()
     return parallel.sum_over_all(sums).float()
 
 

@@ -134,11 +134,10 @@ def export_weights(
                     add(copy, tensor.clone())
 
     def close() -> None:
-        if dist.get_rank() == 0 and keep_mtp:
-            built = _of_mtp(source) if model.config.mtp_num_layers else set()
-            for hf_name in source.mtp_own():
-                if hf_name not in built:
-                    add(hf_name, source.read(hf_name))
+        built = _of_mtp(source) if model.config.mtp_num_layers else set()
+        unread = source.carried(kept_layers) + [name for name in source.mtp_own() if keep_mtp and name not in built]
+        for hf_name in unread if dist.get_rank() == 0 else ():
+            add(hf_name, source.read(hf_name))
         writer.close()
 
     weights = list(_exported(model, source, kept_layers, whole))
@@ -209,7 +208,8 @@ def _is_second_embedding(name: str) -> bool:
 def _of_mtp(source: TensorSource) -> set[str]:
     """Return the HF names of the tensors that a model's MTP layers hold."""
     arch = source.family.architecture(source.config)
-    return {name for rule in mtp_parameter_rules(source.family, arch, len(source.mtp_layers)) for name in rule.hf}
+    rules = mtp_parameter_rules(source.family, arch, len(source.mtp_layers))
+    return {name for rule in rules if not rule.carried for name in rule.hf}
 
 
 def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:

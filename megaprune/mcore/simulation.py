@@ -79,13 +79,14 @@ class SimulatedCluster:
         Stages with equal numbers of dense and MoE layers, with or without embedding and output layer, are built once.
 
         Args:
-            arch: architecture of the model. Calls may differ only in the layers.
+            arch: architecture of the model. Calls may differ only in the layers, MTP layers included.
             stages: number of layers on each pipeline stage.
         """
         shares, first_layer = [], 0
         for stage, count in enumerate(stages):
             kinds = sorted(arch.is_moe(layer) for layer in range(first_layer, first_layer + count))
-            key = (tuple(kinds), stage == 0, stage == len(stages) - 1)
+            last = stage == len(stages) - 1
+            key = (tuple(kinds), stage == 0, last, arch.num_mtp if last else 0)
             if key not in self._built:
                 self._built[key] = self._build(arch, stages, stage)
             shares.append(self._built[key])

@@ -61,7 +61,13 @@ class Activations:
         """Return the bytes that the last stage keeps after its layers: input and output of the norm, fp32 logits."""
         norm = self._norm(self._shard * self._hidden, self._shard)
         output_input = self._shard * self._hidden * self._bytes if self._passes.adapter_rank is None else 0
-        return norm + output_input + self._logits()
+        return norm + output_input + self.logits()
+
+    def multi_token(self, moe: bool) -> float:
+        """Return the bytes that one MTP layer keeps: two normalized inputs, joined, a layer, a norm, and logits."""
+        values = self._shard * self._hidden
+        joined = self._read_by("eh_proj", tokens=self._shard, columns=2 * self._hidden)
+        return 3 * self._norm(values, self._shard) + joined + self.layer(moe) + self.logits()
 
     def hidden_states(self, layers: int, micro_batches: int) -> float:
         """Return the bytes of the outputs of so many layers in so many micro-batches."""
@@ -79,16 +85,20 @@ class Activations:
         if self._passes.recompute == "full" and moe_layers:
             layer += max(map(self._whole_layer, moe_layers)) - self.layer(False)
         # The loss needs one more copy of the logits. The output's tensors are freed before the layers' backward pass.
-        return max(self._logits(), layer - self.output()) if last_stage else layer
+        return max(self.logits(), layer - self.output()) if last_stage else layer
 
     def teacher_pass(self, last_stage: bool) -> float:
         """Return the peak of a forward pass of the teacher, during which the student keeps no activations."""
         layer = 4 * self._shard * self._hidden * self._bytes + self._gradients(False)
-        ranked = min(_RANKED_BYTES, self._logits() / _FP32 * _BYTES_TO_RANK_A_LOGIT)
-        return max(layer, self._logits() + max(self._logits(), ranked)) if last_stage else layer
+        ranked = min(_RANKED_BYTES, self.logits() / _FP32 * _BYTES_TO_RANK_A_LOGIT)
+        return max(layer, self.logits() + max(self.logits(), ranked)) if last_stage else layer
 
-    def _logits(self) -> float:
-        # without padding of the vocabulary
+    def comparison(self) -> float:
+        """Return the peak of comparing a masked model's logits with the original's: both, in fp32, and three copies."""
+        return 5 * self.logits()
+
+    def logits(self) -> float:
+        """Return the bytes of a micro-batch's logits in fp32, without padding of the vocabulary."""
         return self._tokens * self._arch.vocab_size / self._passes.tensor * _FP32
 
     def _whole_layer(self, moe: bool) -> float:

@@ -3,14 +3,22 @@
 from dataclasses import asdict
 from typing import Any
 
-from megaprune.planning.plan import Phase, Plan, Stage
+from megaprune.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GROUP_BYTES, Memory
+from megaprune.planning.plan import Moment, Phase, Plan, Stage
 from megaprune.utils.text import number_ranges
 
 _GIB = 2**30
+# Marks of the stages of a phase, and of other moments, that need more memory than a device has.
+_UNFIT, _TOO_MUCH = "  DOES NOT FIT", "  too much"
+_MARGIN = (
+    f"margin      {CONTEXT_BYTES / _GIB:g} GiB for the CUDA context and workspaces, {GROUP_BYTES / _GIB:g} GiB for each "
+    "of {groups} communicators of NCCL,\n"
+    f"            and {FRAGMENTATION:.0%} of the tensors for fragmentation; none of these has been measured"
+)
 _NOT_COUNTED = (
-    "not counted: the CUDA context, communication buffers, fragmentation and uneven routing (leave a tenth free).\n"
-    "The estimate is for Megatron-Core's local layers; Transformer Engine's keep fewer activations. It assumes a fused "
-    "Adam; torch's own needs 4 more bytes per trained parameter during a step."
+    "not counted: uneven routing of tokens to experts. The estimate is for Megatron-Core's local layers; Transformer\n"
+    "Engine's keep fewer activations. It assumes a fused Adam; torch's own needs 4 more bytes per trained parameter\n"
+    "during a step."
 )
 
 
@@ -20,16 +28,24 @@ def unfit(plan: Plan, device_bytes: float) -> list[tuple[Phase, list[Stage]]]:
     return [(phase, stages) for phase, stages in found if stages]
 
 
+def unfit_moments(plan: Plan, device_bytes: float) -> list[Moment]:
+    """Return the moments in which a rank needs more memory than a device has."""
+    return [each for each in plan.moments if max(memory.total for memory in each.memory) > device_bytes]
+
+
 def plan_text(plan: Plan, device_memory_gib: float | None) -> str:
     """Return the plan as text: a few lines, and a table for each phase."""
     lines = [*_heading(plan)]
     for phase in plan.phases:
         lines += ["", *_phase_lines(phase, device_memory_gib)]
+    if plan.moments:
+        lines += ["", *_moment_lines(plan, device_memory_gib)]
     if len(plan.phases) > 1:
         before, after = plan.phases[0], plan.phases[-1]
         lines += ["", f"balance     most expensive stage relative to the mean: {before.imbalance:.3f} before pruning, "]
         lines[-1] += f"{after.imbalance:.3f} after"
-    lines += ["", *_fit_lines(plan, device_memory_gib), _NOT_COUNTED]
+    margin = _MARGIN.format(groups=plan.cluster.groups)
+    lines += ["", *_disk_lines(plan), *_fit_lines(plan, device_memory_gib), margin, _NOT_COUNTED]
     return "\n".join(lines)
 
 
@@ -54,9 +70,18 @@ def plan_record(plan: Plan, device_memory_gib: float | None) -> dict[str, Any]:
         "lora": asdict(plan.lora) if plan.lora else None,
         "teacher": plan.teacher,
         "phases": [_phase_record(phase) for phase in plan.phases],
+        "moments": [
+            {"name": each.name, "stages": [asdict(memory) | {"total": memory.total} for memory in each.memory]}
+            for each in plan.moments
+        ],
+        "disk": None if plan.disk is None else asdict(plan.disk),
         "device_memory_gib": device_memory_gib,
-        "fits": None if device_memory_gib is None else not unfit(plan, device_memory_gib * _GIB),
+        "fits": None if device_memory_gib is None else _fits(plan, device_memory_gib * _GIB),
     }
+
+
+def _fits(plan: Plan, device_bytes: float) -> bool:
+    return not unfit(plan, device_bytes) and not unfit_moments(plan, device_bytes)
 
 
 def _phase_record(phase: Phase) -> dict[str, Any]:
@@ -123,12 +148,12 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
         "gradients",
         "optimizer",
     )
-    header += ("teacher", "activations", "working", f"total {name}", "cost")
+    header += ("teacher", "activations", "working", "margin", f"total {name}", "cost")
     mean = sum(stage.cost for stage in phase.stages) / len(phase.stages)
     rows = [header]
     for number, stage in enumerate(phase.stages):
         memory = stage.memory
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.teacher, memory.activations, memory.working)
+        parts = _parts(memory)
         row = [
             str(number),
             _ranks(stage),
@@ -140,22 +165,69 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
             f"{stage.cost / mean:.3f}",
         ]
         if device_memory_gib is not None and memory.total > device_memory_gib * _GIB:
-            row[-1] += "  DOES NOT FIT"
+            row[-1] += _UNFIT
         rows.append(tuple(row))
-    widths = [max(len(row[column].removesuffix("  DOES NOT FIT")) for row in rows) for column in range(len(header))]
-    return lines + ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return lines + _aligned(rows)
+
+
+def _moment_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
+    """Return a table with the fullest stage of each moment."""
+    names = {
+        "importance": "importance passes",
+        "transition": "pruned student is built",
+        "saving": "checkpoint is saved",
+    }
+    largest = max(memory.total for each in plan.moments for memory in each.memory)
+    unit, name = (_GIB, "GiB") if largest >= _GIB else (2**20, "MiB")
+    header = ("", "stage", "weights", "gradients", "optimizer", "teacher", "activations", "working", "margin")
+    rows = [(*header, f"total {name}")]
+    for each in plan.moments:
+        stage = max(range(len(each.memory)), key=lambda number: each.memory[number].total)  # noqa: B023
+        memory = each.memory[stage]
+        row = [names[each.name], str(stage), *(f"{part / unit:.2f}" for part in (*_parts(memory), memory.total))]
+        if device_memory_gib is not None and memory.total > device_memory_gib * _GIB:
+            row[-1] += _TOO_MUCH
+        rows.append(tuple(row))
+    return ["other moments, of each the fullest stage:", *_aligned(rows)]
+
+
+def _parts(memory: Memory) -> tuple[int, ...]:
+    """Return the components, in the order of the columns."""
+    held = (memory.weights, memory.gradients, memory.optimizer, memory.teacher)
+    return (*held, memory.activations, memory.working, memory.margin)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(_marked(row[column])[0]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _marked(cell: str) -> tuple[str, str]:
+    """Return the text of a cell and its mark, if it has one."""
+    mark = next((mark for mark in (_UNFIT, _TOO_MUCH) if cell.endswith(mark)), "")
+    return cell.removesuffix(mark), mark
+
+
+def _disk_lines(plan: Plan) -> list[str]:
+    if plan.disk is None:
+        return []
+    size, count = plan.disk.checkpoint, plan.disk.at_once
+    unit, name = (_GIB, "GiB") if size >= _GIB else (2**20, "MiB")
+    return [
+        f"disk        checkpoints of {size / unit:,.1f} {name}, up to {count} at once: {count * size / unit:,.1f} {name}"
+    ]
 
 
 def _padded(cell: str, width: int) -> str:
-    number, mark, _ = cell.partition("  DOES NOT FIT")
+    number, mark = _marked(cell)
     return number.rjust(width) + mark
 
 
 def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     if device_memory_gib is None:
         return []
-    found = unfit(plan, device_memory_gib * _GIB)
-    if not found:
+    found, moments = unfit(plan, device_memory_gib * _GIB), unfit_moments(plan, device_memory_gib * _GIB)
+    if not found and not moments:
         return [f"fits        every rank, in {device_memory_gib:g} GiB"]
     lines = []
     for phase, stages in found:
@@ -165,6 +237,9 @@ def _fit_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
             f"does not fit in {device_memory_gib:g} GiB: {phase.name}, stages {numbers}; the fullest needs "
             f"{fullest.memory.total / _GIB:,.1f} GiB on each rank of {_ranks(fullest)}"
         )
+    for each in moments:
+        largest = max(memory.total for memory in each.memory)
+        lines.append(f"does not fit in {device_memory_gib:g} GiB: {each.name}, which needs {largest / _GIB:,.1f} GiB")
     return lines
 
 

@@ -105,6 +105,7 @@ def _healed_loss(run: RunContext, number: int, teacher: Teacher | None) -> float
         with run.progress.timed("comparison", count * options.tokens_per_iteration):
             batches = [batch for i in range(until, until + count) for batch in branch.data.train_batches(i)]
             loss = mean_loss(student.ddp, batches, branch.models.shard)
+        student.close()
     say(f"candidate {number + 1}: loss {loss:.4f} after {until} iterations")
     return loss
 
@@ -127,6 +128,7 @@ def _go_on_with_best(run: RunContext) -> None:
         progress.contenders, progress.other_iterations = [], others
         parallel.on_rank0(lambda: take_files(run, branch.options.output.run_dir.path))
         checkpoint.save(run.options.output.run_dir.checkpoints, progress.iteration, student, progress.state())
+        student.close()
     run.resume_from = run.latest_checkpoint()
     run.shorten(others)
 

@@ -12,6 +12,7 @@ from megaprune.mcore.hf_weights import export_weights
 from megaprune.mcore.optimizer import Trainer
 from megaprune.models.sizes import inventory
 from megaprune.pruning.context import RunContext
+from megaprune.report.front_matter import inherited
 from megaprune.report.metrics import read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.performance import with_performance
@@ -59,7 +60,13 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
         for path in write_plots(records, run_dir.plots, kept, report.valid):
             run.metrics.figure(path.stem, path)
         adapter = options.output.export_adapter
-        card = model_card(report, source_name=options.model.name, command=command, adapter=adapter)
+        card = model_card(
+            report,
+            source_name=options.model.name,
+            command=command,
+            source_card=inherited(run.source.folder),
+            adapter=adapter,
+        )
         (aside / CARD_NAME).write_text(card)
         run.metrics.close()
         put_in_place(aside, run_dir.hf)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megaprune import device
 from megaprune.distillation.cache_reader import TeacherCache
 from megaprune.distillation.losses import VocabShard
 from megaprune.distillation.teachers import CachedTeacher, OnlineTeacher, SelfTeacher, Teacher, vocab_shard
@@ -62,6 +63,7 @@ class Models:
         """Return the whole model, with or without the gate; without it, it is no student and has no MTP layers."""
         options, gate = self._options, self.gate if gated else None
         arch = options.model.arch if gated else replace(options.model.arch, num_mtp=0)
+        device.free_unused()
         model = build_model(arch, options.pipeline.original, options.engine, gate)
         if imported:
             import_weights(model, self._source)
@@ -89,6 +91,7 @@ class Models:
             saved: the checkpoint to resume from, of this model or of the whole one; None starts from the source.
         """
         options, arch = self._options, self._options.model.arch
+        device.free_unused()  # the searched student, which has been closed
         model = build_model(arch.pruned(kept), options.pipeline.stages_of_layers(kept), options.engine)
         if saved is None or options.lora is not None:
             import_weights(model, self._source, kept)

@@ -22,12 +22,12 @@ from megaprune.pruning.export import GO_ON
 from megaprune.pruning.models import Origin
 from megaprune.pruning.options import PipelineOptions, RunOptions, SelectionOptions
 from megaprune.pruning.run_dir import RunDir
+from megaprune.report.front_matter import inherited
 from megaprune.report.metrics import JSONL_NAME, read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, read_report, result_table, write_report
-from megaprune.selection.budget import Budget
 from megaprune.utils.disk import one_line
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.locks import locked
@@ -48,7 +48,7 @@ def run(
     with locked(run_dir.lock, f"--save {run_dir.path}"), undoing, one_line(run_dir.path, GO_ON):
         parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
         reports = _rounds(options, source, command, should_stop)
-        parallel.on_rank0(lambda: _finish(options, reports, command))
+        parallel.on_rank0(lambda: _finish(options, source, reports, command))
     return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
 
 
@@ -119,7 +119,11 @@ def _selection(selection: SelectionOptions, number: int, rounds: int, kept: Sequ
     return replace(
         selection,
         method_options=method_options,
-        budget=Budget(tuple(costs[layer] for layer in kept), selection.budget.limit_of_round(number, rounds)),
+        budget=replace(
+            selection.budget,
+            costs=tuple(costs[layer] for layer in kept),
+            limit=selection.budget.limit_of_round(number, rounds),
+        ),
         protected=frozenset(kept.index(layer) for layer in selection.protected),
         token_budget=max(1, selection.token_budget // rounds),
         heal_iters=_share(selection.heal_iters, number, rounds)[1],
@@ -148,7 +152,7 @@ def _kept(reports: Sequence[Report], num_layers: int) -> list[int]:
     return kept
 
 
-def _finish(options: RunOptions, reports: Sequence[Report], command: str) -> None:
+def _finish(options: RunOptions, source: TensorSource, reports: Sequence[Report], command: str) -> None:
     """Write the report, the metrics and the plots of the whole run, and move the last round's model into place."""
     run_dir = options.output.run_dir
     last, report = run_dir.of_round(len(reports)), whole_report(reports, options.model.arch.num_layers)
@@ -159,7 +163,8 @@ def _finish(options: RunOptions, reports: Sequence[Report], command: str) -> Non
             aside.write_text("".join(strict_json(record) + "\n" for record in records))
         write_report(run_dir.report, report)
         write_plots(records, run_dir.plots, report.kept_layers, report.valid)
-        (last.hf / CARD_NAME).write_text(model_card(report, source_name=options.model.name, command=command))
+        card = model_card(report, source_name=options.model.name, command=command, source_card=inherited(source.folder))
+        (last.hf / CARD_NAME).write_text(card)
         for number in range(1, len(reports)):  # intermediate models are as large as the final one
             shutil.rmtree(run_dir.of_round(number).checkpoints, ignore_errors=True)
         os.replace(last.hf, run_dir.hf)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
 from megaprune.pruning.candidates import choose_healed
@@ -90,6 +91,9 @@ def _execute(context: RunContext, command: str) -> None:
     if context.options.training.changes_weights or context.valid:
         student = begin_recovery(context, student)
         recover(context, student, teacher)
+        student.close()
+    teacher = None
+    device.free_unused()
     export(context, student, command)
 
 

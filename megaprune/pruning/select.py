@@ -99,7 +99,10 @@ def select(run: RunContext) -> tuple[Trainer | None, Teacher | None]:
     student = models.whole_student(original, run.saved_weights())
     teacher = models.teacher(student)
     search(run, student, teacher)
-    return (student if models.student_stays_whole else None), teacher
+    if models.student_stays_whole:
+        return student, teacher
+    student.close()  # recovery starts from the checkpoint
+    return None, teacher
 
 
 def _needs_original(run: RunContext) -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A number of layers (--num-layers-to-prune, --prune-ratio), of parameters (--target-params), or the user's own list of
 # layers (--prune-layers).
 BudgetKind = Literal["layers", "parameters", "list"]
+# What a method's evaluations compute gradients of: a mask, all weights, or nothing.
+Gradients = Literal["mask", "weights"] | None
 # Held-out calibration windows per calibration window, for methods that take them.
 HELD_OUT_WINDOWS = 4
 # Flags of every method that trains its scores together with the weights.
@@ -63,6 +65,7 @@ class Method:
     check: Callable[[Budget, Set[int]], None] | None = None
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None
     heals: bool = False
+    gradients: Callable[[Mapping[str, Any]], Gradients] | None = None
 
     @property
     def takes(self) -> frozenset[str]:
@@ -177,7 +180,7 @@ class Method:
             raise MegapruneError(f"{said}lack layer {gone[0]}, which --protect-layers keeps")
         cost = sum(budget.costs[layer] for layer in layers)
         if cost > budget.limit or (budget.counts_layers and cost != budget.limit):
-            unit = "layers" if budget.counts_layers else "parameters"
+            unit = "layers" if budget.counts_layers else budget.unit
             raise MegapruneError(f"{said}have {cost:,} {unit} where the budget is {budget.limit:,}")
         if self.contiguous and len(cut_positions(layers, budget.num_layers)) > 1:
             raise MegapruneError(f"{said}leave more than one cut, and it is registered as contiguous: {layers}")
@@ -200,6 +203,7 @@ def register(
     check: Callable[[Budget, Set[int]], None] | None = None,
     windows: Callable[[Budget, Set[int], int, int, bool], int] | None = None,
     heals: bool = False,
+    gradients: Callable[[Mapping[str, Any]], Gradients] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register a function as a method for `--method`.
 
@@ -227,6 +231,8 @@ def register(
             length, and whether the user asked for that number; for methods with `--selection-budget`.
         heals: the best candidates of the `Choice`, by their `kl`, are trained for a few iterations, and the best one
             then is kept.
+        gradients: what its evaluations compute gradients of, given the values of its flags; for `plan`, which counts
+            their memory. None for forward passes alone.
 
     Raises:
         MegapruneError: the name is taken, or the function's parameters do not have this form.
@@ -247,6 +253,7 @@ def register(
             check,
             windows,
             heals,
+            gradients,
         )
         _check(method)
         _methods[name] = method

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megaprune.models import HFConfig
 from megaprune.weights.beside import files_beside
+from megaprune.weights.quantized import without_quantization
 from megaprune.weights.tensor_source import TensorSource
 from megaprune.weights.writer import ShardWriter, WrittenShard, file_numbers, finish_shards, num_bytes
 
@@ -14,7 +15,7 @@ from megaprune.weights.writer import ShardWriter, WrittenShard, file_numbers, fi
 def write_pruned_weights(
     source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
 ) -> None:
-    """Copy every kept tensor bit for bit (FP8 dequantized) under its new name, in the layout of the source."""
+    """Copy every kept tensor bit for bit, or dequantized, under its new name, in the layout of the source."""
     layout = source.pruned_layout(kept_layers, keep_mtp)
     finish_shards(folder, write_share(source, kept_layers, folder, max_shard_bytes, keep_mtp), layout, max_shard_bytes)
 
@@ -44,7 +45,7 @@ def write_share(
         if number != last:
             shards.close()
             last = number
-        ranges = None if source.is_fp8(name) else source.ranges(name)
+        ranges = None if source.is_quantized(name) else source.ranges(name)
         if ranges is None:
             shards.add(new_name, source.read(name))
         else:
@@ -58,9 +59,8 @@ def write_pruned_config(source: TensorSource, kept_layers: Sequence[int], folder
     """
     pruned = source.family.prune_config(source.config, kept_layers)
     # readers use 1 if the count is absent
-    pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
-    pruned.pop("quantization_config", None)  # block FP8 was dequantized
-    write_config(pruned, folder)
+    pruned = source.family.with_mtp(pruned, len(source.mtp_layers) if keep_mtp else 0)
+    write_config(without_quantization(pruned), folder)
     copy_beside(source.folder, folder)
 
 

@@ -6,14 +6,15 @@ import keyword
 import os
 import random
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
@@ -69,6 +70,113 @@ FAMILIES = {
     # as the small ones of Qwen3 are
     "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
 }
+_MINISTRAL3_ROPE = _YARN | dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=32)
+# Windows are shorter than the tests' sequences.
+FAMILIES |= {
+    "llama_biased": ("llama", _COMMON | dict(num_hidden_layers=4, attention_bias=True, mlp_bias=True)),
+    "qwen2_windows": (
+        "qwen2",
+        _COMMON | dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=24, max_window_layers=2),
+    ),
+    "qwen3_windows": (
+        "qwen3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=32,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=17,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        ),
+    ),
+    "mistral": ("mistral", _COMMON | dict(num_hidden_layers=4, head_dim=24, sliding_window=40)),
+    "ministral": (
+        "ministral",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            head_dim=16,
+            sliding_window=24,
+            layer_types=["full_attention", *["sliding_attention"] * 3],
+        ),
+    ),
+    "ministral3": ("ministral3", _COMMON | dict(num_hidden_layers=4, head_dim=24, rope_parameters=_MINISTRAL3_ROPE)),
+    "phi3": ("phi3", _COMMON | dict(num_hidden_layers=4, sliding_window=50, pad_token_id=0)),
+    "phi3_partial": (
+        "phi3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75),
+        ),
+    ),
+    "smollm3": (
+        "smollm3",
+        _COMMON
+        | dict(
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            no_rope_layer_interval=3,
+            use_sliding_window=True,
+            sliding_window=24,
+            pad_token_id=0,
+        ),
+    ),
+    "pangu_embedded": ("llama", _COMMON | dict(num_hidden_layers=4, attention_bias=True)),
+    "olmo2": ("olmo2", _COMMON | dict(num_hidden_layers=4)),
+    "olmo3": (
+        "olmo3",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            sliding_window=24,
+            attention_bias=True,
+            rope_parameters=dict(
+                full_attention={key: value for key, value in _YARN.items() if not key.startswith("mscale")},
+                sliding_attention=dict(rope_type="default", rope_theta=5e5),
+            ),
+        ),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _COMMON
+        | dict(
+            num_hidden_layers=7,
+            head_dim=32,
+            sliding_window=24,
+            query_pre_attn_scalar=40,
+            tie_word_embeddings=True,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", *["sliding_attention"] * 4],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+}
+_PIXTRAL = dict(
+    model_type="pixtral",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    head_dim=16,
+    image_size=28,
+    patch_size=14,
+)
+# Language models within multimodal ones.
+NESTED = ("mistral3", "kimi_k25")
+FAMILIES["mistral3"] = (
+    "mistral3",
+    dict(
+        tie_word_embeddings=False,
+        text_config=_COMMON | dict(model_type="mistral", num_hidden_layers=4, head_dim=16, sliding_window=None),
+        vision_config=_PIXTRAL,
+    ),
+)
 # Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
 MOE_FAMILIES = {
     "deepseek_v3": (
@@ -109,27 +217,106 @@ MOE_FAMILIES = {
     ),
 }
 
+_SIGMOID_ROUTED = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=40,
+    routed_scaling_factor=1.8,
+    num_nextn_predict_layers=0,
+)
+_LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+)
+_BLOCK_SPARSE = dict(num_hidden_layers=4, intermediate_size=40, num_local_experts=8, num_experts_per_tok=2)
+MOE_FAMILIES |= {
+    "glm4_moe": (
+        "glm4_moe",
+        _COMMON
+        | _SIGMOID_ROUTED
+        | dict(
+            num_hidden_layers=5,
+            head_dim=24,
+            attention_bias=True,
+            use_qk_norm=True,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
+        ),
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", _COMMON | _SIGMOID_ROUTED | _LATENT | dict(num_hidden_layers=4)),
+    "deepseek_v32": (
+        "deepseek_v32",
+        _COMMON
+        | _SIGMOID_ROUTED
+        | _LATENT
+        | dict(
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            index_topk=128,
+            index_n_heads=4,
+            index_head_dim=16,
+            rope_parameters=_YARN,
+        ),
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        _COMMON
+        | _BLOCK_SPARSE
+        | dict(head_dim=24, rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)),
+    ),
+    "kimi_k25": (
+        "kimi_k25",
+        dict(
+            tie_word_embeddings=False,
+            projection_hidden_size=32,
+            text_config=_COMMON
+            | _SIGMOID_ROUTED
+            | _LATENT
+            | dict(model_type="deepseek_v3", num_hidden_layers=4, first_k_dense_replace=1, n_group=1, topk_group=1),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                pos_emb_height=4,
+                pos_emb_width=4,
+            ),
+        ),
+    ),
+    "mixtral": ("mixtral", _COMMON | _BLOCK_SPARSE | dict(head_dim=16, sliding_window=40)),
+}
+
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
     "{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
 )
 
 
-def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models."""
+def make_model(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changed: Any
+) -> Path:
+    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models.
+
+    Args:
+        changed: settings of the model's config in place of the family's own.
+    """
     if family == pangu.CONFIG["model_type"]:
-        pangu.make_checkpoint(folder, dtype)
+        pangu.make_checkpoint(folder, dtype, pangu.CONFIG | changed)
         make_tokenizer().save_pretrained(folder)
         return folder
     model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    model = _auto_class(model_type).from_config(AutoConfig.for_model(model_type, **(settings | changed)), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 # from fp32, so that a detour over bf16 shows
-                parameter.data = 1 + 0.2 * noise
+                parameter.data = (0 if model_type == "gemma3_text" else 1) + 0.2 * noise
             else:
                 scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
                 parameter.copy_(scale * noise)
@@ -137,8 +324,36 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if family == "kimi_k25":
+        _name_as_released(folder)
+    if family == "pangu_embedded":
+        _rename_family(folder, "PanguEmbedded", {"attention_bias": "bias"})
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _auto_class(model_type: str) -> type:
+    """Return transformers' class of models with a language model's output."""
+    return AutoModelForImageTextToText if model_type in NESTED else AutoModelForCausalLM
+
+
+def _name_as_released(folder: Path) -> None:
+    """Undo a change of Kimi's names, which transformers' reversal of its own conversion makes in the wrong place."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            name.replace("language_model.model.blocks.", "language_model.model.layers."): tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        path.write_text(path.read_text().replace("language_model.model.blocks.", "language_model.model.layers."))
+
+
+def _rename_family(folder: Path, model_type: str, keys: dict[str, str]) -> None:
+    """Change the family in config.json, and the names of keys."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": model_type}
+    path.write_text(json.dumps({keys.get(key, key): value for key, value in config.items()}))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -191,10 +406,22 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
-    """Load the folder in transformers, in fp32; fail unless every weight fits."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    """Load the folder in transformers, in fp32; fail unless every weight fits.
+
+    openPangu-Embedded, for which transformers has no class, is loaded as the Llama with biases that it equals.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as copy:
+        if config["model_type"] == "PanguEmbedded":
+            for path in folder.iterdir():
+                (Path(copy) / path.name).symlink_to(path.resolve())
+            (Path(copy) / "config.json").unlink()
+            (Path(copy) / "config.json").write_text(json.dumps(config))
+            _rename_family(Path(copy), "llama", {"bias": "attention_bias"})
+            folder = Path(copy)
+        model, info = _auto_class(config["model_type"]).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     assert not any(info.values()), info
     return model.eval()
 
@@ -305,7 +532,7 @@ def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
 
 def healed_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Return the flags of a run that trains two candidates for 2 iterations each, of 10."""
-    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000"]
+    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000", "--stitch", "none"]
     return [*select_argv(model, data, save, "auto"), *healing, "--train-iters", "10", "--lr", "3e-3", *extra]
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, complete, and loadable into a pruned model."""
 
+import megatron.core.dist_checkpointing.strategies.torch as torch_strategy
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -90,6 +91,25 @@ def test_a_pruned_checkpoint_loads_as_it_is(make_trainer, tmp_path):
         assert_same_weights(loaded, saved)
         step(saved, 1, KEPT)
         step(loaded, 1, KEPT)
+
+
+@pytest.mark.parametrize("make_trainer", ["plain"], indirect=True)
+def test_saves_use_the_writer_of_the_core(make_trainer, tmp_path, monkeypatch):
+    """Its queue is replaced. The writer of nvidia-resiliency-ext has a queue of its own, in a process of its own."""
+    if not hasattr(torch_strategy, "get_async_strategy"):
+        pytest.skip("this Megatron-Core has one writer only")
+    asked, get = [], torch_strategy.get_async_strategy
+    monkeypatch.setattr(
+        torch_strategy, "get_async_strategy", lambda name, *rest, **more: asked.append(name) or get(name, *rest, **more)
+    )
+    checkpoint.save(tmp_path, 3, make_trainer(), {"iteration": 3})
+    assert set(asked) == {"mcore"}
+
+
+def test_the_state_of_a_newer_core_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "STATE_IN_A_FILE", True)
+    with pytest.raises(MegapruneError, match="was saved with megatron-core 0.17 or newer: install that version"):
+        checkpoint.load_state(tmp_path)
 
 
 @pytest.mark.parametrize("make_trainer", ["plain"], indirect=True)

@@ -9,6 +9,7 @@ from tests.helpers.launch import Launched, launch_cases
 from tests.parallel import loss_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
+    FREED_LAYOUTS,
     HEALED_LAYOUTS,
     HIDDEN_LAYOUTS,
     INTERRUPTED_RUNS,
@@ -130,6 +131,10 @@ def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
         for layout, flags in layouts.items():
             save = folder / f"run-{layout}"
             cases[save.name] = dict(kind="prune", argv=argv_of(model, tiny_data, save, *flags))
+    for layout, flags in FREED_LAYOUTS.items():
+        out, short = folder / f"freed-{layout}", ("--train-iters", "3", "--search-iters", "2", "--lr-warmup-iters", "0")
+        freed = tiny.prune_argv(model, tiny_data, folder / f"run-freed-{layout}", *short, *flags)
+        cases[out.name] = dict(kind="memory_cases.freed", argv=freed, out=out)
     for layout, (family, gone, flags) in STITCH_LAYOUTS.items():
         save = folder / f"run-{layout}"
         cases[save.name] = dict(

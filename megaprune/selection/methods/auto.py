@@ -19,6 +19,7 @@ def _windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, 
 @register(
     "auto",
     calibrated=True,
+    gradients=lambda _: "mask",
     windows=_windows,
     heals=True,
     description="the best of several cheap methods and of swaps, compared on held-out text",

@@ -30,6 +30,7 @@ def _check(budget: Budget, protected: Set[int]) -> None:
 @register(
     "clp",
     calibrated=True,
+    gradients=lambda _: "mask",
     contiguous=True,
     budgets=["layers"],
     recovers="endpoints",

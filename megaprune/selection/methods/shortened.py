@@ -33,6 +33,7 @@ def _check(budget: Budget, protected: Set[int]) -> None:
     "shortened",
     calibrated=True,
     check=_check,
+    gradients=lambda options: "weights" if options.get("criterion") == "taylor" else None,
     description="cross-entropy without each layer, or its first-order estimate (Shortened LLaMA)",
 )
 def shortened(evaluator: "Evaluator", budget: Budget, protected: Set[int], *, criterion: str = "perplexity") -> Choice:

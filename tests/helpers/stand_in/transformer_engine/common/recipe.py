@@ -1,0 +1,2 @@
+class DelayedScaling:
+    """FP8 recipe; the base of a class of the core."""
