@@ -166,8 +166,18 @@ class RunConfig:
     _argument_group_name = "run"
     save: str | None = flag("run folder, which gets the pruned model, the report, plots and checkpoints")
     save_interval: int | None = flag("iterations between checkpoints", least=1)
+    async_save: bool = flag(
+        "write the checkpoints of --save-interval in the background, while training goes on; one counts once every "
+        "rank has written its part",
+        False,
+    )
     exit_on_signal: bool = flag("save a checkpoint and exit on SIGTERM", True)
     log_interval: int = flag("iterations between two log lines", 10, least=1)
+    peak_tflops: float | None = flag(
+        "peak of one device in TFLOP/s, for the share of it that is used (default: known for NVIDIA's data center GPUs "
+        "in bf16)",
+        above=0,
+    )
     tensorboard_dir: str | None = flag("folder for TensorBoard (default: SAVE/tensorboard)")
     wandb_project: str | None = flag("Weights & Biases project that gets the metrics")
     max_shard_size: str = flag("maximum size of a safetensors file of the exported model", "5GB")

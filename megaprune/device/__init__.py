@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from megaprune.device.peak import bf16_tflops
 from megaprune.utils.errors import UsageError
 
 if torch.cuda.is_available():
     from megaprune.device.cuda import (
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         empty_cache,
         model_name,
@@ -29,6 +31,7 @@ else:
     from megaprune.device.cpu import (
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         empty_cache,
         model_name,
@@ -41,6 +44,8 @@ else:
 __all__ = [
     "BACKEND",
     "NAME",
+    "Stopwatch",
+    "bf16_tflops",
     "bind_local_device",
     "free_unused",
     "model_name",

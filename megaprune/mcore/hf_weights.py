@@ -11,12 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaprune.mcore.builder import uses_transformer_engine
+from megaprune.mcore.export_shares import Gathered, shares
 from megaprune.mcore.parallel import (
     all_gather_objects,
     expert_tensor_parallel,
     on_rank0,
     raise_together,
     tensor_parallel,
+    wait_for_all,
 )
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import WeightRule
@@ -97,8 +99,8 @@ def export_weights(
 ) -> None:
     """Write the model as HF safetensors with the dtypes of the source, gathered tensor by tensor. Collective.
 
-    A weight that is stored in fp32 and was not trained in a bf16 run keeps its exact value. Each pipeline stage writes
-    its own files. Experts are written by the first rank that holds them.
+    A weight that is stored in fp32 and was not trained in a bf16 run keeps its exact value. Every rank writes files of
+    its own (see `export_shares`), and rank 0 writes the index.
 
     Args:
         model: this rank's part of the model.
@@ -121,10 +123,11 @@ def export_weights(
         assert new_name is not None  # pruned layers are not among the tensors
         writer.add(layout.written_name(new_name), tensor)
 
-    def write(gathered: tuple[WeightRule, list[torch.Tensor]]) -> None:
-        rule, parts = gathered
-        if rule.export and is_first_holder(rule):
-            for hf_name, tensor in rule.merge(parts, arch).items():
+    def write(gathered: Gathered | None) -> None:
+        if gathered is None:
+            writer.close()
+        elif gathered.rule.export:
+            for hf_name, tensor in gathered.rule.merge(gathered.parts, arch).items():
                 tensor = _as_stored(tensor, source, hf_name)
                 add(hf_name, tensor)
                 for copy in source.copies(hf_name, keep_mtp):
@@ -137,7 +140,8 @@ def export_weights(
             add(hf_name, source.read(hf_name))
         writer.close()
 
-    write_gathered(_gathered(model, source, kept_layers, whole), write, close, folder)
+    weights = list(_exported(model, source, kept_layers, whole))
+    write_gathered(shares(weights, source, max_shard_bytes), write, close, folder)
     shards = all_gather_objects(writer.written)
 
     def finish() -> None:
@@ -178,13 +182,14 @@ def write_gathered(
     for weight in gathered:
         attempt(partial(write, weight))
     attempt(close)
+    wait_for_all()
     raise_together(error)
 
 
-def _gathered(
+def _exported(
     model: PipelineModel, source: TensorSource, kept_layers: Sequence[int], whole: bool
-) -> Iterator[tuple[WeightRule, list[torch.Tensor]]]:
-    """Yield the rule and the shards of each weight of the export that this rank holds a part of. Collective.
+) -> Iterator[tuple[WeightRule, torch.Tensor]]:
+    """Yield the rule and this rank's part of each weight of the export that it holds a part of.
 
     The arguments are those of `export_weights`.
     """
@@ -192,7 +197,7 @@ def _gathered(
     for name, parameter in model.named_weights():
         rule = rules[source_name(name, None if whole else kept_layers)]
         if source.renamed(rule.hf[0], kept_layers) is not None and not _is_second_embedding(name):
-            yield rule, gather_shards(parameter.detach(), rule)
+            yield rule, parameter.detach()
 
 
 def _is_second_embedding(name: str) -> bool:

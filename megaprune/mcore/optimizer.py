@@ -14,6 +14,7 @@ from megaprune.mcore.builder import EngineOptions, in_half_precision, is_gated
 from megaprune.mcore.layers.lora import adapted_layers
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.release import detach_from_training, release_config, release_wrappers
+from megaprune.mcore.step_times import StepTimes
 from megaprune.utils.errors import UsageError
 
 
@@ -49,6 +50,7 @@ class Trainer:
 
     def __init__(self, model: PipelineModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
+        self.times = StepTimes()
         self.adapters_only = bool(adapted_layers(model))
         model.config.finalize_model_grads_func = finalize_model_grads
         # An overlapped reduction would wait for the gradients of layers whose backward pass is skipped.

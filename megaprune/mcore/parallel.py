@@ -1,7 +1,7 @@
 """Process groups: set-up, collectives and agreement between ranks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +17,19 @@ from megaprune import device
 from megaprune.models.shards import TensorParallel
 from megaprune.utils import failure
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together
+from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together, wait_for_all
 from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
 
-__all__ = ["on_each_node", "on_rank0", "on_rank0_for_all", "raise_together", "rank", "together", "world_size"]
+__all__ = [
+    "on_each_node",
+    "on_rank0",
+    "on_rank0_for_all",
+    "raise_together",
+    "rank",
+    "together",
+    "wait_for_all",
+    "world_size",
+]
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 60
@@ -189,6 +198,14 @@ def all_gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gathered_numbers(numbers: Sequence[float]) -> list[list[float]]:
+    """Return the numbers of all ranks, in order of rank. Collective; the host waits for the device once."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=device.torch_device())
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return torch.stack(found).tolist()
 
 
 def any_rank(flag: bool) -> bool:

@@ -19,6 +19,7 @@ from megaprune.pruning.options import RunOptions
 from megaprune.pruning.progress import Progress
 from megaprune.pruning.run_dir import RunDir
 from megaprune.pruning.step import StepResult
+from megaprune.pruning.throughput import Throughput
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
 from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
@@ -50,9 +51,11 @@ class RunContext:
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = self.latest_checkpoint()
         self.progress = Progress()
+        self._saving: checkpoint.PendingSave | None = None
         if self.resume_from is not None:
             found = self.resume_from
             self.progress = Progress(**parallel.on_rank0_for_all(lambda: checkpoint.load_state(found)))
+        self.throughput = Throughput(options, source.config, (origin.source if origin else source).config)
         self.shorten(self.progress.other_iterations)
         if self.resume_from is not None:
             self._check_batch(self.progress.global_batch_size)
@@ -142,6 +145,19 @@ class RunContext:
             record["mask"] = result.mask.tolist()
         self.metrics.log(record | (extra or {}))
 
+    def measured(
+        self, iteration: int, result: StepResult, start: float, waited: float, student: Trainer
+    ) -> dict[str, Any]:
+        """Return the speed of a step for its record (see `Throughput.of_step`).
+
+        Args:
+            start: the time at which the step began, by `time.perf_counter`.
+            waited: seconds until its data were there.
+        """
+        seconds = time.perf_counter() - start
+        flops = self.throughput.flops(self.progress.kept_layers or [], result.mask)
+        return self.throughput.of_step(iteration, seconds, waited, student.times, flops)
+
     @property
     def weights_are_the_source(self) -> bool:
         """Return whether the weights still equal the source, because nothing or only scores were trained."""
@@ -168,12 +184,27 @@ class RunContext:
         """
         interval, iteration = self.options.output.save_interval, self.progress.iteration
         stopping = self._is_to_stop()
-        if force or stopping or (interval and iteration % interval == 0):
+        is_due = bool(interval and iteration % interval == 0)
+        self.finish_saving(wait=force or stopping or is_due)
+        if force or stopping or is_due:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
-            checkpoint.save(folder, iteration, trained, self.progress.state())
+            # What follows a stage reads its last checkpoint, and a run that stops ends with it.
+            if self.options.output.async_save and not (force or stopping):
+                self._saving = checkpoint.save_in_background(folder, iteration, trained, self.progress.state())
+            else:
+                checkpoint.save(folder, iteration, trained, self.progress.state())
         if stopping:
             say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
             raise RunStopped
+
+    def finish_saving(self, wait: bool) -> None:
+        """Put a checkpoint that is written in the background in place, if there is one and it is complete. Collective.
+
+        Args:
+            wait: wait until it is complete.
+        """
+        if self._saving is not None and self._saving.finish(wait):
+            self._saving = None
 
     def close(self) -> None:
         """Close the metrics."""

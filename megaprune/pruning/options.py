@@ -171,7 +171,9 @@ class OutputOptions:
     max_shard_bytes: int
     export_adapter: bool
     save_interval: int | None
+    async_save: bool
     log_interval: int
+    peak_tflops: float | None
     tensorboard_dir: str | None
     wandb_project: str | None
     dry_run: bool

@@ -25,6 +25,7 @@ from megaprune.pruning.run_dir import RunDir
 from megaprune.report.front_matter import inherited
 from megaprune.report.metrics import JSONL_NAME, read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
+from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, read_report, result_table, write_report
 from megaprune.utils.disk import one_line
@@ -157,6 +158,7 @@ def _finish(options: RunOptions, source: TensorSource, reports: Sequence[Report]
     last, report = run_dir.of_round(len(reports)), whole_report(reports, options.model.arch.num_layers)
     with one_line(run_dir.path, GO_ON):
         records = _records(run_dir, reports)
+        report = replace(report, stages=with_performance(report.stages, records))
         with whole_file(run_dir.path / JSONL_NAME) as aside:
             aside.write_text("".join(strict_json(record) + "\n" for record in records))
         write_report(run_dir.report, report)
@@ -182,9 +184,9 @@ def whole_report(reports: Sequence[Report], num_layers: int) -> Report:
     kept, stages = _kept(reports, num_layers), dict[str, dict[str, float]]()
     for report in reports:
         for stage, spent in report.stages.items():
-            entry = stages.setdefault(stage, dict.fromkeys(spent, 0))
-            for unit, value in spent.items():
-                entry[unit] += value
+            entry = stages.setdefault(stage, {"seconds": 0.0, "tokens": 0})
+            for unit in entry:
+                entry[unit] += spent[unit]
     teacher = {name: loss for name, loss in first.valid.items() if name == "teacher"}
     return replace(
         last,

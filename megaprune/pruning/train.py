@@ -31,9 +31,11 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
     objective = _objective(run, teacher)
     for iteration in range(progress.iteration, training.search_iters):
         start, last = time.perf_counter(), iteration + 1 == training.search_iters
+        batches = run.data.train_batches(iteration)
+        waited = time.perf_counter() - start
         result = search_step(
             student,
-            run.data.train_batches(iteration),
+            batches,
             objective,
             iteration,
             selector,
@@ -43,7 +45,7 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         progress.selector = selector.state_dict()
         progress.scores = selector.scores.tolist()
         extra = {"temperature": selector.temperature(iteration), "scores": progress.scores}
-        run.record(iteration, "search", result, start, extra)
+        run.record(iteration, "search", result, start, extra | run.measured(iteration, result, start, waited, student))
         if last:
             kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
             progress.kept_layers = agreed_layers(kept, run.options)
@@ -87,8 +89,10 @@ def heal(run: RunContext, student: Trainer, teacher: Teacher | None, until: int)
     objective = _recovery_objective(run, student, teacher)
     for iteration in range(run.progress.iteration, until):
         start = time.perf_counter()
-        result = train_step(student, run.data.train_batches(iteration), objective, iteration)
-        run.record(iteration, "recovery", result, start)
+        batches = run.data.train_batches(iteration)
+        waited = time.perf_counter() - start
+        result = train_step(student, batches, objective, iteration)
+        run.record(iteration, "recovery", result, start, run.measured(iteration, result, start, waited, student))
         run.save_if_due(student, force=iteration + 1 == until)
 
 

@@ -79,7 +79,7 @@ def on_each_node(action: Callable[[], T]) -> T:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Return what the action returns on this rank. Collective.
+    """Return what the action returns on this rank, once all ranks have run it, however long it takes. Collective.
 
     Raises:
         MegapruneError: the action raised it on some rank. Raised on every rank.
@@ -89,8 +89,19 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except MegapruneError as met:
         error = met
+    wait_for_all()
     raise_together(error)
     return cast(T, result)
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here, however long it takes. Collective where a process group exists."""
+    import torch.distributed as dist
+
+    if world_size() > 1 and dist.is_initialized():
+        store, key = _announcement()
+        store.add(f"{key}/here", 1)
+        _wait_until(lambda: store.add(f"{key}/here", 0) >= world_size())
 
 
 def _announcement() -> tuple[Any, str]:

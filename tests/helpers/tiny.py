@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
+from megaprune.report.performance import MEASURED
 from tests.helpers import pangu
 
 # No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
@@ -559,6 +560,11 @@ def stop_after(iterations: int | None) -> Callable[[], bool]:
     """Return a function that asks a run to stop after this number of iterations (None: never)."""
     asked = itertools.count()  # the first call is before any iteration
     return lambda: next(asked) == iterations
+
+
+def steady(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a step's record that are the same when the run is repeated."""
+    return {name: value for name, value in record.items() if name not in MEASURED}
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Checkpoints: whole or absent, complete, and loadable into a pruned model."""
 
-import hashlib
-
 import megatron.core.dist_checkpointing.strategies.torch as torch_strategy
 import pytest
 import torch
@@ -14,6 +12,8 @@ from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
+from tests.helpers.disks import full_disk
+from tests.helpers.gradients import parameters, step
 
 pytestmark = pytest.mark.usefixtures("one_process")
 KEPT = [0, 2, 3, 6]
@@ -47,25 +47,6 @@ def make_trainer(request, source):
         return Trainer(model, engine, options)
 
     return make
-
-
-def parameters(trainer, kept=None):
-    """Return the parameters under their names in the source model."""
-    for name, parameter in trainer.model.named_parameters():
-        if kept is not None and name.startswith("decoder.layers."):
-            words = name.split(".")
-            words[2] = str(kept[int(words[2])])
-            name = ".".join(words)
-        yield name, parameter
-
-
-def step(trainer, iteration, kept=None):
-    """Take a step on artificial gradients, which are the same for a parameter of the source in any model."""
-    trainer.zero_grad()
-    for name, parameter in parameters(trainer, kept):
-        seed = int.from_bytes(hashlib.sha256(f"{name} {iteration}".encode()).digest()[:4], "little")
-        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-    trainer.step(iteration)
 
 
 def assert_same_weights(trainer, other, kept=None):
@@ -155,3 +136,34 @@ def test_only_the_last_whole_checkpoint_is_there(make_trainer, tmp_path, monkeyp
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000006", "notes"]
     checkpoint.save(folder, 6, trainer, {"iteration": 6, "again": True})
     assert checkpoint.load_state(checkpoint.latest(folder)) == {"iteration": 6, "again": True}
+
+
+@pytest.mark.parametrize("make_trainer", ["distributed", "bf16"], indirect=True)
+def test_a_background_save_holds_the_weights_of_its_iteration_and_counts_when_finished(make_trainer, tmp_path):
+    trainer, expected = make_trainer(), make_trainer()
+    for saved in (trainer, expected):
+        step(saved, 0)
+    checkpoint.save(tmp_path, 0, None, {"iteration": 0})
+    pending = checkpoint.save_in_background(tmp_path, 1, trainer, {"iteration": 1})
+    step(trainer, 1)  # training goes on while it is written
+    assert checkpoint.latest(tmp_path).name == "iter_0000000"
+    assert pending.finish(wait=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+    loaded = make_trainer()
+    checkpoint.load(checkpoint.latest(tmp_path), loaded)
+    assert_same_weights(loaded, expected)
+    for other in (loaded, expected):
+        step(other, 1)
+    assert_same_weights(loaded, expected)
+    assert_same_weights(loaded, trainer)
+
+
+@pytest.mark.parametrize("make_trainer", ["distributed"], indirect=True)
+def test_a_background_save_that_fails_leaves_the_former_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer()
+    former = checkpoint.save(tmp_path, 1, trainer, {"iteration": 1})
+    with full_disk(100_000):
+        pending = checkpoint.save_in_background(tmp_path, 2, trainer, {"iteration": 2})
+    with pytest.raises(MegapruneError, match="iter_0000002.tmp can't be written .*run the same command to continue"):
+        pending.finish(wait=True)
+    assert list(tmp_path.iterdir()) == [former]
