@@ -100,6 +100,7 @@ _LAYERS = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
     "pangu_ultra_moe": _pangu_ultra_moe,
 }
 
@@ -122,10 +123,14 @@ def _gqa(config):
 
 def _mla(config, query_rank, rank, content, rope, value):
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    return {
+    queries = {
         "self_attn.q_a_proj.weight": (query_rank, hidden),
         "self_attn.q_a_layernorm.weight": (query_rank,),
         "self_attn.q_b_proj.weight": (heads * (content + rope), query_rank),
+    }
+    if query_rank is None:
+        queries = {"self_attn.q_proj.weight": (heads * (content + rope), hidden)}
+    return queries | {
         "self_attn.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
         "self_attn.kv_a_layernorm.weight": (rank,),
         "self_attn.kv_b_proj.weight": (heads * (content + value), rank),

@@ -142,7 +142,8 @@ class Machine(TorchDispatchMode):
             with self.fake:
                 return args[0].flatten(0, args[1][0].dim() - 1).clone()
         if func is _aten._to_copy.default and target is not None and target.type == "cpu":
-            self._sync("copy to the host")
+            if not kwargs.get("non_blocking"):  # else an event says when the copy has arrived
+                self._sync("copy to the host")
             with self.fake:
                 return self.host_copy(func(*args, **kwargs))
         if func is _aten.copy_.default and not isinstance(tensors[0], FakeTensor):

@@ -172,9 +172,8 @@ def training(case: dict[str, Any], parts: Parts) -> None:
     job = Job(case, parts)
     original = parts.run("import", lambda: job.build(gate=job.gate))
     half = in_half_precision(original, job.engine)
-    _importance(job, half)
-    if case.get("parts") == "importance":
-        return
+    if case.get("importance", True):
+        _importance(job, half)
     student = original
     if job.lora:
         attach_adapters(original, LoRAOptions(8, 16.0), 1)
