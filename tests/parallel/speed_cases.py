@@ -9,7 +9,7 @@ from megaprune.mcore import parallel
 from megaprune.mcore.step_times import StepTimes
 from tests.helpers import tiny
 
-SECONDS = 0.2
+SECONDS = 1.0
 _forward_ends = StepTimes.forward_ends
 
 
