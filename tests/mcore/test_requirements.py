@@ -60,8 +60,8 @@ def test_what_cannot_be_imported_is_named(installed, packages, said):
 )
 def test_what_fits_together_is_accepted(installed, packages):
     installed(**packages)
-    requirements.check_core()
+    assert requirements.check_core() is None
 
 
 def test_the_installed_packages_fit_together():
-    requirements.check_core()
+    assert requirements.check_core() is None
