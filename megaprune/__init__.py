@@ -10,14 +10,16 @@ from megaprune.version import __version__
 
 if TYPE_CHECKING:
     from megaprune import selection
-    from megaprune.api import evaluate, export_hf, generate_data, import_hf, prune, remove_layers, score_layers
+    from megaprune.api import evaluate, export_hf, generate_data, import_hf, prune, push, remove_layers, score_layers
     from megaprune.config.schema import Config
     from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
+    from megaprune.utils.stopping import StopRequest
 
 __all__ = [
     "Config",
     "MegapruneError",
     "RunStopped",
+    "StopRequest",
     "UsageError",
     "__version__",
     "evaluate",
@@ -25,16 +27,19 @@ __all__ = [
     "generate_data",
     "import_hf",
     "prune",
+    "push",
     "remove_layers",
     "score_layers",
     "selection",
 ]
 
 _HOMES = dict.fromkeys(
-    ("evaluate", "export_hf", "generate_data", "import_hf", "prune", "remove_layers", "score_layers"), "megaprune.api"
+    ("evaluate", "export_hf", "generate_data", "import_hf", "prune", "push", "remove_layers", "score_layers"),
+    "megaprune.api",
 ) | {
     "Config": "megaprune.config.schema",
     **dict.fromkeys(("MegapruneError", "RunStopped", "UsageError"), "megaprune.utils.errors"),
+    "StopRequest": "megaprune.utils.stopping",
 }
 
 

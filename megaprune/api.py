@@ -14,16 +14,19 @@ from megaprune.config.checks import check_for_scoring, check_run
 from megaprune.config.evaluation import EvaluateConfig
 from megaprune.config.generation import GenerateConfig
 from megaprune.config.mapping import fill, overridden
+from megaprune.config.push import PushConfig
 from megaprune.config.schema import ALTERNATIVES, GROUPS, WHAT_TO_PRUNE, Config
 from megaprune.utils.errors import UsageError
+from megaprune.utils.text import call_text
 
 if TYPE_CHECKING:
     from megaprune.evaluation.result import Evaluation
     from megaprune.generation.run import Generated
     from megaprune.report.run_report import LayerScores, Report
+    from megaprune.weights.push import Pushed
     from megaprune.weights.torch_dist.engine import Conversion
 
-__all__ = ["evaluate", "export_hf", "generate_data", "import_hf", "prune", "remove_layers", "score_layers"]
+__all__ = ["evaluate", "export_hf", "generate_data", "import_hf", "prune", "push", "remove_layers", "score_layers"]
 
 
 def prune(
@@ -57,9 +60,7 @@ def prune(
     from megaprune.utils.ranks import world_size
 
     options, source = open_run(resolved, world_size())
-    return run(
-        options, source, command or _call("prune", {**({"config": "..."} if config else {}), **flags}), should_stop
-    )
+    return run(options, source, command or call_text("prune", resolved.changed() if config else flags), should_stop)
 
 
 def score_layers(
@@ -127,7 +128,7 @@ def remove_layers(
     from megaprune.weights.writer import parse_size
 
     size, source = parse_size(max_shard_size), HFSource(resolve_hf_model(str(hf_model)))
-    command = _call("remove_layers", {"hf_model": str(hf_model), "layers": list(layers), "save": str(save)})
+    command = call_text("remove_layers", {"hf_model": str(hf_model), "layers": list(layers), "save": str(save)})
     return remove_layers_of(source, str(hf_model), layers, Path(save), mtp == "keep", size, command)
 
 
@@ -209,13 +210,17 @@ def import_hf(
     names = {None: None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: give one of bf16, fp16, fp32")
-    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.utils.rank0 import together
+    from megaprune.weights.hub import shared_hf_model
     from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions, processes
     from megaprune.weights.torch_dist.import_hf import import_checkpoint
 
-    source, folder = HFSource(resolve_hf_model(str(hf_model))), Path(megatron_path).absolute()
-    import_checkpoint(source, folder, names[dtype], WorkOptions(_workers(workers), resume))
+    options, folder = WorkOptions(_workers(workers), resume), Path(megatron_path).absolute()
+    with processes():
+        found = shared_hf_model(str(hf_model))
+        source = together(lambda: HFSource(found))
+        import_checkpoint(source, folder, names[dtype], options)
     return Conversion(len(source.names), source.folder, folder)
 
 
@@ -250,6 +255,35 @@ def export_hf(
     return Conversion(len(source.names), Path(megatron_path), folder)
 
 
+def push(hf_model: str | Path, repo_id: str, **flags: Any) -> "Pushed":
+    """Push a pruned model and its card to the Hugging Face Hub, in one commit. Weights of an earlier push that the
+    model no longer has are deleted there.
+
+    Args:
+        hf_model: the `hf/` folder of a run.
+        repo_id: the repository, as owner/name; it is made if it does not exist.
+        flags: other flags of `megaprune push`, such as `private`, `license`, `base_model`, `evaluation` and `dry_run`.
+
+    Returns:
+        The files, the card, and what it lacks.
+
+    Raises:
+        MegapruneError: the folder holds no complete model with a card, or the hub refuses it.
+        UsageError: an argument is wrong.
+    """
+    paths = {name: str(flags[name]) for name in ("evaluation", "source_evaluation") if flags.get(name) is not None}
+    [config] = fill([PushConfig], {"hf_model": str(hf_model), "repo_id": repo_id} | flags | paths)
+    if config.source_evaluation is not None and config.evaluation is None:
+        raise UsageError("--source-evaluation needs --evaluation: the table shows both models")
+    from megaprune.weights.push import Destination
+    from megaprune.weights.push import push as send
+
+    to = Destination(config.repo_id, config.private, config.revision, config.create_pr, config.commit_message)
+    fields = {"license": config.license, "base_model": config.base_model}
+    ours, theirs = (None if name is None else Path(name) for name in (config.evaluation, config.source_evaluation))
+    return send(Path(config.hf_model), to, fields, ours, theirs, config.dry_run)
+
+
 def _config(config: Config | None, flags: dict[str, Any]) -> Config:
     if config is None:
         return Config.from_mapping(flags)
@@ -259,17 +293,7 @@ def _config(config: Config | None, flags: dict[str, Any]) -> Config:
     return config
 
 
-def _changed(config: Config) -> dict[str, Any]:
-    defaults = Config().flat()
-    return {name: value for name, value in config.flat().items() if value != defaults[name]}
-
-
 def _workers(number: int | None) -> int | None:
     if number is not None and number < 1:
         raise UsageError(f"--workers {number} is less than 1")
     return number
-
-
-def _call(function: str, arguments: dict[str, Any]) -> str:
-    """Return the call as a user would write it, for the model card."""
-    return f"megaprune.{function}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"

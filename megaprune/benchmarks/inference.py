@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 
 from megaprune import device
+from megaprune.benchmarks import vllm_engine
 from megaprune.benchmarks.options import InferenceOptions
-from megaprune.benchmarks.timing import Result, environment, interleaved, median_ratio
-from megaprune.utils.errors import MegapruneError, UsageError
+from megaprune.benchmarks.timing import Result, environment, interleaved, median_interval, median_ratio
+from megaprune.utils.errors import MegapruneError
 from megaprune.utils.text import aligned
 
 Engine = Literal["transformers", "vllm"]
@@ -61,7 +62,7 @@ def measure(options: InferenceOptions) -> Result:
 def table(result: Result) -> str:
     """Return the measured workloads as a table for the terminal."""
     cases = result["cases"]
-    rows: list[tuple[str, ...]] = [("", "original s", "pruned s", "speed-up", "of ideal")]
+    rows: list[tuple[str, ...]] = [("", "original s", "pruned s", "speed-up", "interval", "of ideal")]
     for record in cases:
         name = f"{record['batch_size']} x {record['prompt_length']} tokens"
         for kind, label in (
@@ -76,6 +77,7 @@ def table(result: Result) -> str:
                     f"{seconds['original']:.4f}",
                     f"{seconds['pruned']:.4f}",
                     f"{record[f'{kind}_speed_up']:.3f}",
+                    f"{record[f'{kind}_interval']['low']:.3f}-{record[f'{kind}_interval']['high']:.3f}",
                     f"{record[f'{kind}_of_ideal']:.3f}",
                 )
             )
@@ -83,7 +85,8 @@ def table(result: Result) -> str:
     head = (
         f"{layers['original']} -> {layers['pruned']} layers, ideal speed-up {cases[0]['ideal_speed_up']:.3f}; medians "
         f"of {result['settings']['repeats']} rounds in {result['settings']['engine']} on {machine['device']}, "
-        f"{machine['threads']} threads"
+        f"{machine['threads']} threads; intervals of the median speed-up at "
+        f"{cases[0]['total_interval']['confidence']:.1%} confidence"
     )
     return "\n".join([head, *aligned(rows)])
 
@@ -128,7 +131,7 @@ def measure_models(
         MegapruneError: a model can't be loaded.
     """
     layers = {name: _num_layers(folder) for name, folder in models.items()}
-    generates = {name: _load(folder, engine, dtype) for name, folder in models.items()}
+    generates = {name: _load(folder, engine, dtype, workloads) for name, folder in models.items()}
     vocab_size = min(_config(folder).vocab_size for folder in models.values())
     records = []
     for workload in workloads:
@@ -168,6 +171,8 @@ def _record(workload: Workload, samples: dict[str, list[Sample]], layers: dict[s
         record[f"{kind}_seconds"] = {name: statistics.median(found) for name, found in by_model.items()}
         speed_up = median_ratio(by_model[ORIGINAL], by_model[PRUNED])
         record[f"{kind}_speed_up"], record[f"{kind}_of_ideal"] = speed_up, speed_up / ideal
+        ratios = [a / b for a, b in zip(by_model[ORIGINAL], by_model[PRUNED], strict=True)]
+        record[f"{kind}_interval"] = asdict(median_interval(ratios))
     return record | {"rounds": {name: [asdict(sample) for sample in found] for name, found in samples.items()}}
 
 
@@ -199,8 +204,11 @@ def _num_layers(folder: Path) -> int:
     return _config(folder).num_hidden_layers
 
 
-def _load(folder: Path, engine: Engine, dtype: str) -> Generate:
-    return _in_vllm(folder, dtype) if engine == "vllm" else _in_transformers(folder, dtype)
+def _load(folder: Path, engine: Engine, dtype: str, workloads: Sequence[Workload]) -> Generate:
+    if engine == "vllm":
+        lengths = [workload.prompt_length + workload.new_tokens for workload in workloads]
+        return vllm_engine.load(folder, dtype, _config(folder), [each.batch_size for each in workloads], lengths)
+    return _in_transformers(folder, dtype)
 
 
 def _in_transformers(folder: Path, dtype: str) -> Generate:
@@ -222,21 +230,5 @@ def _in_transformers(folder: Path, dtype: str) -> Generate:
             do_sample=False,
             pad_token_id=0,
         )
-
-    return generate
-
-
-def _in_vllm(folder: Path, dtype: str) -> Generate:
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise UsageError("--engine vllm: vLLM is not installed: install it, or use --engine transformers") from None
-    # Both models are in memory at once, so that their rounds can alternate.
-    model = LLM(str(folder), dtype=dtype, skip_tokenizer_init=True, gpu_memory_utilization=0.4)
-
-    def generate(prompts: torch.Tensor, new_tokens: int) -> None:
-        sampling = SamplingParams(temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, detokenize=False)
-        given = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
-        model.generate(given, sampling, use_tqdm=False)
 
     return generate

@@ -84,7 +84,7 @@ class InferenceOptions:
     batch_sizes: list[int] = flag("numbers of prompts in a batch; each one is measured", [1, 8], least=1)
     prompt_lengths: list[int] = flag("numbers of tokens in a prompt; each one is measured", [128], least=1)
     new_tokens: int = flag("number of tokens to generate per prompt", 16, least=2)
-    repeats: int = flag("number of measured rounds", 5, least=1)
+    repeats: int = flag("number of measured rounds; 6 are the least for intervals of 95% confidence", 6, least=1)
     warmup: int = flag("number of warm-up rounds", 1, least=0)
     engine: Literal["transformers", "vllm"] = flag("library that runs the models", "transformers")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("dtype of the weights (auto: as stored)", "auto")

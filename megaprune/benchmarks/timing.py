@@ -1,9 +1,11 @@
 """Measuring: cases interleaved in one process, and the bytes that a forward pass keeps."""
 
+import math
 import statistics
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +50,30 @@ def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
     On a busy machine it varies less than the ratio of the medians, because load affects both samples of a round.
     """
     return statistics.median(a / b for a, b in zip(samples, baseline, strict=True))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a median, and the probability with which bounds made like this contain it."""
+
+    low: float
+    high: float
+    confidence: float
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the narrowest pair of samples, equally far from both ends in order, that bounds the median of the
+    distribution with this confidence; all samples if there are too few. It assumes nothing of the distribution.
+    """
+    ordered, number = sorted(samples), len(samples)
+    # The median is below the k-th smallest sample with the probability of fewer than k heads in `number` coin tosses.
+    outside, cut = 0.5**number, 0
+    while cut + 1 < number / 2:
+        more = outside + math.comb(number, cut + 1) * 0.5**number
+        if 1 - 2 * more < confidence:
+            break
+        outside, cut = more, cut + 1
+    return Interval(ordered[cut], ordered[-1 - cut], max(0.0, 1 - 2 * outside))
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):

@@ -50,6 +50,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 def _hf_config(config: Config) -> dict[str, Any]:
     """Return the model's config; if the stored tensors are at hand, they decide whether embeddings are tied."""
+    from megaprune.models import family_of
     from megaprune.weights.hub import resolve_hf_model
     from megaprune.weights.source import HFSource, holds_weights, read_hf_config
     from megaprune.weights.torch_dist.import_hf import HF_FOLDER
@@ -58,7 +59,7 @@ def _hf_config(config: Config) -> dict[str, Any]:
     model = config.model
     folder = Path(model.load) / HF_FOLDER if model.load else resolve_hf_model(model.given, config_only=True)
     found = read_hf_config(folder)
-    if not found.get("tie_word_embeddings"):
+    if not family_of(found).ties(found):
         return found
     if model.load:
         return CheckpointSource(model.load).config if (Path(model.load) / ".metadata").is_file() else found

@@ -83,11 +83,12 @@ def read_comparison(path: Path, save: Path, overrides: Mapping[str, Any] | None 
 
     The file has the keys `run` (flags common to all), `methods` (names, or mappings with `method`, other flags, a
     `label`, and `seeds` of its own), `levers` (labels mapped to flags; each method runs with each), `seeds`, and one of
-    `num_layers_to_prune`, `prune_ratio`, `target_params` (a list of sizes). `models`, where there are several, maps
-    their names to the flags of each. With `rank_windows` each mask is ranked among all masks of its size. `tasks`, a
-    list of names, are scored on the teacher and on every recovered model, and with `task_pruned` on each mask before
-    recovery. So that all recover alike, methods such as `clp`, which train the layers beside the cut by default, train
-    all layers here unless their mapping says otherwise. `manual` runs once, with the `prune_layers` of its mapping.
+    `num_layers_to_prune`, `prune_ratio`, `target_params`, `target_active_params`, `target_memory` (a list of sizes).
+    `models`, where there are several, maps their names to the flags of each. With `rank_windows` each mask is ranked
+    among all masks of its size. `tasks`, a list of names, are scored on the teacher and on every recovered model, and
+    with `task_pruned` on each mask before recovery. So that all recover alike, methods such as `clp`, which train the
+    layers beside the cut by default, train all layers here unless their mapping says otherwise. `manual` runs once,
+    with the `prune_layers` of its mapping.
 
     Args:
         overrides: keys whose values replace the file's.
@@ -109,7 +110,10 @@ def read_comparison(path: Path, save: Path, overrides: Mapping[str, Any] | None 
         )
     sizes = [key for key in WHAT_TO_PRUNE if key in asked]
     if len(sizes) != 1 or sizes[0] == "prune_layers":
-        raise UsageError(f"--config {path}: give one of num_layers_to_prune, prune_ratio, target_params, as a list")
+        raise UsageError(
+            f"--config {path}: give one of num_layers_to_prune, prune_ratio, target_params, target_active_params, "
+            "target_memory, as a list"
+        )
     rank_windows = asked.get("rank_windows", 0)
     if not isinstance(rank_windows, int) or isinstance(rank_windows, bool) or rank_windows < 0:
         raise UsageError(f"--config {path}: rank_windows must be a number of validation windows")

@@ -47,7 +47,7 @@ def all_masks(selection: SelectionOptions) -> list[tuple[int, ...]]:
     free = [layer for layer in range(budget.num_layers) if layer not in protected]
     chosen = budget.limit - len(protected)
     if not budget.counts_layers:
-        raise UsageError("rank_windows: masks are ranked by number of layers, not with target_params")
+        raise UsageError("rank_windows: masks are ranked by number of layers, not of parameters or bytes")
     if math.comb(len(free), chosen) > MOST_MASKS:
         raise UsageError(
             f"rank_windows: {math.comb(len(free), chosen):,} masks are too many to measure (at most {MOST_MASKS:,})"

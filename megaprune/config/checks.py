@@ -1,5 +1,6 @@
 """Checks across settings: required combinations, exclusions, and flags that a method does not use."""
 
+from megaprune.config.engine import EngineConfig
 from megaprune.config.method_checks import check_budget, check_cut, check_method_flags, check_rounds, check_stitch
 from megaprune.config.schema import (
     WHAT_TO_PRUNE,
@@ -26,6 +27,7 @@ def check_run(config: Config) -> None:
         raise UsageError("--train-iters is required (0 removes layers and changes no weight)")
     _check_iterations(config)
     _check_lora(config)
+    _check_engine(config.engine)
     check_cut(config)
     check_stitch(config)
     check_rounds(config)
@@ -47,6 +49,7 @@ def check_for_plan(config: Config) -> None:
     if config.recovery.train_iters is not None:
         _check_iterations(config)
     _check_lora(config)
+    _check_engine(config.engine)
 
 
 def check_for_scoring(config: Config) -> None:
@@ -92,6 +95,9 @@ def _check_what_to_prune(prune: PruneConfig) -> None:
         every = ", ".join("--" + name.replace("_", "-") for name in WHAT_TO_PRUNE)
         raise UsageError(f"give exactly one of {every}" + (f", not {' and '.join(given)}" if given else ""))
     check_budget(prune)
+    for flag in ("target_memory_batch_size", "target_memory_seq_length"):
+        if prune.target_memory is None and getattr(prune, flag) != getattr(PruneConfig(), flag):
+            raise UsageError(f"--{flag.replace('_', '-')} needs --target-memory")
     if prune.prune_layers is not None:
         pruned_layers_of(prune.prune_layers)
 
@@ -101,7 +107,7 @@ def _check_teacher(config: Config) -> None:
     if (teacher == "cached") != (logits is not None):
         raise UsageError("--teacher cached and --teacher-logits go together")
     alpha = config.distillation.kd_loss_alpha
-    if config.distillation.distill_loss == "ce" and alpha != 1:
+    if config.distillation.distill_loss == "ce" and alpha not in (None, 1):
         raise UsageError(
             f"--kd-loss-alpha {alpha:g} mixes cross-entropy with a distillation loss, and --distill-loss ce has none: "
             "leave one of them out"
@@ -143,6 +149,11 @@ def _check_lora(config: Config) -> None:
             raise UsageError("--teacher self needs --lora-rank: without adapters the student's weights change")
     if config.lora.export_adapter and config.recovery.train_iters == 0:
         raise UsageError("--export-adapter needs --train-iters above 0: without training there is no adapter")
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    if engine.recompute_modules and engine.recompute_granularity != "selective":
+        raise UsageError("--recompute-modules needs --recompute-granularity selective")
 
 
 def _check_iterations(config: Config) -> None:

@@ -62,3 +62,23 @@ class EngineConfig:
         "recompute activations in the backward pass: full recomputes whole layers, selective only the attention "
         "(default: none)"
     )
+    recompute_modules: list[str] = flag(
+        "with --recompute-granularity selective: modules that are recomputed, by Megatron-Core's names, such as "
+        "core_attn mla_up_proj moe_act mlp moe (default: core_attn)",
+        [],
+    )
+    overlap_grad_reduce: bool = flag(
+        "reduce gradients over data-parallel ranks during the backward pass of recovery. The search does not overlap: "
+        "masked layers have no backward pass",
+        False,
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = flag(
+        "exchange of tokens between the ranks that hold experts; flex needs DeepEP or HybridEP", "alltoall"
+    )
+    override: list[str] = flag(
+        "fields of Megatron-Core's own configurations, as SECTION.FIELD=VALUE with the sections transformer "
+        "(TransformerConfig), ddp (DistributedDataParallelConfig) and optimizer (OptimizerConfig), such as "
+        "transformer.moe_permute_fusion=true; a recipe may also have these sections",
+        [],
+        sections=("transformer", "ddp", "optimizer"),
+    )

@@ -1,6 +1,6 @@
 """Fields of configuration dataclasses: each has a default, a help text and bounds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ def flag(
     *,
     choices: Callable[[], Iterable[str]] | None = None,
     loads: Callable[[list[str]], None] | None = None,
+    sections: Sequence[str] = (),
     **bounds: Any,
 ) -> Any:
     """Return a dataclass field with its help text and the bounds of its value (see `Bounds`).
@@ -38,8 +39,9 @@ def flag(
         help: the text, or a function that returns it when `--help` is printed.
         choices: returns the permitted values, if the type is not a Literal.
         loads: called with the values before other settings are converted, because their choices may depend on it.
+        sections: keys of recipes that map fields to values; each becomes an item SECTION.FIELD=VALUE of this list.
     """
-    metadata: dict[str, Any] = {"help": help, "bounds": Bounds(**bounds), "loads": loads}
+    metadata: dict[str, Any] = {"help": help, "bounds": Bounds(**bounds), "loads": loads, "sections": tuple(sections)}
     if choices is not None:
         metadata["choices"] = choices
     if isinstance(default, list):

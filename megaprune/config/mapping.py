@@ -1,6 +1,7 @@
 """Conversion of settings to checked dataclasses. Recipes, keyword arguments and flags all go through `fill`."""
 
 import difflib
+import json
 import math
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -115,7 +116,7 @@ def normalized(values: Mapping[str, Any], settings: Mapping[str, Setting], origi
         UsageError: a name is unknown, or a value is neither a scalar nor a list of scalars.
     """
     found: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in _without_sections(values, settings, origin).items():
         name = str(key).replace("-", "_")
         if name not in settings:
             near = difflib.get_close_matches(name, settings, n=1)
@@ -128,6 +129,32 @@ def normalized(values: Mapping[str, Any], settings: Mapping[str, Setting], origi
             raise UsageError(f"{origin}{key} must be a value or a list of values")
         found[name] = value
     return found
+
+
+def _without_sections(values: Mapping[str, Any], settings: Mapping[str, Setting], origin: str) -> dict[str, Any]:
+    """Return the values with each section, such as `ddp: {bucket_size: 1}`, as items of the list that it belongs to.
+
+    The items of the list itself come last, so that they win.
+
+    Raises:
+        UsageError: a section is no mapping of names to scalars or lists of scalars.
+    """
+    plain = dict(values)
+    for name, setting in settings.items():
+        sections = [key for key in setting.field.metadata.get("sections", ()) if plain.get(key) is not None]
+        items: list[str] = []
+        for key in sections:
+            section = plain.pop(key)
+            if not isinstance(section, Mapping):
+                raise UsageError(f"{origin}{key} must map fields to values")
+            for inner, value in section.items():
+                if isinstance(value, Mapping):
+                    raise UsageError(f"{origin}{key}.{inner} must be a value or a list of values")
+                items.append(f"{key}.{inner}={json.dumps(value)}")
+        given = plain.get(name) or []
+        if sections:
+            plain[name] = [*items, *(given if isinstance(given, list | tuple) else [given])]
+    return plain
 
 
 def overridden(

@@ -11,6 +11,8 @@ _BUDGETS: dict[str, BudgetKind] = {
     "num_layers_to_prune": "layers",
     "prune_ratio": "layers",
     "target_params": "parameters",
+    "target_active_params": "parameters",
+    "target_memory": "parameters",
     "prune_layers": "list",
 }
 # Flags of the group "search" that are refused unless the method uses them.
@@ -37,7 +39,8 @@ def check_budget(prune: PruneConfig) -> None:
         raise UsageError(f"--prune-layers and --method {listing} go together")
     counts = "finds a segment of a fixed number of layers" if method.contiguous else "counts layers"
     if kind == "layers":
-        raise UsageError(f"--method {prune.method} counts parameters: give --target-params, not {flag_name(flag)}")
+        targets = " or ".join(flag_name(name) for name, kind in _BUDGETS.items() if kind == "parameters")
+        raise UsageError(f"--method {prune.method} counts parameters: give {targets}, not {flag_name(flag)}")
     raise UsageError(
         f"--method {prune.method} {counts}: give --num-layers-to-prune or --prune-ratio, not {flag_name(flag)}"
     )
@@ -101,24 +104,27 @@ def check_stitch(config: Config) -> None:
     Raises:
         UsageError: names the flag.
     """
-    if not config.stitches:
-        return
-    flag, method = f"--stitch {config.recovery.stitch}", config.method
+    obstacle = stitch_obstacle(config) if config.recovery.stitch == "fold" else None
+    if obstacle:
+        raise UsageError(f"--stitch fold {obstacle}")
+
+
+def stitch_obstacle(config: Config) -> str | None:
+    """Return why the maps of `--stitch fold` can't be fitted or exported, after the flag, or None if they can."""
     if not config.data.train_data:
-        raise UsageError(f"{flag} is fitted on calibration windows: it needs --train-data")
+        return "is fitted on calibration windows: it needs --train-data"
     if config.data.calibration_samples < 2:
-        raise UsageError(f"{flag} holds out a part of the calibration windows: --calibration-samples must be above 1")
+        return "holds out a part of the calibration windows: --calibration-samples must be above 1"
     if config.lora.export_adapter:
-        raise UsageError(
-            f"{flag} changes the weights below the adapters, and --export-adapter exports the source's: leave one out"
-        )
+        return "changes the weights below the adapters, and --export-adapter exports the source's: leave one out"
     if config.distillation.teacher == "self":
-        raise UsageError(f"{flag} changes the weights that --teacher self teaches with: use --teacher online")
-    if method.searches and config.search.search_weights == "trained" and config.lora.lora_rank is not None:
-        raise UsageError(
-            f"{flag} changes the weights below the adapters, and --method {config.prune.method} trains the adapters "
-            "while it searches: give --search-weights frozen"
+        return "changes the weights that --teacher self teaches with: use --teacher online"
+    if config.method.searches and config.search.search_weights == "trained" and config.lora.lora_rank is not None:
+        return (
+            f"changes the weights below the adapters, and --method {config.prune.method} trains the adapters while it "
+            "searches: give --search-weights frozen"
         )
+    return None
 
 
 def check_rounds(config: Config) -> None:

@@ -9,13 +9,16 @@ from megaprune.config.engine import EngineConfig, LoRAConfig, ParallelConfig
 from megaprune.config.fields import flag
 from megaprune.config.mapping import fill, overridden, read_recipe
 from megaprune.config.sizes import pruned_layers_of
+from megaprune.config.training import DistillationConfig, RecoveryConfig
 from megaprune.selection import registry
 from megaprune.selection.plugins import load_modules
 from megaprune.selection.registry import Method
 
 _LONGEST_DEFAULT_WINDOW = 4096
-LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
-WHAT_TO_PRUNE = ("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params")
+WHAT_TO_PRUNE = (
+    *("num_layers_to_prune", "prune_ratio", "prune_layers", "target_params", "target_active_params"),
+    "target_memory",
+)
 # Groups of settings of which exactly one is given.
 ALTERNATIVES = (WHAT_TO_PRUNE, ("hf_model", "load"))
 
@@ -63,6 +66,11 @@ class DataConfig:
         "tokens in a training window (default: 4096, or the model's maximum if it is smaller)", least=1
     )
     calibration_samples: int = flag("number of training windows on which layers are scored", 40, least=1)
+    tokenizer_workers: int | None = flag(
+        "number of processes that tokenize text and chats; it does not change the tokens (default: one per available "
+        "core, at most 32, and none for less than about 24 MB)",
+        least=1,
+    )
     data_cache_path: str | None = flag("folder for tokenized data and index files (default: SAVE/data-cache)")
 
 
@@ -83,6 +91,19 @@ class PruneConfig:
     )
     prune_layers: str | None = flag("with --method manual: the layers to remove, counted from 0, such as 3,7,9")
     target_params: int | None = flag("maximum number of parameters of the pruned model, without MTP layers", least=1)
+    target_active_params: int | None = flag(
+        "maximum number of parameters that a token passes through in the pruned model: of the routed experts, only the "
+        "chosen ones",
+        least=1,
+    )
+    target_memory: str | None = flag(
+        "maximum memory of the served model, such as 24GB: its weights, and its KV cache for "
+        "--target-memory-batch-size sequences of --target-memory-seq-length tokens"
+    )
+    target_memory_batch_size: int = flag("with --target-memory: sequences in the KV cache", 1, least=1)
+    target_memory_seq_length: int | None = flag(
+        "with --target-memory: tokens of each sequence (default: --seq-length)", least=1
+    )
 
 
 @dataclass
@@ -144,96 +165,27 @@ class SearchConfig:
 
 
 @dataclass
-class RecoveryConfig:
-    """Training of the remaining layers."""
-
-    _argument_group_name = "recovery"
-    train_iters: int | None = flag(
-        "total iterations of search and recovery; 0 removes layers without training", least=0
-    )
-    rounds: int = flag(
-        "prune and heal in N rounds: each removes a share of the layers, selected on the model that the round before "
-        "has healed, and trains for a share of --train-iters",
-        1,
-        least=1,
-    )
-    lr: float = flag("peak learning rate", 1e-4, least=0)
-    min_lr: float = flag("learning rate at the end of training", 0.0, least=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = flag(
-        "decay of the learning rate after the warm-up", "cosine"
-    )
-    lr_warmup_iters: int = flag("iterations in which the learning rate increases linearly to --lr", 0, least=0)
-    average_weights: float = flag(
-        "share of recovery, at its end, over which the weights are averaged; the average is exported; 0 exports the "
-        "last weights",
-        0.0,
-        least=0,
-        most=1,
-    )
-    stitch: Literal["none", "fold"] = flag(
-        "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
-        "multiplied into the down_proj of the layer before each cut (ReplaceMe)",
-        "none",
-    )
-    recovery_layers: Literal["all", "endpoints"] | None = flag(
-        "layers that recovery trains: all, or endpoints: the two layers next to a contiguous cut (default: all; with "
-        "--method clp, endpoints)"
-    )
-    micro_batch_size: int = flag("windows in one forward pass of a data-parallel replica", 1, least=1)
-    global_batch_size: int | None = flag(
-        "windows in one iteration (default: one micro-batch per data-parallel replica)", least=1
-    )
-    clip_grad: float = flag("maximum gradient norm; 0 disables clipping", 1.0, least=0)
-    weight_decay: float = flag("weight decay of AdamW", 0.01, least=0)
-    seed: int = flag("seed of the data order, the noise and all random choices", 1234, least=0, most=LARGEST_SEED)
-    bf16: bool = flag("train in bf16 with fp32 optimizer state, instead of in fp32", False)
-
-
-@dataclass
-class DistillationConfig:
-    """Distillation from the original model."""
-
-    _argument_group_name = "distillation"
-    distill_loss: Literal["adaptive", "kl", "ce"] = flag(
-        "adaptive: KL divergence on the teacher's top k tokens, weighted by its entropy; kl: the same without weights; "
-        "ce: cross-entropy, no teacher",
-        "adaptive",
-    )
-    distill_tail: Literal["renormalized", "rest", "full"] = flag(
-        "treatment of the tokens outside the teacher's top k: renormalized ignores them, rest counts them as one "
-        "outcome, full compares with the student's full softmax",
-        "rest",
-    )
-    distill_top_k: int = flag("number of teacher logits per token (k)", 10, least=1)
-    kd_loss_alpha: float = flag(
-        "A in the loss A x distillation + (1 - A) x cross-entropy with the data", 1.0, least=0, most=1
-    )
-    hidden_loss_weight: float = flag(
-        "factor of a loss on hidden states in recovery: the squared relative distance of each kept layer's output to "
-        "the teacher's",
-        0.0,
-        least=0,
-    )
-    mtp_loss_scaling_factor: float = flag(
-        "factor of the cross-entropy of multi-token-prediction layers; 0 copies them untrained", 0.0, least=0
-    )
-    teacher: Literal["online", "self", "cached"] = flag(
-        "online: a frozen copy of the original model; self: with LoRA, the student's own frozen weights; cached: the "
-        "outputs stored in --teacher-logits",
-        "online",
-    )
-    teacher_logits: str | None = flag("with --teacher cached: folder written by `megaprune cache-teacher`")
-
-
-@dataclass
 class RunConfig:
     """Output and monitoring of a run."""
 
     _argument_group_name = "run"
     save: str | None = flag("run folder, which gets the pruned model, the report, plots and checkpoints")
     save_interval: int | None = flag("iterations between checkpoints", least=1)
-    exit_on_signal: bool = flag("save a checkpoint and exit on SIGTERM", True)
+    async_save: bool = flag(
+        "write the checkpoints of --save-interval in the background, while training goes on; one counts once every "
+        "rank has written its part",
+        False,
+    )
+    exit_on_signal: bool = flag("save all progress and exit on SIGTERM or SIGUSR1, in any stage", True)
+    exit_duration_in_mins: float | None = flag(
+        "save all progress and exit, so that the run has ended after this many minutes", above=0
+    )
     log_interval: int = flag("iterations between two log lines", 10, least=1)
+    peak_tflops: float | None = flag(
+        "peak of one device in TFLOP/s, for the share of it that is used (default: known for NVIDIA's data center GPUs "
+        "in bf16)",
+        above=0,
+    )
     tensorboard_dir: str | None = flag("folder for TensorBoard (default: SAVE/tensorboard)")
     wandb_project: str | None = flag("Weights & Biases project that gets the metrics")
     max_shard_size: str = flag("maximum size of a safetensors file of the exported model", "5GB")
@@ -304,6 +256,11 @@ class Config:
         """Return every setting by its name."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, by name."""
+        defaults = Config().flat()
+        return {name: value for name, value in self.flat().items() if value != defaults[name]}
+
     def with_window(self, max_positions: int) -> "Config":
         """Return this configuration with `seq_length` set, by default for a model of so many positions."""
         if self.data.seq_length is not None:
@@ -356,7 +313,20 @@ class Config:
     @property
     def stitches(self) -> bool:
         """True if maps that stand in for the removed layers are folded into the pruned model."""
-        return self.recovery.stitch != "none"
+        from megaprune.config.method_checks import stitch_obstacle
+
+        if self.recovery.stitch is not None:
+            return self.recovery.stitch != "none"
+        trains = bool(self.recovery.train_iters) and self.search.search_preset != "paper"
+        return trains and self.method.needs_data and stitch_obstacle(self) is None
+
+    @property
+    def kd_share(self) -> float:
+        """Factor of the distillation loss; the rest is the factor of cross-entropy with the data."""
+        given = self.distillation.kd_loss_alpha
+        if given is not None:
+            return given
+        return 1.0 if self.distillation.distill_loss == "ce" or self.search.search_preset == "paper" else 0.5
 
     @property
     def gradient_steps(self) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from megaprune.device.peak import bf16_tflops
 from megaprune.utils.errors import UsageError
 
 if torch.cuda.is_available():
     from megaprune.device.cuda import (
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         empty_cache,
         model_name,
@@ -26,9 +28,10 @@ if torch.cuda.is_available():
         synchronize,
     )
 else:
-    from megaprune.device.cpu import (
+    from megaprune.device.cpu import (  # type: ignore[assignment]  # the same interface
         BACKEND,
         NAME,
+        Stopwatch,
         bind_local_device,
         empty_cache,
         model_name,
@@ -41,6 +44,8 @@ else:
 __all__ = [
     "BACKEND",
     "NAME",
+    "Stopwatch",
+    "bf16_tflops",
     "bind_local_device",
     "free_unused",
     "model_name",

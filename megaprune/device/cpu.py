@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import resource
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,26 @@ def model_name() -> str:
 def bind_local_device(local_rank: int) -> torch.device | None:
     """Return None: all processes of a host share its CPU."""
     return None
+
+
+class Stopwatch:
+    """Time of the work between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self._begun, self._seconds = 0.0, 0.0
+
+    def start(self) -> None:
+        """Begin a span."""
+        self._begun = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the span."""
+        self._seconds += time.perf_counter() - self._begun
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def empty_cache() -> None:

@@ -35,6 +35,27 @@ def bind_local_device(local_rank: int) -> torch.device | None:
     return torch.device(NAME, local_rank)
 
 
+class Stopwatch:
+    """Time of the GPU's work between `start` and `stop`. The host does not wait for it."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin a span."""
+        self._spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        self._spans[-1][0].record()
+
+    def stop(self) -> None:
+        """End the span."""
+        self._spans[-1][1].record()
+
+    def take(self) -> float:
+        """Return the seconds since the last call. The GPU must have done the work: no call waits for it."""
+        spans, self._spans = self._spans, []
+        return sum(begun.elapsed_time(ended) for begun, ended in spans) / 1000
+
+
 def empty_cache() -> None:
     """Give the memory that the allocator caches back to the device, where NCCL can use it, too."""
     torch.cuda.empty_cache()

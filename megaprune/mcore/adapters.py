@@ -1,6 +1,7 @@
 """LoRA adapters of a built model: initialization, which does not depend on the parallel layout, and export to PEFT."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ def export_adapter(
             new_name = source.renamed(name, kept_layers)
             if new_name is None or not writes:
                 continue
-            targets.add(name_in_layer(name))
+            in_layer = name_in_layer(name)
+            for pattern, loaded in source.family.modules_in_transformers:
+                in_layer, new_name = (re.sub(pattern, loaded, text) for text in (in_layer, new_name))
+            targets.add(in_layer)
             for which, matrix in zip("AB", matrices, strict=True):
                 writer.add(f"base_model.model.{_peft_name(new_name, options)}.lora_{which}.weight", matrix)
 

@@ -1,26 +1,22 @@
 """Construction of one rank's part of a model: configuration, layer specs, gates."""
 
-import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megaprune import device
-from megaprune.mcore.layers.gated import GatedTransformerLayer, LayerGate
-from megaprune.mcore.layers.local import LatentAttention, RMSNorm, ScaledDotProductAttention
-from megaprune.mcore.layers.multi_token import LogitsModel, mtp_spec
-from megaprune.mcore.layers.sandwich import GatedSandwichTransformerLayer, SandwichTransformerLayer
+from megaprune.mcore.layer_specs import block_spec, mtp_block_spec
+from megaprune.mcore.layers.gated import LayerGate
+from megaprune.mcore.layers.multi_token import LogitsModel
+from megaprune.mcore.overrides import Overrides
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import layout_string
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -39,6 +35,10 @@ class EngineOptions:
     bf16: bool = False
     recompute_granularity: str | None = None
     seq_length: int = 4096
+    recompute_modules: tuple[str, ...] = ()
+    overlap_grad_reduce: bool = False
+    token_dispatcher: str = "alltoall"
+    overrides: Overrides = field(default_factory=Overrides)
 
 
 def check_parallel_sizes(arch: Architecture, sizes: ParallelSizes, world_size: int) -> None:
@@ -113,10 +113,12 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     recompute: dict[str, Any] = {}
     if options.recompute_granularity:
         recompute["recompute_granularity"] = options.recompute_granularity
+    if options.recompute_modules:
+        recompute["recompute_modules"] = list(options.recompute_modules)
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
-    return (MLATransformerConfig if arch.mla else TransformerConfig)(
+    fields = dict(
         **arch.transformer,
         **recompute,
         **(_expert_fields(options) if arch.num_experts else {}),
@@ -132,8 +134,8 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         deallocate_pipeline_outputs=True,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        activation_func=_gelu if arch.gelu else F.silu,
+        add_bias_linear=arch.mlp_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=softmax_scale(arch),
@@ -144,7 +146,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         output_layer_init_method=_leave_undefined,
         use_cpu_initialization=False,
         # These fused kernels require Transformer Engine or apex.
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and not arch.gelu,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=fused,
         # 0.16.1 rejects fused RoPE in latent attention unless it is YaRN.
@@ -153,6 +155,16 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         persist_layer_norm=fused,
         transformer_impl="transformer_engine" if options.transformer_engine else "local",
     )
+    chosen = options.overrides.transformer
+    try:
+        return (MLATransformerConfig if arch.mla else TransformerConfig)(**{**fields, **chosen})
+    except (AssertionError, ImportError, ValueError) as error:
+        if not (chosen or options.recompute_modules or options.token_dispatcher != "alltoall"):
+            raise
+        raise UsageError(
+            "Megatron-Core refuses the options of --override, --recompute-modules and --moe-token-dispatcher-type: "
+            + " ".join(str(error).split())
+        ) from None
 
 
 def _leave_undefined(weight: torch.Tensor) -> None:
@@ -164,7 +176,7 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
     return dict(
         expert_model_parallel_size=options.sizes.expert,
         expert_tensor_parallel_size=options.sizes.expert_tensor,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=options.token_dispatcher,
         moe_grouped_gemm=options.transformer_engine,
         moe_router_dtype="fp32",
         # Load balancing would move the student, and even the bias of a frozen router, away from the teacher.
@@ -177,6 +189,11 @@ def _expert_fields(options: EngineOptions) -> dict[str, Any]:
 def uses_transformer_engine(model: PipelineModel) -> bool:
     """Return whether the model was built from Transformer Engine layers."""
     return model.config.transformer_impl == "transformer_engine"
+
+
+def is_gated(model: PipelineModel) -> bool:
+    """Return whether the layers of a model have a gate."""
+    return any(getattr(layer, "gate", None) is not None for _, layer in model.layers())
 
 
 def build_model(
@@ -206,8 +223,8 @@ def _build_chunk(
     """Build the chunk of this rank on the run's device, with uninitialized weights."""
     model = LogitsModel(
         config,
-        _block_spec(config, options.transformer_engine, _LAYERS[gate is not None, arch.sandwich_norm]),
-        mtp_block_spec=_mtp_spec(arch, config, options.transformer_engine),
+        block_spec(arch, config, options.transformer_engine, gated=gate is not None),
+        mtp_block_spec=mtp_block_spec(arch, config, options.transformer_engine),
         vocab_size=padded_vocab_size(arch.vocab_size, options.sizes.tensor),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -215,6 +232,7 @@ def _build_chunk(
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_base=arch.rotary_base,
+        rotary_percent=arch.rotary_dim / arch.head_dim if arch.rotary_dim else 1.0,
         scatter_embedding_sequence_parallel=options.sizes.sequence_parallel,
     )
     scale_rope(model, arch)
@@ -222,6 +240,8 @@ def _build_chunk(
         _set_latent_epsilon(model, arch.latent_norm_epsilon)
     for layer in model.decoder.layers if gate is not None else ():
         layer.gate = gate
+    if model.pre_process and arch.embedding_factor is not None:
+        model.embedding.register_forward_hook(partial(_scale, arch.embedding_factor))
     if model.pre_process and config.recompute_granularity == "full":
         # Activation recompute yields no gradients for a layer's parameters or mask unless the layer's input requires
         # a gradient. The output of a frozen embedding does not.
@@ -242,6 +262,16 @@ def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
             part = getattr(layer.self_attention, name, None)
             if part is not None and hasattr(part, "eps"):
                 part.eps = epsilon
+
+
+def _scale(factor: float, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """Multiply a module's output by a factor, which is rounded to the output's dtype (a forward hook)."""
+    return output * torch.tensor(factor, dtype=output.dtype, device=output.device)
+
+
+def _gelu(values: torch.Tensor) -> torch.Tensor:
+    """Return GELU by its approximation with tanh."""
+    return F.gelu(values, approximate="tanh")
 
 
 def _require_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], hidden_states: torch.Tensor) -> None:
@@ -286,47 +316,3 @@ def in_half_precision(model: PipelineModel, options: EngineOptions) -> PipelineM
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
     return PipelineModel(model.chunks, wrappers)
-
-
-# (gated, sandwich norms) -> layer class
-_LAYERS = {
-    (False, False): TransformerLayer,
-    (False, True): SandwichTransformerLayer,
-    (True, False): GatedTransformerLayer,
-    (True, True): GatedSandwichTransformerLayer,
-}
-
-
-def _mtp_spec(
-    arch: Architecture, config: TransformerConfig, transformer_engine: bool
-) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the spec of the MTP layers, which have experts if the model has any, even if no kept layer does."""
-    if not arch.num_mtp:
-        return None
-    last = copy.copy(config)
-    if arch.num_experts:
-        last.moe_layer_freq = [1] * arch.num_layers
-    # One layer is enough, and it must be there on a stage without layers, too.
-    last.pipeline_model_parallel_size, last.pipeline_model_parallel_layout = 1, None
-    layers = _block_spec(last, transformer_engine, _LAYERS[False, arch.sandwich_norm])
-    return mtp_spec(config, layers, transformer_engine)
-
-
-def _block_spec(config: TransformerConfig, transformer_engine: bool, layer_class: type) -> TransformerBlockSubmodules:
-    """Return the spec of all layers, with this package's modules where Transformer Engine is not used."""
-    spec = get_gpt_decoder_block_spec(config, transformer_engine, normalization="RMSNorm")
-    spec = copy.deepcopy(spec)  # the core uses the same spec object for all layers
-    for layer in spec.layer_specs:
-        layer.module = layer_class
-        if not transformer_engine:
-            parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-            parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-            attention.core_attention = ScaledDotProductAttention
-            if config.multi_latent_attention:
-                layer.submodules.self_attention.module = LatentAttention
-                attention.q_layernorm = attention.kv_layernorm = RMSNorm
-            elif config.qk_layernorm:
-                attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if not transformer_engine:
-        spec.layer_norm = RMSNorm
-    return spec

@@ -11,18 +11,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megaprune.mcore.builder import uses_transformer_engine
+from megaprune.mcore.export_shares import Gathered, shares
 from megaprune.mcore.parallel import (
     all_gather_objects,
     expert_tensor_parallel,
     on_rank0,
     raise_together,
+    stop_if_asked,
     tensor_parallel,
+    wait_for_all,
 )
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.models import WeightRule
 from megaprune.models.mtp import mtp_parameter_rules
 from megaprune.models.names import source_name
 from megaprune.models.shards import TensorParallel
+from megaprune.utils import stopping
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.tensor_source import TensorSource
@@ -63,12 +67,15 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
 
     Raises:
         MegapruneError: a weight is missing, has the wrong shape, or is not finite. Raised on every rank.
+        RunStopped: a rank was asked to stop. Raised on every rank.
     """
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error = None
     try:
         for name, parameter in model.named_weights():
+            if stopping.is_due("import"):
+                break  # the ranks stop together below
             rule = rules[source_name(name, kept_layers)]
             shard, hf_name = rule.read(source, arch, _tensor_parallel(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
@@ -83,6 +90,7 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
     except MegapruneError as met:
         error = met
     raise_together(error)
+    stop_if_asked("import", "while it imports weights")
 
 
 @torch.no_grad()
@@ -97,8 +105,8 @@ def export_weights(
 ) -> None:
     """Write the model as HF safetensors with the dtypes of the source, gathered tensor by tensor. Collective.
 
-    A weight that is stored in fp32 and was not trained in a bf16 run keeps its exact value. Each pipeline stage writes
-    its own files. Experts are written by the first rank that holds them.
+    A weight that is stored in fp32 and was not trained in a bf16 run keeps its exact value. Every rank writes files of
+    its own (see `export_shares`), and rank 0 writes the index.
 
     Args:
         model: this rank's part of the model.
@@ -121,24 +129,25 @@ def export_weights(
         assert new_name is not None  # pruned layers are not among the tensors
         writer.add(layout.written_name(new_name), tensor)
 
-    def write(gathered: tuple[WeightRule, list[torch.Tensor]]) -> None:
-        rule, parts = gathered
-        if rule.export and is_first_holder(rule):
-            for hf_name, tensor in rule.merge(parts, arch).items():
+    def write(gathered: Gathered | None) -> None:
+        if gathered is None:
+            writer.close()
+        elif gathered.rule.export:
+            for hf_name, tensor in gathered.rule.merge(gathered.parts, arch).items():
                 tensor = _as_stored(tensor, source, hf_name)
                 add(hf_name, tensor)
                 for copy in source.copies(hf_name, keep_mtp):
                     add(copy, tensor.clone())
 
     def close() -> None:
-        if dist.get_rank() == 0 and keep_mtp:
-            built = _of_mtp(source) if model.config.mtp_num_layers else set()
-            for hf_name in source.mtp_own():
-                if hf_name not in built:
-                    add(hf_name, source.read(hf_name))
+        built = _of_mtp(source) if model.config.mtp_num_layers else set()
+        unread = source.carried(kept_layers) + [name for name in source.mtp_own() if keep_mtp and name not in built]
+        for hf_name in unread if dist.get_rank() == 0 else ():
+            add(hf_name, source.read(hf_name))
         writer.close()
 
-    write_gathered(_gathered(model, source, kept_layers, whole), write, close, folder)
+    weights = list(_exported(model, source, kept_layers, whole))
+    write_gathered(shares(weights, source, max_shard_bytes), write, close, folder)
     shards = all_gather_objects(writer.written)
 
     def finish() -> None:
@@ -153,7 +162,8 @@ def write_gathered(
 ) -> None:
     """Write weights one by one as they are gathered from all ranks, and close the files. Collective.
 
-    After an error, this rank takes part in the remaining collectives, because the other ranks would wait for it.
+    After an error or a request to stop, this rank takes part in the remaining collectives, because the other ranks
+    would wait for it.
 
     Args:
         gathered: the weights; each step of the iteration is collective.
@@ -163,13 +173,14 @@ def write_gathered(
 
     Raises:
         MegapruneError: a rank can't write. Raised on every rank.
+        RunStopped: a rank was asked to stop. Raised on every rank.
     """
     error: MegapruneError | None = None
 
     def attempt(step: Callable[[], object]) -> None:
         nonlocal error
         try:
-            if error is None:
+            if error is None and not stopping.is_due("export"):
                 step()
         except MegapruneError as met:
             error = met
@@ -179,13 +190,15 @@ def write_gathered(
     for weight in gathered:
         attempt(partial(write, weight))
     attempt(close)
+    wait_for_all()
     raise_together(error)
+    stop_if_asked("export", "while it exports weights")
 
 
-def _gathered(
+def _exported(
     model: PipelineModel, source: TensorSource, kept_layers: Sequence[int], whole: bool
-) -> Iterator[tuple[WeightRule, list[torch.Tensor]]]:
-    """Yield the rule and the shards of each weight of the export that this rank holds a part of. Collective.
+) -> Iterator[tuple[WeightRule, torch.Tensor]]:
+    """Yield the rule and this rank's part of each weight of the export that it holds a part of.
 
     The arguments are those of `export_weights`.
     """
@@ -193,7 +206,7 @@ def _gathered(
     for name, parameter in model.named_weights():
         rule = rules[source_name(name, None if whole else kept_layers)]
         if source.renamed(rule.hf[0], kept_layers) is not None and not _is_second_embedding(name):
-            yield rule, gather_shards(parameter.detach(), rule)
+            yield rule, parameter.detach()
 
 
 def _is_second_embedding(name: str) -> bool:
@@ -204,7 +217,8 @@ def _is_second_embedding(name: str) -> bool:
 def _of_mtp(source: TensorSource) -> set[str]:
     """Return the HF names of the tensors that a model's MTP layers hold."""
     arch = source.family.architecture(source.config)
-    return {name for rule in mtp_parameter_rules(source.family, arch, len(source.mtp_layers)) for name in rule.hf}
+    rules = mtp_parameter_rules(source.family, arch, len(source.mtp_layers))
+    return {name for rule in rules if not rule.carried for name in rule.hf}
 
 
 def _as_stored(tensor: torch.Tensor, source: TensorSource, hf_name: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Training state of a model: Megatron's DDP wrapper, optimizer and learning-rate schedule."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -9,10 +10,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megaprune.mcore.gradient_norm  # noqa: F401  (see there)
 from megaprune.mcore.averaging import WeightAverage
-from megaprune.mcore.builder import EngineOptions, in_half_precision
+from megaprune.mcore.builder import EngineOptions, in_half_precision, is_gated
 from megaprune.mcore.layers.lora import adapted_layers
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.mcore.release import detach_from_training, release_config, release_wrappers
+from megaprune.mcore.step_times import StepTimes
+from megaprune.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -47,32 +50,21 @@ class Trainer:
 
     def __init__(self, model: PipelineModel, engine: EngineOptions, options: OptimizerOptions) -> None:
         self.model = model
+        self.times = StepTimes()
         self.adapters_only = bool(adapted_layers(model))
         model.config.finalize_model_grads_func = finalize_model_grads
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            # An overlapped reduction would wait for the gradients of layers whose backward pass is skipped.
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=options.distributed,
-        )
+        # An overlapped reduction would wait for the gradients of layers whose backward pass is skipped.
+        overlaps = engine.overlap_grad_reduce and not is_gated(model)
+        ddp_config = _ddp_config(engine, options, overlaps)
         self._wrappers = [
             DistributedDataParallel(model.config, ddp_config, chunk)
             for chunk in in_half_precision(model, engine).scheduled
         ]
+        if overlaps:  # gradients are reduced in the last micro-batch alone
+            model.config.no_sync_func = self._wrappers[0].no_sync
         self.ddp = PipelineModel(model.chunks, self._wrappers).train()
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.beta1,
-                adam_beta2=options.beta2,
-                clip_grad=options.clip_grad,
-                bf16=engine.bf16,
-                params_dtype=torch.bfloat16 if engine.bf16 else torch.float32,
-                use_distributed_optimizer=options.distributed,
-            ),
+            _optimizer_config(engine, options),
             self.ddp.scheduled,
         )
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -137,3 +129,39 @@ class Trainer:
         end, because the rate at the beginning of the first one is 0.
         """
         return iteration + 1 if iteration < self._options.lr_warmup_iters else iteration
+
+
+def check_training_configs(engine: EngineOptions, options: OptimizerOptions) -> None:
+    """Check that Megatron-Core accepts the configurations of the optimizer and of the gradients' reduction.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        _ddp_config(engine, options, engine.overlap_grad_reduce)
+        _optimizer_config(engine, options)
+    except (AssertionError, ImportError, ValueError) as error:
+        raise UsageError(f"Megatron-Core refuses the options of --override: {' '.join(str(error).split())}") from None
+
+
+def _ddp_config(engine: EngineOptions, options: OptimizerOptions, overlaps: bool) -> DistributedDataParallelConfig:
+    fields: dict[str, Any] = dict(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlaps, use_distributed_optimizer=options.distributed
+    )
+    return DistributedDataParallelConfig(**{**fields, **engine.overrides.ddp})
+
+
+def _optimizer_config(engine: EngineOptions, options: OptimizerOptions) -> OptimizerConfig:
+    fields: dict[str, Any] = dict(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        clip_grad=options.clip_grad,
+        bf16=engine.bf16,
+        params_dtype=torch.bfloat16 if engine.bf16 else torch.float32,
+        use_distributed_optimizer=options.distributed,
+    )
+    return OptimizerConfig(**{**fields, **engine.overrides.optimizer})

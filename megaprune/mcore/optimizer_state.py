@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megaprune import device
+from megaprune.mcore.optimizer_shards import load_own_shards, own_shards
 
 # The core's key for the fp32 copies of bf16 weights: a list for each parameter group.
 _COPIES = "fp32_from_fp16_params"
@@ -143,6 +144,8 @@ def _set_states_but_steps(
     _set_states(self, model_param, {"step": state["step"], **tensors})
 
 
+DistributedOptimizer.sharded_param_state_fully_reshardable = own_shards
+DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_own_shards
 if not HAVE_APEX_OR_TE:
     DistributedOptimizer.state_dict = _state_dict_with_steps
     DistributedOptimizer.load_state_dict = _load_with_separate_steps

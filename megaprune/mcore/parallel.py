@@ -1,7 +1,7 @@
 """Process groups: set-up, collectives and agreement between ranks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,12 +15,21 @@ from torch.distributed import distributed_c10d
 
 from megaprune import device
 from megaprune.models.shards import TensorParallel
-from megaprune.utils import failure
+from megaprune.utils import failure, stopping
 from megaprune.utils.errors import MegapruneError, UsageError
-from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together
+from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together, wait_for_all
 from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
 
-__all__ = ["on_each_node", "on_rank0", "on_rank0_for_all", "raise_together", "rank", "together", "world_size"]
+__all__ = [
+    "on_each_node",
+    "on_rank0",
+    "on_rank0_for_all",
+    "raise_together",
+    "rank",
+    "together",
+    "wait_for_all",
+    "world_size",
+]
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 60
@@ -191,11 +200,33 @@ def all_gather_objects(value: T) -> list[T]:
     return values
 
 
+def gathered_numbers(numbers: Sequence[float]) -> list[list[float]]:
+    """Return the numbers of all ranks, in order of rank. Collective; the host waits for the device once."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=device.torch_device())
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return torch.stack(found).tolist()
+
+
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank. Collective."""
     flags = torch.tensor(int(flag), device=device.torch_device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def stop_if_asked(stage: str, where: str) -> None:
+    """Stop at a safe point inside a stage, if a rank was asked to. Collective.
+
+    Args:
+        stage: points with the same name follow each other at similar intervals.
+        where: the point that the job has reached, such as "while it measures layers".
+
+    Raises:
+        RunStopped: a rank was asked to stop; raised on every rank.
+    """
+    if stopping.is_obeyed() and any_rank(stopping.is_due(stage)):
+        raise stopping.stopped(where)
 
 
 def barrier() -> None:

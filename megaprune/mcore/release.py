@@ -43,4 +43,4 @@ def detach_from_training(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def release_config(model: PipelineModel) -> None:
     """Drop the functions of a training step from the configuration of a model, which otherwise keeps the optimizer."""
-    model.config.finalize_model_grads_func = model.config.grad_scale_func = None
+    model.config.finalize_model_grads_func = model.config.grad_scale_func = model.config.no_sync_func = None

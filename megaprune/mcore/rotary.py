@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megaprune.mcore.layers.multi_token import layer_within
 from megaprune.models import Architecture, RopeScaling
 
 
@@ -88,28 +89,39 @@ class ScaledRotaryEmbedding(YarnRotaryEmbedding):
 
 
 def softmax_scale(arch: Architecture) -> float | None:
-    """Return the softmax scale of grouped-query attention, or None for the core's default.
+    """Return the factor of attention scores in grouped-query attention, or None for the core's default."""
+    return None if arch.mla else _scale(arch, arch.rope_scaling)
 
-    All dimensions of queries and keys are rotated, so that the factor on cosine and sine multiplies the scores twice.
-    """
-    if arch.mla or arch.rope_scaling is None or arch.rope_scaling.attention_factor == 1:
+
+def window_scale(arch: Architecture) -> float | None:
+    """Return the factor of attention scores in layers with a sliding window, or None if it is that of other layers."""
+    if arch.window_rope is None or _scale(arch, arch.window_rope[1]) == _scale(arch, arch.rope_scaling):
         return None
-    return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
+    return _scale(arch, arch.window_rope[1]) or 1 / math.sqrt(arch.head_dim)
+
+
+def _scale(arch: Architecture, scaling: RopeScaling | None) -> float | None:
+    # The factor on cosine and sine multiplies the scores twice: all dimensions of queries and keys are rotated.
+    if arch.attention_scale is not None:
+        return arch.attention_scale
+    if scaling is None or scaling.attention_factor == 1:
+        return None
+    return scaling.attention_factor**2 / math.sqrt(arch.head_dim)
 
 
 def attending_layers(model: GPTModel) -> list[TransformerLayer]:
     """Return the transformer layers of a built model, including those of MTP layers."""
-    ahead = [layer.transformer_layer for layer in model.mtp.layers] if model.mtp_process else []
+    ahead = [layer_within(layer) for layer in model.mtp.layers] if model.mtp_process else []
     return [*model.decoder.layers, *ahead]
 
 
 def scale_rope(model: GPTModel, arch: Architecture) -> None:
     """Set the architecture's scaled RoPE in a built model."""
     scaling = arch.rope_scaling
-    if scaling is None:
-        return
     if not arch.mla:
-        _set_frequencies(model.rotary_pos_emb, inverse_frequencies(arch.rotary_base, arch.head_dim, scaling))
+        _scale_shared_rope(model, arch)
+        return
+    if scaling is None:
         return
     dim, attentions = (
         arch.transformer["qk_pos_emb_head_dim"],
@@ -122,6 +134,21 @@ def scale_rope(model: GPTModel, arch: Architecture) -> None:
         return
     for attention in attentions:
         _set_frequencies(attention.rotary_pos_emb, inverse_frequencies(arch.rotary_base, dim, scaling))
+
+
+def _scale_shared_rope(model: GPTModel, arch: Architecture) -> None:
+    """Set RoPE of grouped-query attention: one module for all layers, and one for those with a sliding window."""
+    if arch.rope_scaling is not None or arch.rotary_dim is not None:
+        dim = arch.rotary_dim or arch.head_dim
+        _set_frequencies(model.rotary_pos_emb, inverse_frequencies(arch.rotary_base, dim, arch.rope_scaling))
+    if arch.window_rope is None:
+        return
+    theta, scaling = arch.window_rope
+    rope = RotaryEmbedding(arch.head_dim, 1.0)
+    _set_frequencies(rope, inverse_frequencies(theta, arch.head_dim, scaling))
+    for layer in attending_layers(model):
+        if layer.self_attention.has_window:
+            layer.self_attention.window_rope = rope
 
 
 def _set_frequencies(rope: RotaryEmbedding, frequencies: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.mcore.pipeline_model import PipelineModel
+from megaprune.mcore.step_times import StepTimes
 
 T = TypeVar("T")
 
@@ -87,6 +88,7 @@ def forward_backward(
     batches: Sequence[MicroBatch],
     loss: Callable[[Tensor, LossTokens], Tensor],
     announce: Callable[[int], None] | None = None,
+    times: StepTimes | None = None,
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients accumulate in the model's gradient buffers. Collective.
 
@@ -97,6 +99,7 @@ def forward_backward(
             predict; returns a scalar. The schedule takes the mean over micro-batches and replicas.
         announce: called on every stage with the number of a micro-batch before its forward pass, and again before its
             backward pass, since the passes of several micro-batches may alternate.
+        times: measures the passes.
 
     Returns:
         The detached losses on the last pipeline stage; an empty list on the others.
@@ -110,7 +113,7 @@ def forward_backward(
         return loss_func
 
     before = None if announce is None else lambda tokens: announce(tokens.number)
-    return _run(model, batches, _forward_step(batches, with_copy, before, announce), forward_only=False)
+    return _run(model, batches, _forward_step(batches, with_copy, before, announce, times), forward_only=False)
 
 
 def mean_token_loss(
@@ -143,6 +146,7 @@ def mean_loss_parts(
     token_losses: Callable[[Tensor, LossTokens], Tensor],
     shares: Sequence[float],
     announce: Callable[[int], None] | None = None,
+    times: StepTimes | None = None,
 ) -> list[float]:
     """Run micro-batches forward and backward with a sum of weighted means of their tokens' losses. Collective.
 
@@ -155,6 +159,7 @@ def mean_loss_parts(
         token_losses: as in `mean_token_loss`; with several parts [parts, s, b].
         shares: factor of each part in the loss.
         announce: as in `forward_backward`.
+        times: as in `forward_backward`.
 
     Returns:
         The mean of each part in nats per token, before the factor, the same on every rank.
@@ -176,7 +181,7 @@ def mean_loss_parts(
         parts.append(found.detach())
         return (found * factors).sum()
 
-    forward_backward(model, batches, loss, announce)
+    forward_backward(model, batches, loss, announce, times)
     means = torch.zeros(len(shares), device=device.torch_device())
     if parts:
         means = parallel.sum_over_data_parallel(torch.stack(parts).mean(0)) / parallel.data_parallel_size()
@@ -193,6 +198,7 @@ def _forward_step(
     loss_func_for: Callable[[Tensor, LossTokens], Any],
     before: Callable[[LossTokens], None] | None,
     before_backward: Callable[[int], None] | None = None,
+    times: StepTimes | None = None,
 ) -> Callable[[Any, torch.nn.Module], tuple[Tensor, Any]]:
     """Return the schedule's step function, which takes micro-batch numbers from its data iterator."""
     target = device.torch_device()
@@ -203,12 +209,16 @@ def _forward_step(
         tokens = LossTokens(batch, number)
         if before is not None:
             before(tokens)
+        if times is not None:
+            times.forward_begins()
         output = model(
             input_ids=batch.tokens.to(target, non_blocking=True),
             position_ids=batch.position_ids.to(target, non_blocking=True),
             attention_mask=None,  # causal attention throughout
             labels=batch.labels,  # makes LogitsModel return the logits without a copy
         )
+        if times is not None:
+            times.forward_ends(output)
         if before_backward is not None and output.requires_grad:
             output.register_hook(lambda _: before_backward(number))
         return output, loss_func_for(output, tokens)

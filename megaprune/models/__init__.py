@@ -1,6 +1,22 @@
 """One file per model family. A new family is a new file, listed below."""
 
-from megaprune.models import deepseek_v3, llama, pangu_ultra_moe, qwen2, qwen3, qwen3_moe
+from megaprune.models import (
+    block_sparse_moe,
+    deepseek_v3,
+    gemma3,
+    glm4_moe,
+    llama,
+    mistral,
+    nested,
+    olmo,
+    pangu_embedded,
+    pangu_ultra_moe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import HFConfig
 from megaprune.models.tables import Architecture, Family, WeightRule
@@ -13,9 +29,42 @@ _ALL = (
     qwen3_moe.FAMILY,
     deepseek_v3.FAMILY,
     deepseek_v3.KIMI_K2,
+    deepseek_v3.GLM4_MOE_LITE,
+    deepseek_v3.DEEPSEEK_V32,
+    deepseek_v3.GLM_MOE_DSA,
+    glm4_moe.FAMILY,
+    *block_sparse_moe.FAMILIES,
+    *mistral.FAMILIES,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    olmo.OLMO2,
+    olmo.OLMO3,
+    gemma3.FAMILY,
+    pangu_embedded.FAMILY,
     pangu_ultra_moe.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+# Language models within multimodal ones.
+_NESTED = (
+    nested.nested_family(
+        "kimi_k25",
+        {"kimi_k2": deepseek_v3.KIMI_K2, "deepseek_v3": deepseek_v3.FAMILY},
+        prefix="language_model.",
+        other_tensors=(r"^vision_tower\.", r"^(model\.)?mm_projector\."),
+    ),
+    nested.nested_family(
+        "mistral3",
+        {name: FAMILIES[name] for name in ("mistral", "ministral3")},
+        prefix="language_model.",
+        other_tensors=(r"^vision_tower\.", r"^multi_modal_projector\."),
+    ),
+)
+FAMILIES |= {family.model_type: family for family in _NESTED}
+# Families that are asked for, with what is missing.
+_MISSING = {
+    "gpt_oss": "attention sinks, biases of routers and experts, clamped activations and MXFP4 weights are missing",
+    "gemma3": "only Gemma 3's text models (gemma3_text) are, because its text_config leaves out sizes",
+}
 
 __all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "WeightRule", "family_of"]
 
@@ -29,9 +78,11 @@ def family_of(config: HFConfig) -> Family:
             does not say whether embeddings are tied.
     """
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in _MISSING:
+        raise MegapruneError(f"model_type {model_type!r} is not supported: {_MISSING[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MegapruneError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    if config.get("text_config") is not None:
+    if config.get("text_config") is not None and FAMILIES[model_type].text_key is None:
         raise MegapruneError(
             f"{model_type}: config.json holds a text_config, as multimodal models do: only text models are supported"
         )

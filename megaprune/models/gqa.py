@@ -1,14 +1,16 @@
-"""Grouped-query attention, RMSNorm, SwiGLU and RoPE: settings, weight rules and HF shapes of the GQA families."""
+"""Grouped-query attention, RMSNorm, gated MLPs and RoPE: settings, weight rules and HF shapes of the GQA families."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from megaprune.models.rope import read_rope
-from megaprune.models.settings import HFConfig, flag, layer_types, number, text, whole, whole_or_none
-from megaprune.models.shards import COPY, QKV, ROW
+from megaprune.models.rope import partial_rotary, read_rope
+from megaprune.models.settings import HFConfig, flag, number, text, whole, whole_or_none
+from megaprune.models.shards import COLUMN, COPY, QKV, ROW
 from megaprune.models.tables import (
     ATTENTION,
     HF,
     MEGATRON,
+    MLP_BIAS_RULES,
     MLP_RULES,
     Architecture,
     AttentionKind,
@@ -20,8 +22,16 @@ from megaprune.utils.errors import MegapruneError
 
 
 def _dimensions(arch: Architecture) -> dict[str, int]:
-    query = arch.transformer["num_attention_heads"] * arch.head_dim
-    return dict(query=query, key_value=arch.query_groups * arch.head_dim, attended=query, head=arch.head_dim)
+    query, key = arch.transformer["num_attention_heads"] * arch.head_dim, arch.query_groups * arch.head_dim
+    whole_norm = arch.qk_norm_over_width
+    return dict(
+        query=query,
+        key_value=key,
+        query_key_value=query + 2 * key,
+        attended=query,
+        query_norm=query if whole_norm else arch.head_dim,
+        key_norm=key if whole_norm else arch.head_dim,
+    )
 
 
 GQA = AttentionKind(
@@ -29,63 +39,91 @@ GQA = AttentionKind(
         "self_attn.q_proj.weight": ("query", "hidden"),
         "self_attn.k_proj.weight": ("key_value", "hidden"),
         "self_attn.v_proj.weight": ("key_value", "hidden"),
+        "self_attn.qkv_proj.weight": ("query_key_value", "hidden"),
         "self_attn.q_proj.bias": ("query",),
         "self_attn.k_proj.bias": ("key_value",),
         "self_attn.v_proj.bias": ("key_value",),
-        "self_attn.q_norm.weight": ("head",),
-        "self_attn.k_norm.weight": ("head",),
+        "self_attn.q_norm.weight": ("query_norm",),
+        "self_attn.k_norm.weight": ("key_norm",),
         "self_attn.o_proj.weight": ("hidden", "attended"),
+        "self_attn.o_proj.bias": ("hidden",),
     },
     dimensions=_dimensions,
 )
 
-GQA_RULES = (
+INPUT_NORM_RULES = (
     WeightRule(
         MEGATRON + "input_layernorm.weight",
         (HF + "input_layernorm.weight",),
         COPY,
         te=ATTENTION + "linear_qkv.layer_norm_weight",
     ),
-    WeightRule(
-        ATTENTION + "linear_qkv.weight",
-        tuple(HF + f"self_attn.{x}_proj.weight" for x in "qkv"),
-        QKV,
-    ),
+)
+_PROJECTION_RULES = (
+    WeightRule(ATTENTION + "linear_qkv.weight", tuple(HF + f"self_attn.{x}_proj.weight" for x in "qkv"), QKV),
     WeightRule(ATTENTION + "linear_proj.weight", (HF + "self_attn.o_proj.weight",), ROW),
 )
-
-DENSE_LAYER_RULES = GQA_RULES + (mlp_norm_rule("post_attention_layernorm", moe=False),) + MLP_RULES
-
-QKV_BIAS_RULES = (
+_QKV_BIAS_RULES = (
     WeightRule(ATTENTION + "linear_qkv.bias", tuple(HF + f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
 )
+_OUTPUT_BIAS_RULES = (WeightRule(ATTENTION + "linear_proj.bias", (HF + "self_attn.o_proj.bias",), COPY),)
 
-QK_NORM_RULES = (
-    WeightRule(ATTENTION + "q_layernorm.weight", (HF + "self_attn.q_norm.weight",), COPY),
-    WeightRule(ATTENTION + "k_layernorm.weight", (HF + "self_attn.k_norm.weight",), COPY),
-)
+
+def _qk_norm_rules(over_width: bool) -> tuple[WeightRule, ...]:
+    kind = COLUMN if over_width else COPY  # a norm over all heads is cut with them
+    return tuple(
+        WeightRule(ATTENTION + f"{x}_layernorm.weight", (HF + f"self_attn.{x}_norm.weight",), kind) for x in "qk"
+    )
+
+
+def attention_rules(arch: Architecture) -> tuple[WeightRule, ...]:
+    """Weights of one layer's attention, without the norm before it."""
+    rules: tuple[WeightRule, ...] = _PROJECTION_RULES
+    if arch.output_bias or arch.transformer.get("add_qkv_bias"):
+        rules += _QKV_BIAS_RULES
+    if arch.output_bias:
+        rules += _OUTPUT_BIAS_RULES
+    if arch.qk_norm_over_width or arch.transformer.get("qk_layernorm"):
+        rules += _qk_norm_rules(arch.qk_norm_over_width)
+    return rules
+
+
+def dense_layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
+    """Weights of one layer with a dense MLP and a norm before attention and MLP, as Llama names them."""
+    norms = (*INPUT_NORM_RULES, mlp_norm_rule("post_attention_layernorm", moe=False))
+    return norms + attention_rules(arch) + MLP_RULES + (MLP_BIAS_RULES if arch.mlp_bias else ())
 
 
 def gqa_architecture(
-    config: HFConfig, max_positions: int, head_dim: int | None = None, groups: int | None = None, **transformer: Any
+    config: HFConfig,
+    max_positions: int,
+    head_dim: int | None = None,
+    groups: int | None = None,
+    *,
+    partial: float | None = None,
+    theta: float = 10000.0,
+    activation: str | None = "hidden_act",
+    also_about_rope: tuple[str, ...] = (),
+    **transformer: Any,
 ) -> Architecture:
     """The architecture of a model with grouped-query attention.
 
     Args:
-        max_positions, head_dim, groups: transformers' defaults for what config.json may leave out; without one, the
-            head dimension follows from the hidden size, and each attention head has a key-value head of its own.
+        max_positions, head_dim, groups, theta: transformers' defaults for what config.json may leave out; without one,
+            the head dimension follows from the hidden size, and each attention head has a key-value head of its own.
+        partial: the share of a head's dimensions that RoPE rotates if config.json does not say it; None for families
+            that always rotate all.
+        activation: the key of the activation, which must be SiLU; None if the family checks it.
+        also_about_rope: keys about RoPE that the family itself reads.
+        transformer: further keyword arguments of ``TransformerConfig``.
 
     Raises:
         MegapruneError: the config asks for something that this can't express, or lacks a key.
     """
     name = config.get("model_type")
-    text(config, "hidden_act", "silu", only="silu")
-    for switch in ("mlp_bias", "use_mrope"):
-        refuse_true(config, switch)
-    num_layers = whole(config, "num_hidden_layers")
-    sliding = {t for t in layer_types(config, num_layers) if t != "full_attention"}
-    if flag(config, "use_sliding_window", False) or sliding:
-        raise MegapruneError(f"{name}: sliding-window attention is not supported; set use_sliding_window to false")
+    if activation is not None:
+        text(config, activation, "silu", only="silu")
+    refuse_true(config, "use_mrope")
     heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     query_groups = whole_or_none(config, "num_key_value_heads", groups) or heads
     if head_dim is not None:
@@ -97,7 +135,7 @@ def gqa_architecture(
     if channels % 2 or not channels:
         raise MegapruneError(f"{name}: RoPE needs an even head dimension, not {channels}")
     fields = dict(
-        num_layers=num_layers,
+        num_layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=whole(config, "intermediate_size"),
         num_attention_heads=heads,
@@ -106,13 +144,15 @@ def gqa_architecture(
         layernorm_epsilon=number(config, "rms_norm_eps"),
     )
     positions = whole(config, "max_position_embeddings", max_positions)
-    theta, scaling = read_rope(config, positions)
+    base, scaling = read_rope(config, positions, also_about_rope, theta, partial is not None)
+    rotated = channels if partial is None else partial_rotary(config, channels, partial, scaling)
     return Architecture(
         transformer=fields | transformer,
         attention=GQA,
         vocab_size=whole(config, "vocab_size"),
         max_position_embeddings=positions,
-        rotary_base=theta,
+        rotary_base=base,
         rope_scaling=scaling,
+        rotary_dim=None if rotated == channels else rotated,
         tied=flag(config, "tie_word_embeddings", False),
     )

@@ -5,7 +5,17 @@ Its config.json comes in two spellings, the remote code's and vLLM's. Both are r
 
 from collections.abc import Sequence
 
-from megaprune.models.mla import MLA, SHARED_EXPERT_RULES, mla_fields, mla_rules, rope_fields, sigmoid_router_fields
+from megaprune.models.keys import edited
+from megaprune.models.layer_settings import prune_layer_settings
+from megaprune.models.mla import (
+    MLA,
+    SHARED_EXPERT_RULES,
+    after_dense_prefix,
+    mla_fields,
+    mla_rules,
+    rope_fields,
+    sigmoid_router_fields,
+)
 from megaprune.models.rope import read_rope
 from megaprune.models.settings import flag, whole, whole_or_none
 from megaprune.models.shards import COPY
@@ -20,7 +30,6 @@ from megaprune.models.tables import (
     HFConfig,
     WeightRule,
     mlp_norm_rule,
-    prune_dense_prefix,
 )
 from megaprune.utils.errors import MegapruneError
 
@@ -53,7 +62,7 @@ def _both_spellings(config: HFConfig) -> HFConfig:
     Raises:
         MegapruneError: the two names of a setting hold different values.
     """
-    full = dict(config)
+    full: HFConfig = {}
     for ours, theirs in _SPELLINGS.items():
         if ours in config and theirs in config and config[ours] != config[theirs]:
             raise MegapruneError(
@@ -61,16 +70,16 @@ def _both_spellings(config: HFConfig) -> HFConfig:
                 f"{config[ours]!r} and {config[theirs]!r}"
             )
         if ours in config:
-            full.setdefault(theirs, config[ours])
+            full[theirs] = config[ours]
         elif theirs in config:
             full[ours] = config[theirs]
-    return full
+    return edited(config, full)
 
 
 def _architecture(config: HFConfig) -> Architecture:
     name, config = config.get("model_type"), _both_spellings(config)
     fields = mla_fields(config)
-    fields |= sigmoid_router_fields(config, fields["num_layers"])
+    fields |= sigmoid_router_fields(config, after_dense_prefix(config))
     if sinks := whole(config, "param_sink_number", 0, least=0):
         raise MegapruneError(f"{name}: param_sink_number {sinks} is not supported: attention has no sinks here, only 0")
     if (groups := whole_or_none(config, "n_group", 1)) not in (None, 1):
@@ -109,12 +118,13 @@ def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    return prune_dense_prefix(_both_spellings(config), kept, ("num_dense_layers", "first_k_dense_replace"))
+    prefixes = ("num_dense_layers", "first_k_dense_replace")
+    return prune_layer_settings(dict(_both_spellings(config)), kept, prefixes=prefixes)
 
 
 FAMILY = Family(
     model_type="pangu_ultra_moe",
-    architecture=_architecture,
+    describe=_architecture,
     model_rules=MODEL_RULES,
     layer_rules=_layer_rules,
     prune_config=_prune_config,

@@ -1,9 +1,11 @@
 """Qwen3 mixture-of-experts models (``model_type: qwen3_moe``): softmax routing, no shared experts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from megaprune.models.gqa import GQA_RULES, QK_NORM_RULES, gqa_architecture
+from megaprune.models.gqa import INPUT_NORM_RULES, attention_rules, gqa_architecture
+from megaprune.models.layer_settings import prune_layer_settings
 from megaprune.models.settings import flag, text, whole, whole_list
 from megaprune.models.tables import (
     EXPERT_RULES,
@@ -14,16 +16,14 @@ from megaprune.models.tables import (
     HFConfig,
     WeightRule,
     mlp_norm_rule,
-    prune_dense_config,
-    refuse_attention_bias,
 )
+from megaprune.models.windows import windows_if_used
 from megaprune.utils.errors import MegapruneError
 
 
 def _architecture(config: HFConfig) -> Architecture:
-    refuse_attention_bias(config)
     num_layers = whole(config, "num_hidden_layers")
-    return gqa_architecture(
+    arch = gqa_architecture(
         config,
         max_positions=32768,
         groups=4,
@@ -31,7 +31,9 @@ def _architecture(config: HFConfig) -> Architecture:
         moe_ffn_hidden_size=whole(config, "moe_intermediate_size"),
         moe_layer_freq=[int(_is_moe(config, layer)) for layer in range(num_layers)],
         **_router_fields(config),
+        **windows_if_used(config),
     )
+    return replace(arch, output_bias=flag(config, "attention_bias", False))
 
 
 def _router_fields(config: HFConfig) -> dict[str, Any]:
@@ -62,13 +64,13 @@ def _is_moe(config: HFConfig, layer: int) -> bool:
 
 def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
     moe = arch.is_moe(layer)
-    norm = mlp_norm_rule("post_attention_layernorm", moe)
-    return GQA_RULES + QK_NORM_RULES + (norm,) + (EXPERT_RULES if moe else MLP_RULES)
+    norms = (*INPUT_NORM_RULES, mlp_norm_rule("post_attention_layernorm", moe))
+    return norms + attention_rules(arch) + (EXPERT_RULES if moe else MLP_RULES)
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
     """Return the pruned config. Dense layers are listed by their new numbers, because a regular step is not kept."""
-    pruned = prune_dense_config(config, kept)
+    pruned = prune_layer_settings(config, kept)
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         pruned["mlp_only_layers"] = [new for new, layer in enumerate(kept) if not _is_moe(config, layer)]
         pruned["decoder_sparse_step"] = 1
@@ -77,7 +79,7 @@ def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
 
 FAMILY = Family(
     model_type="qwen3_moe",
-    architecture=_architecture,
+    describe=_architecture,
     model_rules=MODEL_RULES,
     layer_rules=_layer_rules,
     prune_config=_prune_config,

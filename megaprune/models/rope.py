@@ -7,9 +7,11 @@ both. A ``rope_scaling`` that is not empty replaces ``rope_parameters`` as a who
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megaprune.models.keys import edited
 from megaprune.models.settings import HFConfig, is_number, whole, wrong
 from megaprune.utils.errors import MegapruneError
 
@@ -54,19 +56,24 @@ class RopeScaling:
 
 
 def read_rope(
-    config: HFConfig, max_positions: int, also_read: tuple[str, ...] = (), theta: float | None = _THETA
+    config: HFConfig,
+    max_positions: int,
+    also_read: tuple[str, ...] = (),
+    theta: float | None = _THETA,
+    partial: bool = False,
 ) -> tuple[float, RopeScaling | None]:
     """Return RoPE's theta and scaling.
 
     Args:
         max_positions: positions of the model; used as the original number of positions if that is absent.
-        also_read: keys at the top of config.json that the family itself reads.
+        also_read: keys of config.json about RoPE that the family itself reads, at its top or among RoPE's settings.
         theta: the family's default; None if it has none.
+        partial: whether the family may rotate a part of each head's dimensions; the caller reads how many.
 
     Raises:
         MegapruneError: a setting is missing, of a wrong type, or not implemented; the message names it.
     """
-    rope = _settings(config, also_read)
+    rope = _settings(config, also_read, partial)
     theta = _theta(config, rope, theta)
     rope_type = rope["rope_type"] if "rope_type" in rope else rope.get("type", "default")
     if not isinstance(rope_type, str) or rope_type not in _KEYS:
@@ -74,7 +81,7 @@ def read_rope(
             f"{config.get('model_type')}: RoPE scaling {rope_type!r} is not supported, only "
             + ", ".join(map(repr, sorted(_KEYS)))
         )
-    _check_keys(config, rope, rope_type)
+    _check_keys(config, {key: value for key, value in rope.items() if key not in also_read}, rope_type)
     if rope_type == "default":
         return theta, None
     if rope_type == "linear":
@@ -83,7 +90,73 @@ def read_rope(
     return theta, (_llama3 if rope_type == "llama3" else _yarn)(config, rope, length, max_positions)
 
 
-def _settings(config: HFConfig, also_read: tuple[str, ...]) -> dict[str, Any]:
+def partial_rotary(config: HFConfig, channels: int, default: float, scaling: RopeScaling | None) -> int:
+    """Return the number of a head's dimensions that RoPE rotates: the first ones.
+
+    Args:
+        channels: dimensions of a head.
+        default: the share of them if config.json does not say it.
+
+    Raises:
+        MegapruneError: the share is wrong, or does not go with the scaling.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    where = rope if "partial_rotary_factor" in rope else config
+    share = where.get("partial_rotary_factor", default)
+    if not is_number(share) or not 0 < share <= 1:
+        raise wrong(config, "partial_rotary_factor", share, "a number above 0 and at most 1")
+    rotated = int(channels * share)
+    if rotated % 2 or not rotated:
+        raise MegapruneError(
+            f"{config.get('model_type')}: partial_rotary_factor {share} of {channels} dimensions is {rotated}, but "
+            "RoPE needs an even number of them"
+        )
+    if rotated < channels and scaling is not None and scaling.attention_factor != 1:
+        raise MegapruneError(
+            f"{config.get('model_type')}: partial_rotary_factor {share} with RoPE scaling {scaling.rope_type!r} is not "
+            "supported: the scaling multiplies cosine and sine, and so a part of each head only"
+        )
+    return rotated
+
+
+def read_rope_by_type(
+    config: HFConfig,
+    max_positions: int,
+    types: Mapping[str, float],
+    full: str,
+    theta_keys: Mapping[str, str] | None = None,
+) -> dict[str, tuple[float, RopeScaling | None]]:
+    """Return theta and scaling for each type of layer.
+
+    The settings are transformers 5's ``rope_parameters`` by type, or ``rope_theta`` and ``rope_scaling`` for the type
+    `full`, and the defaults for others.
+
+    Args:
+        types: theta's default for each type.
+        full: the type that reads the settings without a type.
+        theta_keys: keys at the top of config.json with theta of the other types.
+
+    Raises:
+        MegapruneError: a setting is missing, of a wrong type, or not implemented; the message names it.
+    """
+    by_type = config.get("rope_parameters") or {}
+    if not isinstance(by_type, dict) or not all(value is None or isinstance(value, dict) for value in by_type.values()):
+        raise wrong(config, "rope_parameters", by_type, "a mapping from the types of layers to their settings")
+    unknown = sorted(set(by_type) - set(types))
+    if unknown:
+        raise wrong(config, "rope_parameters", unknown[0], "a type of layer (" + " or ".join(types) + ")")
+    found, keys = {}, {full: "rope_theta"} | dict(theta_keys or {})
+    for kind, theta in types.items():
+        own, theta_key = dict(by_type.get(kind) or {}), keys.get(kind)
+        if kind == full:
+            own |= config.get("rope_scaling") or {}
+        outside = {"rope_theta": config[theta_key]} if theta_key and config.get(theta_key) is not None else {}
+        plain = edited(config, outside | {"rope_parameters": own}, {"rope_scaling", "rope_theta", *keys.values()})
+        found[kind] = read_rope(plain, max_positions, theta=theta)
+    return found
+
+
+def _settings(config: HFConfig, also_read: tuple[str, ...], partial_allowed: bool) -> dict[str, Any]:
     name = config.get("model_type")
     for key in config:
         if _ABOUT_ROPE.match(str(key)) and key not in (*_READ, *also_read) and config[key] is not None:
@@ -91,10 +164,14 @@ def _settings(config: HFConfig, also_read: tuple[str, ...]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) is not None and not isinstance(config[key], dict):
             raise MegapruneError(f"{name}: {key} {config[key]!r} in config.json is not a mapping")
+    for key in (*_READ, _LENGTH):
+        config.get(key)  # one spelling replaces the other, so that not all of them matter
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     for key, value in rope.items():
         if isinstance(value, dict):
             raise MegapruneError(f"{name}: RoPE settings per layer type ({key!r} in config.json) are not supported")
+    if partial_allowed:
+        return rope
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     absent = partial is None and "partial_rotary_factor" not in rope
     if not absent and not (is_number(partial) and partial == 1):

@@ -81,25 +81,6 @@ def whole_list(config: HFConfig, key: str) -> Sequence[int]:
     return value
 
 
-def layer_types(config: HFConfig, num_layers: int) -> Sequence[str]:
-    """The attention types of the layers, one each; empty where the key is absent or null.
-
-    Raises:
-        MegapruneError: the key holds something else.
-    """
-    value = config.get("layer_types")
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise wrong(config, "layer_types", value, "a list of attention types, one per layer,")
-    if len(value) != num_layers:
-        raise MegapruneError(
-            f"{config.get('model_type')}: 'layer_types' in config.json names {len(value)} layers, but the model has "
-            f"{num_layers}"
-        )
-    return value
-
-
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number; true and false are none."""
     # NaN and infinity are not below it, and an integer may be too large for a float

@@ -15,16 +15,27 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     "post_attention_layernorm.weight": ("hidden",),
     "pre_mlp_layernorm.weight": ("hidden",),
     "post_mlp_layernorm.weight": ("hidden",),
+    "pre_feedforward_layernorm.weight": ("hidden",),
+    "post_feedforward_layernorm.weight": ("hidden",),
     # MLP and experts
     "mlp.gate_proj.weight": ("mlp", "hidden"),
     "mlp.up_proj.weight": ("mlp", "hidden"),
     "mlp.down_proj.weight": ("hidden", "mlp"),
+    "mlp.gate_up_proj.weight": ("gate_and_up", "hidden"),
+    "mlp.gate_proj.bias": ("mlp",),
+    "mlp.up_proj.bias": ("mlp",),
+    "mlp.down_proj.bias": ("hidden",),
     "mlp.gate.weight": ("experts", "hidden"),
     "mlp.gate.e_score_correction_bias": ("experts",),
     "mlp.e_score_correction_bias": ("experts",),
     "mlp.experts.gate_proj.weight": ("expert", "hidden"),
     "mlp.experts.up_proj.weight": ("expert", "hidden"),
     "mlp.experts.down_proj.weight": ("hidden", "expert"),
+    "block_sparse_moe.gate.weight": ("experts", "hidden"),
+    "block_sparse_moe.e_score_correction_bias": ("experts",),
+    "block_sparse_moe.experts.w1.weight": ("expert", "hidden"),
+    "block_sparse_moe.experts.w3.weight": ("expert", "hidden"),
+    "block_sparse_moe.experts.w2.weight": ("hidden", "expert"),
     "mlp.shared_experts.gate_proj.weight": ("shared_expert", "hidden"),
     "mlp.shared_experts.up_proj.weight": ("shared_expert", "hidden"),
     "mlp.shared_experts.down_proj.weight": ("hidden", "shared_expert"),
@@ -44,7 +55,8 @@ def hf_shapes(names: Iterable[str], arch: Architecture) -> dict[str, tuple[int, 
 
 def _dimensions(arch: Architecture) -> dict[str, int]:
     fields = arch.transformer
-    dimensions = dict(vocabulary=arch.vocab_size, hidden=fields["hidden_size"], mlp=fields["ffn_hidden_size"])
+    mlp = fields["ffn_hidden_size"]
+    dimensions = dict(vocabulary=arch.vocab_size, hidden=fields["hidden_size"], mlp=mlp, gate_and_up=2 * mlp)
     if arch.num_experts:
         shared = fields.get("moe_shared_expert_intermediate_size")
         dimensions |= dict(experts=arch.num_experts, expert=fields["moe_ffn_hidden_size"], shared_expert=shared)

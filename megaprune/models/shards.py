@@ -184,18 +184,89 @@ class _QKV(ShardKind):
         return rows_of_group - 2 * arch.head_dim, arch.head_dim, arch.head_dim
 
 
+class _FusedQKV(_QKV):
+    """One HF tensor with all queries, then all keys, then all values; in Megatron-Core's order as above."""
+
+    def read(self, source: SliceReader, names: Sequence[str], arch: Architecture, tp: TensorParallel) -> Tensor:
+        (name,), widths = names, self._lengths(arch)
+        if arch.query_groups % tp.size:
+            raise MegapruneError(
+                f"{source.shown(name)} has {arch.query_groups} key-value heads, which {tp.size} tensor-parallel ranks "
+                "can't share: choose a --tensor-model-parallel-size that divides them"
+            )
+        _check_rows(source, name, sum(widths))
+        parts, first = [], 0
+        for width in widths:
+            part = width // tp.size
+            parts.append(source.read(name, 0, first + tp.rank * part, first + (tp.rank + 1) * part))
+            first += width
+        return _interleave(parts, arch.query_groups // tp.size)
+
+    def merge(self, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
+        import torch
+
+        return [torch.cat(super().merge(shards, arch))]
+
+    def fuse(self, tensors: Sequence[Tensor], arch: Architecture) -> Tensor:
+        return _interleave(tensors[0].split(self._lengths(arch)), arch.query_groups)
+
+    def runs(self, number: int, shape: Sequence[int], arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
+        return [run for part in range(3) for run in super(_FusedQKV, self).runs(part, shape, arch, item_bytes)]
+
+    @staticmethod
+    def _lengths(arch: Architecture) -> list[int]:
+        keys = arch.query_groups * arch.head_dim
+        return [arch.transformer["num_attention_heads"] * arch.head_dim, keys, keys]
+
+
+class _FusedGated(_Gated):
+    """One HF tensor with the gate above up; a rank holds its part of each."""
+
+    def read(self, source: SliceReader, names: Sequence[str], arch: Architecture, tp: TensorParallel) -> Tensor:
+        import torch
+
+        (name,) = names
+        half = source.shape(name)[0] // 2
+        if half % tp.size:
+            raise MegapruneError(
+                f"{source.shown(name)} has {half} rows each of gate and up, which {tp.size} tensor-parallel ranks "
+                "can't share: choose a --tensor-model-parallel-size that divides it"
+            )
+        part = half // tp.size
+        starts = (tp.rank * part, half + tp.rank * part)
+        return torch.cat([source.read(name, 0, start, start + part) for start in starts])
+
+    def merge(self, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
+        import torch
+
+        return [torch.cat(super().merge(shards, arch))]
+
+    def fuse(self, tensors: Sequence[Tensor], arch: Architecture) -> Tensor:
+        return tensors[0]
+
+    def runs(self, number: int, shape: Sequence[int], arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
+        return [(0, math.prod(shape) * item_bytes)]
+
+
 COPY = ShardKind()
 COLUMN = _Cut(0)  # along the output dimension
 ROW = _Cut(1)  # along the input dimension
 VOCAB = _Vocab()
 QKV = _QKV()
 GATED = _Gated()
+FUSED_QKV = _FusedQKV()
+FUSED_GATED = _FusedGated()
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 128) -> int:
     """Megatron's padded vocabulary size: the next multiple of ``divisible_by`` times the tensor-parallel size."""
     multiple = divisible_by * tp_size
     return -(-vocab_size // multiple) * multiple
+
+
+def _check_rows(source: SliceReader, name: str, rows: int) -> None:
+    if source.shape(name)[0] != rows:
+        raise MegapruneError(f"{source.shown(name)} has {source.shape(name)[0]} rows, but config.json implies {rows}")
 
 
 def _read_cut(source: SliceReader, name: str, dim: int, tp: TensorParallel) -> Tensor:

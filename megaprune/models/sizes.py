@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from megaprune.models import HFConfig, family_of
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, Architecture, WeightRule
+from megaprune.utils.errors import MegapruneError
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,37 @@ def inventory(config: HFConfig, kept_layers: Sequence[int] | None = None) -> Inv
 def layer_costs(config: HFConfig) -> list[int]:
     """Multiply-adds that each layer's weights do for a token."""
     return [size.active for size in layer_sizes(config)]
+
+
+def cached_numbers(config: HFConfig, length: int) -> list[int]:
+    """Numbers that each layer keeps in the KV cache of a sequence: keys and values, or MLA's latent and RoPE key.
+
+    Args:
+        length: tokens of the sequence; a layer with a sliding window keeps no more than the window.
+    """
+    arch = family_of(config).architecture(config)
+    fields = arch.transformer
+    if arch.mla:
+        each = int(fields["kv_lora_rank"]) + int(fields["qk_pos_emb_head_dim"])
+    else:
+        each = 2 * arch.query_groups * arch.head_dim
+    slides = fields.get("window_attn_skip_freq") or [0] * arch.num_layers
+    window = fields["window_size"][0] + 1 if any(slides) else length
+    return [each * (min(length, window) if slide else length) for slide in slides]
+
+
+def bytes_per_weight(config: HFConfig) -> int:
+    """Bytes of a weight in the exported model. Block-FP8 sources are exported in bf16.
+
+    Raises:
+        MegapruneError: config.json has a dtype that is not understood.
+    """
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if config.get("quantization_config"):
+        return _BYTES["bfloat16"]
+    if dtype not in _BYTES:
+        raise MegapruneError(f"config.json: the size of dtype {dtype!r} is not known: give the target in parameters")
+    return _BYTES[dtype]
 
 
 def output_cost(config: HFConfig) -> int:

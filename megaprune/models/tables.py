@@ -5,10 +5,13 @@ A family is data. The conversion engine (`megaprune.weights`) and the model buil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megaprune.models.keys import ReadConfig, check_understood
+from megaprune.models.layer_settings import prune_layer_settings
 from megaprune.models.rope import RopeScaling
 from megaprune.models.settings import HFConfig, flag
 from megaprune.models.shards import COPY, GATED, ROW, VOCAB, ShardKind, SliceReader, TensorParallel
@@ -26,7 +29,8 @@ class WeightRule:
     Transformer Engine's layer spec a parameter may have another name (``te``: norms are fused into the linear layer
     behind them, experts are grouped) or be cut otherwise (``te_shard``). Parameters of routed experts (``expert``) are
     cut over expert-tensor-parallel ranks. A rule with ``export=False`` is a second copy of tensors that another rule
-    exports.
+    exports. A rule that is ``carried`` has no Megatron parameter: its tensor goes from the source to the export as it
+    is.
     """
 
     megatron: str
@@ -36,6 +40,7 @@ class WeightRule:
     te_shard: ShardKind | None = None
     expert: bool = False
     export: bool = True
+    carried: bool = False
 
     def at(self, layer: int, expert: int = 0) -> WeightRule:
         """The rule of one layer, and of one of its experts."""
@@ -73,6 +78,18 @@ class AttentionKind:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Growth of queries with their position p, by 1 + ``beta`` * ln(1 + floor(p / ``original_length``))."""
+
+    beta: float
+    original_length: int
+
+
+# Keyword arguments of `TransformerConfig` with an entry per layer.
+_PER_LAYER_FIELDS = ("moe_layer_freq", "no_rope_freq", "window_attn_skip_freq")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Model in Megatron-Core's terms.
 
@@ -83,8 +100,21 @@ class Architecture:
         max_position_embeddings: maximum number of positions.
         rotary_base: RoPE's theta.
         rope_scaling: scaling of RoPE, if any.
+        rotary_dim: number of dimensions of a head that RoPE rotates; None means all.
+        window_rope: theta and scaling of RoPE in layers with a sliding window, if they differ from the other layers'.
+        query_growth: growth of queries with their position, if any.
         tied: whether the output layer shares the embedding's weight.
+        pre_norm: whether attention and MLP are preceded by a norm.
         sandwich_norm: whether attention and MLP are also followed by a norm.
+        qk_norm_over_width: whether a norm over all heads together follows the projections of query and key.
+        output_bias: whether the attention's output projection, and with it query, key and value, has a bias.
+        mlp_bias: whether the projections of dense MLPs have a bias.
+        gelu: whether MLPs are gated by GELU, in its approximation by tanh, instead of SiLU.
+        zero_centered_norms: whether norms multiply by 1 + weight.
+        embedding_factor: factor of the embedding's output, if any.
+        attention_scale: factor of the attention scores, if it does not follow from the head dimension.
+        longest_sequence: number of tokens up to which the model's sparse attention is dense, if it has any.
+        index_heads, index_head_dim: heads, and their dimension, that choose what sparse attention attends to.
         latent_norm_epsilon: epsilon of the norms within latent attention, if it differs from that of the other norms.
         num_mtp: number of multi-token-prediction layers that are built; 0 unless they are trained.
     """
@@ -95,8 +125,22 @@ class Architecture:
     max_position_embeddings: int
     rotary_base: float
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    window_rope: tuple[float, RopeScaling | None] | None = None
+    query_growth: QueryGrowth | None = None
     tied: bool = False
+    pre_norm: bool = True
     sandwich_norm: bool = False
+    qk_norm_over_width: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    gelu: bool = False
+    zero_centered_norms: bool = False
+    embedding_factor: float | None = None
+    attention_scale: float | None = None
+    longest_sequence: int | None = None
+    index_heads: int = 0
+    index_head_dim: int = 0
     latent_norm_epsilon: float | None = None
     num_mtp: int = 0
 
@@ -125,9 +169,16 @@ class Architecture:
     def pruned(self, kept_layers: Sequence[int]) -> Architecture:
         """The architecture of these layers, in order."""
         fields = self.transformer | {"num_layers": len(kept_layers)}
-        if self.num_experts:
-            fields["moe_layer_freq"] = [self.transformer["moe_layer_freq"][layer] for layer in kept_layers]
-        return replace(self, transformer=fields)
+        for name in _PER_LAYER_FIELDS:
+            if name in fields:
+                fields[name] = [self.transformer[name][layer] for layer in kept_layers]
+        if not any(fields.get("no_rope_freq", ())):
+            fields.pop("no_rope_freq", None)
+        if any(fields.get("window_attn_skip_freq", ())):
+            return replace(self, transformer=fields)
+        for name in ("window_size", "window_attn_skip_freq"):
+            fields.pop(name, None)
+        return replace(self, transformer=fields, window_rope=None)
 
     @property
     def head_dim(self) -> int:
@@ -140,7 +191,7 @@ class Family:
 
     Args:
         model_type: ``model_type`` in config.json.
-        architecture: HF config to Megatron-Core's terms. Raises ``MegapruneError`` for what can't be expressed.
+        describe: HF config to Megatron-Core's terms. Raises ``MegapruneError`` for what can't be expressed.
         model_rules: weights outside the layers.
         layer_rules: weights of one layer; rules with ``expert`` stand for each of its experts.
         prune_config: edits a copy of the HF config for the kept layers (source indices, ascending).
@@ -148,16 +199,53 @@ class Family:
         mtp_keys: names under which config.json counts multi-token-prediction layers, where the family has any.
         stacks_experts: transformers' class, where it has one, holds the experts of a layer as stacked parameters; the
             code that comes with other families, as a module each.
+        modules_in_transformers: how names in transformers' class differ from those of the tensors: regular
+            expressions, with what replaces them.
+        prefix: what stored names have in front of the tables' names.
+        passed: regular expressions of tensors of other parts of the model, which the export holds as they are.
+        text_key: the key of config.json with the config of the language model, if it is nested.
+        tied_by_default: whether embeddings are tied if config.json does not say it.
     """
 
     model_type: str
-    architecture: Callable[[HFConfig], Architecture]
+    describe: Callable[[HFConfig], Architecture]
     model_rules: Sequence[WeightRule]
     layer_rules: Callable[[Architecture, int], Sequence[WeightRule]]
-    prune_config: Callable[[HFConfig, Sequence[int]], HFConfig]
+    prune_config: Callable[[HFConfig, Sequence[int]], HFConfig] = prune_layer_settings
     ignored: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ()
     stacks_experts: bool = True
+    modules_in_transformers: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    passed: tuple[str, ...] = ()
+    text_key: str | None = None
+    tied_by_default: bool = False
+
+    def architecture(self, config: HFConfig) -> Architecture:
+        """The architecture that an HF config describes.
+
+        Raises:
+            MegapruneError: the config asks for something that can't be expressed, or has a key that is not understood.
+        """
+        recorded = ReadConfig(config)
+        arch = self.describe(recorded)
+        recorded.read.update(self.mtp_keys)
+        check_understood(recorded)
+        return arch
+
+    def ties(self, config: HFConfig) -> bool:
+        """Return whether a config ties the embeddings."""
+        return bool(config.get("tie_word_embeddings", self.tied_by_default))
+
+    def with_mtp(self, config: HFConfig, number: int) -> HFConfig:
+        """The config with another number of multi-token-prediction layers, where the family counts them."""
+        if self.text_key is None:
+            return config | dict.fromkeys(self.mtp_keys, number)
+        return config | {self.text_key: config[self.text_key] | dict.fromkeys(self.mtp_keys, number)}
+
+    def passes(self, name: str) -> bool:
+        """Return whether a tensor belongs to another part of the model."""
+        return any(re.search(pattern, name) for pattern in self.passed)
 
     def rules(self, config: HFConfig) -> list[WeightRule]:
         """Every rule of a model with this config, layer by layer."""
@@ -169,6 +257,8 @@ class Family:
         return rules
 
 
+# Prefix of the checkpoint keys of HF tensors that no Megatron model reads. An export restores them.
+CARRIED = "hf."
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 
@@ -199,23 +289,45 @@ MLP_RULES = (
     WeightRule(MEGATRON + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), ROW),
 )
 
-EXPERT_RULES = (
-    WeightRule(MEGATRON + "mlp.router.weight", (HF + "mlp.gate.weight",), COPY),
-    WeightRule(
-        MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
-        (HF + "mlp.experts.{expert}.gate_proj.weight", HF + "mlp.experts.{expert}.up_proj.weight"),
-        GATED,
-        te=MEGATRON + "mlp.experts.linear_fc1.weight{expert}",
-        expert=True,
-    ),
-    WeightRule(
-        MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        (HF + "mlp.experts.{expert}.down_proj.weight",),
-        ROW,
-        te=MEGATRON + "mlp.experts.linear_fc2.weight{expert}",
-        expert=True,
-    ),
+MLP_BIAS_RULES = (
+    WeightRule(MEGATRON + "mlp.linear_fc1.bias", (HF + "mlp.gate_proj.bias", HF + "mlp.up_proj.bias"), GATED),
+    WeightRule(MEGATRON + "mlp.linear_fc2.bias", (HF + "mlp.down_proj.bias",), COPY),
 )
+
+
+def expert_rules(block: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...]:
+    """The router and the routed experts.
+
+    Args:
+        block: HF name of the MLP with experts.
+        gate, up, down: HF names of an expert's projections.
+    """
+    expert = HF + block + ".experts.{expert}."
+    return (
+        WeightRule(MEGATRON + "mlp.router.weight", (HF + block + ".gate.weight",), COPY),
+        WeightRule(
+            MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+            (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+            GATED,
+            te=MEGATRON + "mlp.experts.linear_fc1.weight{expert}",
+            expert=True,
+        ),
+        WeightRule(
+            MEGATRON + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+            (f"{expert}{down}.weight",),
+            ROW,
+            te=MEGATRON + "mlp.experts.linear_fc2.weight{expert}",
+            expert=True,
+        ),
+    )
+
+
+EXPERT_RULES = expert_rules("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def carried_rule(name: str) -> WeightRule:
+    """A tensor of a layer, named within it, that no Megatron parameter holds."""
+    return WeightRule(CARRIED + HF + name, (HF + name,), COPY, carried=True)
 
 
 def mlp_norm_rule(hf_norm: str, moe: bool) -> WeightRule:
@@ -245,22 +357,3 @@ def refuse_true(config: HFConfig, key: str) -> None:
     """
     if flag(config, key, False):
         raise MegapruneError(f"{config.get('model_type')}: {key} true is not supported")
-
-
-def prune_dense_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:
-    """A dense model's config after pruning: the layer count and, where listed, the layers' types are edited."""
-    pruned = dict(config, num_hidden_layers=len(kept))
-    if config.get("layer_types"):
-        pruned["layer_types"] = [config["layer_types"][layer] for layer in kept]
-    return pruned
-
-
-def prune_dense_prefix(config: HFConfig, kept: Sequence[int], dense_keys: Sequence[str]) -> HFConfig:
-    """The pruned config of a model whose MoE layers follow a prefix of dense ones; pruning in order leaves a prefix.
-
-    Args:
-        dense_keys: names under which the config counts the dense layers.
-    """
-    pruned = prune_dense_config(config, kept)
-    dense = sum(layer < config[dense_keys[0]] for layer in kept)
-    return pruned | dict.fromkeys(dense_keys, dense)

@@ -180,7 +180,7 @@ def _moment_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     largest = max(memory.total for each in plan.moments for memory in each.memory)
     unit, name = (_GIB, "GiB") if largest >= _GIB else (2**20, "MiB")
     header = ("", "stage", "weights", "gradients", "optimizer", "teacher", "activations", "working", "margin")
-    rows = [(*header, f"total {name}")]
+    rows: list[tuple[str, ...]] = [(*header, f"total {name}")]
     for each in plan.moments:
         stage = max(range(len(each.memory)), key=lambda number: each.memory[number].total)  # noqa: B023
         memory = each.memory[stage]

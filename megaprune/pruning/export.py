@@ -1,7 +1,10 @@
 """Results of a run: report, plots, and the HF folder, which is renamed into place last."""
 
 import shutil
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from megaprune.mcore import parallel
 from megaprune.mcore.adapters import export_adapter
@@ -9,15 +12,19 @@ from megaprune.mcore.hf_weights import export_weights
 from megaprune.mcore.optimizer import Trainer
 from megaprune.models.sizes import inventory
 from megaprune.pruning.context import RunContext
+from megaprune.report.front_matter import inherited
 from megaprune.report.metrics import read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
+from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.utils.disk import one_line
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError, RunStopped
 from megaprune.utils.files import aside_of, put_in_place
 from megaprune.utils.progress import say
-from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
+from megaprune.weights.surgery import write_pruned_config, write_share
+from megaprune.weights.tensor_source import TensorSource
+from megaprune.weights.writer import WrittenShard, finish_shards
 
 GO_ON = "run the same command to continue from the last checkpoint"
 
@@ -36,7 +43,7 @@ def export(run: RunContext, student: Trainer | None, command: str) -> None:
         with run.progress.timed("export"):
             _export_weights(run, student, aside)
         parallel.on_rank0(lambda: _finish(run, aside, command))
-    except MegapruneError:
+    except (MegapruneError, RunStopped):
         if parallel.rank() == 0:  # an unfinished folder would block the next attempt
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(aside_of(run_dir.adapter), ignore_errors=True)
@@ -47,13 +54,19 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
     options, kept, run_dir = run.options, run.kept_layers, run.options.output.run_dir
     with one_line(aside, GO_ON):
         write_pruned_config(run.source, kept, aside, options.model.keep_mtp)
-        report = _report(run)
-        write_report(run_dir.report, report)
         records = read_metrics(run_dir.path)
+        report = _report(run, records)
+        write_report(run_dir.report, report)
         for path in write_plots(records, run_dir.plots, kept, report.valid):
             run.metrics.figure(path.stem, path)
         adapter = options.output.export_adapter
-        card = model_card(report, source_name=options.model.name, command=command, adapter=adapter)
+        card = model_card(
+            report,
+            source_name=options.model.name,
+            command=command,
+            source_card=inherited(run.source.folder),
+            adapter=adapter,
+        )
         (aside / CARD_NAME).write_text(card)
         run.metrics.close()
         put_in_place(aside, run_dir.hf)
@@ -70,12 +83,30 @@ def _export_weights(run: RunContext, student: Trainer | None, folder: Path) -> N
     elif student is not None and trained:
         export_weights(student.model, run.source, kept, folder, size, whole, keep_mtp)
     if options.output.export_adapter or not trained:
+        copy_weights(run.source, kept, folder, size, keep_mtp)  # no weight has changed: the stored bits are exported
 
-        def write() -> None:
-            with one_line(folder, GO_ON):
-                write_pruned_weights(run.source, kept, folder, size, keep_mtp)
 
-        parallel.on_rank0(write)  # no weight has changed, so the stored bits are exported
+def copy_weights(
+    source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool
+) -> None:
+    """Copy the kept tensors of the source. Ranks take files in turn; rank 0 writes the index. Collective."""
+    layout = source.pruned_layout(kept_layers, keep_mtp)
+    place = parallel.rank(), parallel.world_size()
+
+    def write() -> list[WrittenShard]:
+        with one_line(folder, GO_ON):
+            return write_share(source, kept_layers, folder, max_shard_bytes, keep_mtp, *place)
+
+    written = parallel.together(write)
+    parallel.stop_if_asked("export", "while it exports weights")
+    shards = parallel.all_gather_objects(written)
+
+    def finish() -> None:
+        with one_line(folder, GO_ON):
+            in_turn = [shard for turn in zip_longest(*shards) for shard in turn if shard is not None]
+            finish_shards(folder, in_turn, layout, max_shard_bytes)
+
+    parallel.on_rank0(finish)
 
 
 def _export_adapter(run: RunContext, student: Trainer | None) -> None:
@@ -91,7 +122,7 @@ def _export_adapter(run: RunContext, student: Trainer | None) -> None:
     parallel.on_rank0(finish)
 
 
-def _report(run: RunContext) -> Report:
+def _report(run: RunContext, records: Sequence[dict[str, Any]]) -> Report:
     options, hf_config, kept = run.options, run.source.config, run.kept_layers
     return build_report(
         method=options.selection.name,
@@ -102,7 +133,7 @@ def _report(run: RunContext) -> Report:
         after=inventory(hf_config, kept),
         tokens_seen=(run.progress.iteration + run.progress.other_iterations) * options.tokens_per_iteration,
         seed=options.training.seed,
-        stages=run.progress.stages,
+        stages=with_performance(run.progress.stages, records),
         valid={model: dict(measured) for model, measured in run.progress.valid.items()},
         seq_length=options.data.seq_length,
         candidates=run.progress.candidates,

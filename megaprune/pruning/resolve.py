@@ -15,13 +15,15 @@ from megaprune.config.schema import (
     ParallelConfig,
     RunConfig,
 )
-from megaprune.config.sizes import num_layers_to_prune
+from megaprune.data.parallel_encoder import Workers
 from megaprune.mcore import parallel
-from megaprune.mcore.builder import EngineOptions, check_parallel_sizes
+from megaprune.mcore.builder import check_parallel_sizes
+from megaprune.mcore.optimizer import check_training_configs
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
-from megaprune.models.sizes import layer_costs, layer_sizes, model_size, output_cost
+from megaprune.models.sizes import layer_costs, layer_sizes, output_cost
+from megaprune.pruning.budgets import budget_of
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
 from megaprune.pruning.mtp import with_mtp
@@ -37,7 +39,7 @@ from megaprune.pruning.options import (
     RunOptions,
     SelectionOptions,
 )
-from megaprune.pruning.resolve_training import lora_options, optimizer_options, training_options
+from megaprune.pruning.resolve_training import engine_options, lora_options, optimizer_options, training_options
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget
 from megaprune.selection.segments import cut_position
@@ -55,8 +57,15 @@ _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
-} - {"use_distributed_optimizer"}
+    *(
+        "micro_batch_size",
+        "data_cache_path",
+        "tokenizer_workers",
+        "trust_remote_code",
+        "teacher_logits",
+        "method_module",
+    ),
+} - {"use_distributed_optimizer", "override"}
 
 
 def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]:
@@ -69,7 +78,7 @@ def open_run(config: Config, world_size: int) -> tuple[RunOptions, TensorSource]
     """
     parse_size(config.run.max_shard_size)
     source = open_source(config)
-    windowed = _with_window(config, source.config)
+    windowed = _for_model(config, source.config)
     parallel.on_rank0(lambda: RunDir(Path(config.run.save or "")).check(fixed_settings(windowed)))
     source.check_tensors()
     return with_mtp(resolve(windowed, source.config, world_size), source), source
@@ -115,7 +124,7 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         MegapruneError: the model can't be expressed.
         UsageError: flags that don't fit each other, the model or the processes.
     """
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(_transformer_impl(config))
     job = _job(config, hf_config, world_size, fused, config.reads_windows)
     arch = job.model.arch
@@ -133,13 +142,14 @@ def resolve(config: Config, hf_config: HFConfig, world_size: int) -> RunOptions:
         output=_output_options(config),
     )
     options.pipeline.stages_of_layers(selection.fewest_layers())
+    check_training_configs(options.engine, options.optimizer)
     return options
 
 
 def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOptions:
     """Return the options of a plan. Raises as `resolve`."""
     # Transformer Engine's layers can't be built everywhere; their sizes hardly differ.
-    config, trains = _with_window(config, hf_config), config.recovery.train_iters != 0
+    config, trains = _for_model(config, hf_config), config.recovery.train_iters != 0
     job = _job(config, hf_config, world_size, False, trains or config.reads_windows)
     batch = global_batch_size(config, job.sizes, world_size)
     prunes = any(getattr(config.prune, name) is not None for name in WHAT_TO_PRUNE)
@@ -160,7 +170,7 @@ def resolve_plan(config: Config, hf_config: HFConfig, world_size: int) -> PlanOp
 
 def resolve_caching(config: Config, hf_config: HFConfig, world_size: int, output: Path) -> CachingOptions:
     """Return the options of caching a teacher. Raises as `resolve`."""
-    config = _with_window(config, hf_config)
+    config = _for_model(config, hf_config)
     fused = device.use_transformer_engine(config.engine.transformer_impl)
     job = _job(config, hf_config, world_size, fused, reads_windows=True)
     _check_top_k(config, job.model.arch)
@@ -172,8 +182,12 @@ def fixed_settings(config: Config) -> dict[str, object]:
     return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
-def _with_window(config: Config, hf_config: HFConfig) -> Config:
-    return config.with_window(family_of(hf_config).architecture(hf_config).max_position_embeddings)
+def _for_model(config: Config, hf_config: HFConfig) -> Config:
+    """Return the configuration with the defaults that depend on the model."""
+    arch = family_of(hf_config).architecture(hf_config)
+    if arch.sandwich_norm and config.recovery.stitch is None:
+        config = replace(config, recovery=replace(config.recovery, stitch="none"))
+    return config.with_window(arch.max_position_embeddings)
 
 
 def _job(
@@ -191,7 +205,7 @@ def _job(
         model=ModelOptions(
             config.model.given, hf_config, arch, config.model.mtp == "keep", config.model.trust_remote_code
         ),
-        engine=EngineOptions(sizes, transformer_engine, recovery.bf16, config.engine.recompute_granularity, seq_length),
+        engine=engine_options(config, arch, sizes, transformer_engine, seq_length),
         pipeline=_pipeline(config, hf_config, sizes),
         data=DataOptions(
             train=list(data.train_data),
@@ -204,6 +218,7 @@ def _job(
             reads_windows=reads_windows,
             reads_training=config.reads_training_data,
             calibrates=config.calibrates,
+            workers=Workers(data.tokenizer_workers, config.model.trust_remote_code),
         ),
         distillation=DistillationOptions(
             loss=distillation.distill_loss,
@@ -212,7 +227,7 @@ def _job(
             teacher=distillation.teacher,
             teaches=config.distills,
             logits=Path(logits) if logits else None,
-            alpha=distillation.kd_loss_alpha,
+            alpha=config.kd_share,
             hidden_weight=distillation.hidden_loss_weight,
             mtp_factor=distillation.mtp_loss_scaling_factor,
         ),
@@ -284,23 +299,10 @@ def _layers_in_question(config: Config, hf_config: HFConfig) -> tuple[list[int] 
         whole = Budget.of_layers(num_layers, num_layers)
         manual = config.method.choose(whole, frozenset(), config.method_options()).kept_layers
         return manual, frozenset(), Budget.of_layers(num_layers, len(manual))
-    if config.prune.target_params is not None:
-        budget = _parameter_budget(config.prune.target_params, hf_config)
-    else:
-        num_pruned = num_layers_to_prune(config.prune, num_layers)
-        if num_pruned == 0:
-            raise UsageError(f"--prune-ratio {config.prune.prune_ratio} of {num_layers} layers rounds to 0")
-        budget = Budget.of_layers(num_layers, num_layers - num_pruned)
+    budget = budget_of(config, hf_config)
     protected = protected_layers(config.search.protect_layers, num_layers)
     budget.check(protected)
     return None, protected, budget
-
-
-def _parameter_budget(target: int, hf_config: HFConfig) -> Budget:
-    total, costs = model_size(hf_config).total, tuple(size.total for size in layer_sizes(hf_config))
-    if target >= total:
-        raise UsageError(f"--target-params {target:,}: the model has {total:,}; give a smaller number")
-    return Budget(costs, target - (total - sum(costs)))
 
 
 def _check_selection(config: Config, selection: SelectionOptions, arch: Architecture) -> None:
@@ -323,6 +325,12 @@ def _check_sequence(seq_length: int, arch: Architecture, sizes: ParallelSizes, r
         return
     if seq_length > arch.max_position_embeddings:
         raise UsageError(f"--seq-length {seq_length} is more than the model's {arch.max_position_embeddings} positions")
+    if arch.longest_sequence is not None and seq_length > arch.longest_sequence:
+        raise UsageError(
+            f"--seq-length {seq_length} is more than {arch.longest_sequence} (index_topk): in longer sequences the "
+            "model attends to tokens that its indexer chooses, which training does not; give --seq-length "
+            f"{arch.longest_sequence} or less"
+        )
     if sizes.sequence_parallel and seq_length % sizes.tensor:
         raise UsageError(f"--seq-length {seq_length} can't be split over {sizes.tensor} tensor-parallel ranks")
 
@@ -360,7 +368,9 @@ def _output_options(config: Config) -> OutputOptions:
         max_shard_bytes=parse_size(run.max_shard_size),
         export_adapter=config.lora.export_adapter,
         save_interval=run.save_interval,
+        async_save=run.async_save,
         log_interval=run.log_interval,
+        peak_tflops=run.peak_tflops,
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
         dry_run=run.dry_run,

@@ -1,9 +1,15 @@
 """The part of `resolve` that makes the options of training: adapters, optimizer, iterations."""
 
+import importlib.util
+from dataclasses import replace
+
 from megaprune.config.schema import Config
 from megaprune.mcore.averaging import first_averaged
+from megaprune.mcore.builder import EngineOptions, transformer_config
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions
 from megaprune.mcore.optimizer import OptimizerOptions
+from megaprune.mcore.overrides import read_overrides
+from megaprune.mcore.parallel import ParallelSizes
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.pruning.options import TrainingOptions
 from megaprune.utils.errors import UsageError
@@ -52,3 +58,35 @@ def training_options(config: Config, batch: int) -> TrainingOptions:
         rounds=config.recovery.rounds,
         data_iters=config.recovery.train_iters or 0,
     )
+
+
+def engine_options(
+    config: Config, arch: Architecture, sizes: ParallelSizes, transformer_engine: bool, seq_length: int
+) -> EngineOptions:
+    """Return the options of Megatron-Core.
+
+    Raises:
+        UsageError: an option does not fit the model, or is not a field of the core's.
+    """
+    engine, dispatcher = config.engine, config.engine.moe_token_dispatcher_type
+    if dispatcher != "alltoall" and not arch.num_experts:
+        raise UsageError(f"--moe-token-dispatcher-type {dispatcher} is for models with experts: leave it out")
+    if dispatcher == "flex" and importlib.util.find_spec("deep_ep") is None:
+        raise UsageError("--moe-token-dispatcher-type flex needs the package deep_ep (DeepEP), which is not installed")
+    overrides = read_overrides(engine.override, arch.mla)
+    for name in ("fp8", "fp4"):
+        if overrides.transformer.get(name) and not transformer_engine:
+            raise UsageError(f"--override transformer.{name} needs Transformer Engine's layers, which do not run here")
+    options = EngineOptions(
+        sizes,
+        transformer_engine,
+        config.recovery.bf16,
+        engine.recompute_granularity,
+        seq_length,
+        tuple(engine.recompute_modules),
+        engine.overlap_grad_reduce,
+        dispatcher,
+        overrides,
+    )
+    transformer_config(arch, [arch.num_layers], replace(options, sizes=replace(sizes, pipeline=1)))
+    return options

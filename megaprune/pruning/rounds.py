@@ -17,20 +17,22 @@ from megaprune.mcore import parallel
 from megaprune.mcore.averaging import first_averaged
 from megaprune.models import family_of
 from megaprune.pruning import runner
-from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.export import GO_ON
 from megaprune.pruning.models import Origin
 from megaprune.pruning.options import PipelineOptions, RunOptions, SelectionOptions
 from megaprune.pruning.run_dir import RunDir
+from megaprune.report.front_matter import inherited
 from megaprune.report.metrics import JSONL_NAME, read_metrics
 from megaprune.report.model_card import CARD_NAME, model_card
+from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, read_report, result_table, write_report
-from megaprune.selection.budget import Budget
+from megaprune.utils import stopping
 from megaprune.utils.disk import one_line
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.locks import locked
 from megaprune.utils.progress import say
+from megaprune.utils.stopping import ShouldStop
 from megaprune.weights.source import HFSource
 from megaprune.weights.tensor_source import TensorSource
 
@@ -42,12 +44,19 @@ def run(
     run_dir = options.output.run_dir
     if options.training.rounds == 1 or options.output.dry_run or run_dir.hf.exists():
         return runner.run(options, source, command, should_stop)
+    with stopping.obeying(should_stop):
+        return _run(options, source, command, should_stop)
+
+
+def _run(options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None) -> Report:
+    """Start or resume a run of several rounds."""
+    run_dir = options.output.run_dir
     parallel.join()
     undoing = run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
     with locked(run_dir.lock, f"--save {run_dir.path}"), undoing, one_line(run_dir.path, GO_ON):
         parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
         reports = _rounds(options, source, command, should_stop)
-        parallel.on_rank0(lambda: _finish(options, reports, command))
+        parallel.on_rank0(lambda: _finish(options, source, reports, command))
     return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
 
 
@@ -118,7 +127,11 @@ def _selection(selection: SelectionOptions, number: int, rounds: int, kept: Sequ
     return replace(
         selection,
         method_options=method_options,
-        budget=Budget(tuple(costs[layer] for layer in kept), selection.budget.limit_of_round(number, rounds)),
+        budget=replace(
+            selection.budget,
+            costs=tuple(costs[layer] for layer in kept),
+            limit=selection.budget.limit_of_round(number, rounds),
+        ),
         protected=frozenset(kept.index(layer) for layer in selection.protected),
         token_budget=max(1, selection.token_budget // rounds),
         heal_iters=_share(selection.heal_iters, number, rounds)[1],
@@ -147,17 +160,19 @@ def _kept(reports: Sequence[Report], num_layers: int) -> list[int]:
     return kept
 
 
-def _finish(options: RunOptions, reports: Sequence[Report], command: str) -> None:
+def _finish(options: RunOptions, source: TensorSource, reports: Sequence[Report], command: str) -> None:
     """Write the report, the metrics and the plots of the whole run, and move the last round's model into place."""
     run_dir = options.output.run_dir
     last, report = run_dir.of_round(len(reports)), whole_report(reports, options.model.arch.num_layers)
     with one_line(run_dir.path, GO_ON):
         records = _records(run_dir, reports)
+        report = replace(report, stages=with_performance(report.stages, records))
         with whole_file(run_dir.path / JSONL_NAME) as aside:
             aside.write_text("".join(strict_json(record) + "\n" for record in records))
         write_report(run_dir.report, report)
         write_plots(records, run_dir.plots, report.kept_layers, report.valid)
-        (last.hf / CARD_NAME).write_text(model_card(report, source_name=options.model.name, command=command))
+        card = model_card(report, source_name=options.model.name, command=command, source_card=inherited(source.folder))
+        (last.hf / CARD_NAME).write_text(card)
         for number in range(1, len(reports)):  # intermediate models are as large as the final one
             shutil.rmtree(run_dir.of_round(number).checkpoints, ignore_errors=True)
         os.replace(last.hf, run_dir.hf)
@@ -177,9 +192,9 @@ def whole_report(reports: Sequence[Report], num_layers: int) -> Report:
     kept, stages = _kept(reports, num_layers), dict[str, dict[str, float]]()
     for report in reports:
         for stage, spent in report.stages.items():
-            entry = stages.setdefault(stage, dict.fromkeys(spent, 0))
-            for unit, value in spent.items():
-                entry[unit] += value
+            entry = stages.setdefault(stage, {"seconds": 0.0, "tokens": 0})
+            for unit in entry:
+                entry[unit] += spent[unit]
     teacher = {name: loss for name, loss in first.valid.items() if name == "teacher"}
     return replace(
         last,

@@ -124,7 +124,8 @@ def _forward_backward(
     announce: Callable[[int], None] | None = None,
 ) -> tuple[float, Mapping[str, float]]:
     """Accumulate gradients, and return the loss of the global batch and its parts."""
-    targets = objective.targets(batches)
+    with trainer.times.teaching():
+        targets = objective.targets(batches)
     with objective.watching(trainer.model):
         means = schedule.mean_loss_parts(
             trainer.ddp,
@@ -133,6 +134,7 @@ def _forward_backward(
             lambda logits, tokens: objective.token_losses(logits, tokens, targets[tokens.number]),
             list(objective.shares.values()),
             announce,
+            trainer.times,
         )
     parts = {name: LossPart(share, mean) for (name, share), mean in zip(objective.shares.items(), means, strict=True)}
     parts |= objective.hook_losses()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.models.sizes import inventory
+from megaprune.report.front_matter import inherited
 from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.run_report import Report, build_report
 from megaprune.selection.one_shot import manual_layers
@@ -55,7 +56,7 @@ def remove_layers_of(
         valid={},
         seq_length=min(_SEQ_LENGTH, arch.max_position_embeddings),
     )
-    card = model_card(report, source_name=name, command=command)
+    card = model_card(report, source_name=name, command=command, source_card=inherited(source.folder))
 
     def write() -> None:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):

@@ -12,6 +12,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from megaprune.report.performance import speed_text
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.progress import TRAINING, bars_are_shown
@@ -73,6 +74,10 @@ class MetricsLogger:
         `grad_norm`, `num_kept` (layers in the mask), `tokens` (since the run's start), `seconds` (this
         iteration's); `kd_loss`, `lm_loss`, `mtp_1_loss` and `hidden_loss` where the loss has several parts; in the
         search also `temperature`, `scores` and `mask` (one number per source layer).
+        The speed of each step: `tflops` (TFLOP/s per device), `mfu` (its share of the peak, where that is known),
+        `compute_seconds`, `teacher_seconds`, `data_seconds` and `memory_gib` (peak so far) of rank 0. Where a log
+        interval ends, also over all ranks: `compute_seconds_min`, `compute_seconds_max` and the `slowest_rank`,
+        `teacher_seconds_max`, `data_seconds_max` (means of the interval's steps) and `memory_gib_max`.
         Numbers that aren't finite are null in `metrics.jsonl`.
         """
         for sink in self._sinks:
@@ -250,7 +255,7 @@ class _Lines:
         TRAINING.info(
             f"iteration {iteration:>{len(str(total))}}/{total} | {record['stage']:<8} | "
             f"loss {record['loss']:.4f} | lr {record['lr']:.3e} | grad norm {grad_norm} | "
-            f"kept {record['num_kept']} | {self._pace.tokens_per_second:,.0f} tokens/s | "
+            f"kept {record['num_kept']} | {self._pace.tokens_per_second:,.0f} tokens/s{speed_text(record)} | "
             f"ETA {self._pace.eta(iteration)}"
         )
 

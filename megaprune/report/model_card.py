@@ -1,39 +1,44 @@
 """The model card (README.md) of a pruned model: writing it, and reading its window length."""
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from megaprune.report.card_results import loss_results, model_index
+from megaprune.report.front_matter import CARD_NAME, join_card, read_front_matter
+from megaprune.report.public_names import is_hub_id, public_name, without_paths
 from megaprune.report.run_report import Report, ideal_speedup, loss_recovered, measured_losses, perplexity
 from megaprune.utils.text import number_ranges
 
-CARD_NAME = "README.md"
+__all__ = ["CARD_NAME", "MADE", "model_card", "read_seq_length"]
+
+# The section that the command stands in, always the last one.
+MADE = "## How it was made\n"
 
 
 def model_card(
-    report: Report, *, source_name: str, command: str, license: str | None = None, adapter: bool = False
+    report: Report,
+    *,
+    source_name: str,
+    command: str,
+    license: str | None = None,
+    source_card: Mapping[str, Any] | None = None,
+    adapter: bool = False,
 ) -> str:
     """Return the model card of the pruned model, a README.md with Hugging Face's YAML front matter.
 
     Args:
         report: report.json's contents.
         source_name: the source model's hub id, or the path of its folder; only the folder's name is shown.
-        command: the command line that made the model.
-        license: the source's license identifier, where known; a pruned model inherits it.
+        command: the command line that made the model; of local paths in it, only the last parts are shown.
+        license: a license identifier; it replaces that of `source_card`.
+        source_card: fields of the source's card that a pruned model inherits (`front_matter.inherited`).
         adapter: whether a LoRA adapter was trained, which is not part of the model.
     """
-    base_model = _public_name(source_name)
-    front_matter = yaml.safe_dump(
-        _metadata(report, base_model, license), sort_keys=False, default_flow_style=None, width=100
-    )
+    base_model = public_name(source_name)
     before = report.num_layers + len(report.pruned_layers)
-    return f"""---
-{front_matter}---
-
+    own = {"license": license} if license else dict(source_card or {})
+    text = f"""
 # {base_model}, pruned to {report.num_layers} of {before} layers
 
 This model is `{base_model}` without {len(report.pruned_layers)} of its transformer layers.
@@ -58,16 +63,16 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 - removed layers: {number_ranges(report.pruned_layers)}
 - ideal speed-up, if time were spent in layers alone: {ideal_speedup(report):.2f}x
 {_quality(report, adapter)}
-## How it was made
-
+{MADE}
 - training tokens: {report.tokens_seen:,}, in windows of {report.seq_length:,}
 - seed: {report.seed}
 - versions: {", ".join(f"{name} {version}" for name, version in report.versions.items())}
 
 ```bash
-{command}
+{without_paths(command)}
 ```
 """
+    return join_card(own | _metadata(report, base_model, adapter), text)
 
 
 def read_seq_length(hf_dir: str | Path) -> int | None:
@@ -75,41 +80,29 @@ def read_seq_length(hf_dir: str | Path) -> int | None:
 
     None if there is no card, or none that megaprune wrote.
     """
-    card = Path(hf_dir) / CARD_NAME
-    if not card.is_file():
-        return None
-    match = re.match(r"---\r?\n(.*?\n)---\s*$", card.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
-    try:
-        metadata = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return None
-    ours = metadata.get("megaprune") if isinstance(metadata, dict) else None
+    ours = read_front_matter(hf_dir).get("megaprune")
     seq_length = ours.get("seq_length") if isinstance(ours, dict) else None
     return seq_length if isinstance(seq_length, int) and seq_length > 0 else None
 
 
-def _public_name(source_name: str) -> str:
-    """Return a hub id unchanged, and only the last part of a local path: the rest is private."""
-    path = Path(source_name)
-    try:
-        validate_repo_id(source_name)
-    except HFValidationError:
-        return path.resolve().name
-    return path.resolve().name if path.is_dir() else source_name
-
-
-def _metadata(report: Report, base_model: str, license: str | None) -> dict[str, Any]:
+def _metadata(report: Report, base_model: str, adapter: bool) -> dict[str, Any]:
+    losses = measured_losses(report.valid)
+    untrained = losses.get("stitched", losses.get("pruned"))
+    last = untrained if adapter else losses.get("recovered", untrained)
+    results = [] if last is None else loss_results(last, report.seq_length)
+    name = f"{base_model.rpartition('/')[2]}-{report.num_layers}-layers"
     return {
-        **({"license": license} if license else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": base_model,
+        # the hub refuses a card whose base model is not one of its own
+        **({"base_model": base_model, "base_model_relation": "finetune"} if is_hub_id(base_model) else {}),
         "tags": ["megaprune", "layer-pruning"],
         "megaprune": {
             "method": report.method,
             "kept_layers": report.kept_layers,
             "seq_length": report.seq_length,
         },
+        **({"model-index": model_index(name, results)} if results else {}),
     }
 
 

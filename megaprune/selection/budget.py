@@ -13,10 +13,15 @@ class Budget:
     If every layer costs 1, the limit is the number of layers that stay, and every selection has exactly that many. If
     dense and MoE layers have different costs, a selection is exact in this sense: it costs at most the limit, and no
     layer that is left out would still fit.
+
+    Attributes:
+        flag, unit: the flag that gives the limit, and the unit of costs other than layers, for messages.
     """
 
     costs: tuple[int, ...]
     limit: int
+    flag: str = "--target-params"
+    unit: str = "parameters"
 
     @classmethod
     def of_layers(cls, num_layers: int, num_kept: int) -> "Budget":
@@ -60,7 +65,7 @@ class Budget:
         if self.limit < at_least:
             who = f"those that --protect-layers keeps ({_listed(protected)})" if protected else "the smallest layer"
             raise UsageError(
-                f"--target-params: leaves {self.limit:,} parameters for layers, but {who} have {at_least:,}; "
+                f"{self.flag}: leaves {self.limit:,} {self.unit} for layers, but {who} have {at_least:,}; "
                 "raise it or protect fewer layers"
             )
 

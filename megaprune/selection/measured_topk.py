@@ -1,6 +1,7 @@
 """Gumbel-TopK mask search by measured values of layers: the default search of `--method e3`."""
 
 from collections.abc import Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class MeasuredTopK:
             raise MegapruneError(f"step {step} is outside the search, whose steps are 0 to {self._num_steps - 1}")
         perturbed = self.scores + self.temperature(step) ** 2 * gumbel_noise(self.num_layers, self._seed, step)
         order = perturbed.sort(descending=True, stable=True).indices.tolist()
-        limited = Budget(self.budget.costs, self.limit_at(step))
+        limited = replace(self.budget, limit=self.limit_at(step))
         kept = limited.take(order, self._protected)
         return torch.zeros(self.num_layers).index_fill(0, torch.tensor(kept, dtype=torch.long), 1.0)
 

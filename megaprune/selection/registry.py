@@ -180,7 +180,7 @@ class Method:
             raise MegapruneError(f"{said}lack layer {gone[0]}, which --protect-layers keeps")
         cost = sum(budget.costs[layer] for layer in layers)
         if cost > budget.limit or (budget.counts_layers and cost != budget.limit):
-            unit = "layers" if budget.counts_layers else "parameters"
+            unit = "layers" if budget.counts_layers else budget.unit
             raise MegapruneError(f"{said}have {cost:,} {unit} where the budget is {budget.limit:,}")
         if self.contiguous and len(cut_positions(layers, budget.num_layers)) > 1:
             raise MegapruneError(f"{said}leave more than one cut, and it is registered as contiguous: {layers}")

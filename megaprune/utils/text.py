@@ -1,6 +1,7 @@
 """Text for people: first lines of errors, ranges of numbers, columns of tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def first_line(error: BaseException) -> str:
@@ -27,3 +28,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
+
+
+def call_text(function: str, arguments: Mapping[str, Any]) -> str:
+    """Return a call of the Python API as a user would write it, for the model card."""
+    return f"megaprune.{function}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"

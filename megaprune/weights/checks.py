@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from megaprune.models.shapes import hf_shapes
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.dtypes import FP8, SCALE_DTYPES, WEIGHT_DTYPES
-from megaprune.weights.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
+from megaprune.weights.dtypes import FP8, WEIGHT_DTYPES
+from megaprune.weights.fp8 import BLOCK
 from megaprune.weights.quantization import declared_quantization, quantized_tensor
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ def _check_names(source: TensorSource, expected: set[str]) -> None:
 
 
 def _unknown(source: TensorSource, expected: set[str]) -> Iterable[str]:
-    tied = {OUTPUT} if source.config.get("tie_word_embeddings") else set()
+    tied = {OUTPUT} if source.family.ties(source.config) else set()
     for name in set(source.names) - expected - tied:
-        if not source.belongs_to_mtp(name) and not any(re.search(pattern, name) for pattern in source.family.ignored):
+        ignored = any(re.search(pattern, name) for pattern in source.family.ignored)
+        if not (ignored or source.belongs_to_mtp(name) or source.family.passes(name)):
             yield name
 
 
@@ -81,20 +82,27 @@ def _lack(source: TensorSource, missing: Sequence[str], unknown: Sequence[str]) 
 
 def _check_dtypes(source: TensorSource) -> None:
     for name in source.all_names:
-        dtype, is_scale = source.stored_dtype_name(name), name.endswith(SCALE_SUFFIX)
-        if dtype in (SCALE_DTYPES if is_scale else WEIGHT_DTYPES):
+        dtype, suffix = source.stored_dtype_name(name), _companion(source, name)
+        read = source.format.companions[suffix] if suffix else WEIGHT_DTYPES
+        if dtype in read:
             continue
-        shown = f"{source.file(name)}: {source.shown(name)} is stored as {dtype}"
-        if dtype != FP8 or is_scale:
-            read = ", ".join(SCALE_DTYPES if is_scale else WEIGHT_DTYPES)
-            raise MegapruneError(f"{shown}, which megaprune does not read, only {read}{'' if is_scale else ' and FP8'}")
+        shown = f"{source.file(name)}: {source.place(name).stored} is stored as {dtype}"
+        if suffix or not source.is_quantized(name):
+            more = "" if suffix else f" and {source.format.dtype if source.format.main else 'FP8'}"
+            raise MegapruneError(f"{shown}, which megaprune does not read, only {', '.join(read)}{more}")
         if len(source.shape(name)) != 2:
             raise MegapruneError(f"{shown}, but is not a matrix: only matrices are read in FP8")
-        if name + SCALE_SUFFIX not in source:
-            raise MegapruneError(
-                f"{shown}, and {source.folder} lacks {source.shown(name + SCALE_SUFFIX)}, the scales of its blocks: "
-                "the checkpoint is incomplete, or quantized in a way that is not read"
-            )
+        for suffix in source.format.companions:
+            if name + suffix not in source:
+                raise MegapruneError(
+                    f"{shown}, and {source.folder} lacks {source.shown(name + suffix)}, which {source.format.name} "
+                    "needs: the checkpoint is incomplete, or quantized in a way that is not read"
+                )
+
+
+def _companion(source: TensorSource, name: str) -> str | None:
+    """Return the suffix by which a tensor is a companion of a quantized weight; None if it is not one."""
+    return next((suffix for suffix in source.format.companions if name.endswith(suffix)), None)
 
 
 def _check_stacks(source: TensorSource) -> None:
@@ -111,7 +119,7 @@ def _check_stacks(source: TensorSource) -> None:
         found = source.stored_shape(members[0])
         if found != expected:
             raise _other_shape(source, source.shown(members[0]), found, expected)
-        if source.is_fp8(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
+        if source.is_quantized(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
             raise MegapruneError(
                 f"{source.file(members[0])}: {source.shown(members[0])} is FP8 in blocks that reach over gate and up, "
                 f"because {shapes[0][0]} rows are not a multiple of {BLOCK}: give the model before its quantization"
@@ -136,14 +144,19 @@ def _other_shape(source: TensorSource, name: str, found: Sequence[int], expected
 
 
 def _check_scales(source: TensorSource) -> None:
-    for scale in (name for name in source.all_names if name.endswith(SCALE_SUFFIX)):
-        weight = scale.removesuffix(SCALE_SUFFIX)
-        if weight not in source or not source.is_fp8(weight):
-            raise MegapruneError(f"{source.folder} holds {source.shown(scale)}, but no FP8 weight that it scales")
-        expected = scale_shape(source.shape(weight))
-        if source.shape(scale) != expected:
+    for name in source.all_names:
+        suffix = _companion(source, name)
+        if suffix is None:
+            continue
+        weight = name.removesuffix(suffix)
+        if weight not in source or not source.is_quantized(weight):
+            kind = "FP8" if source.format.dtype == FP8 else source.format.name
+            raise MegapruneError(f"{source.folder} holds {source.shown(name)}, but no {kind} weight that it scales")
+        found = source.shape(name)
+        expected = source.format.companion_shape(suffix, source.shape(weight))
+        if found != expected:
             raise MegapruneError(
-                f"{source.folder}: {source.shown(scale)} is stored as {list(source.shape(scale))}, where the weight's "
+                f"{source.folder}: {source.shown(name)} is stored as {list(found)}, where the weight's "
                 f"blocks are {list(expected)}"
             )
 

@@ -1,4 +1,4 @@
-"""Detection of quantized checkpoints, by their configs or the names of their tensors. Only block FP8 is supported."""
+"""Detection of quantized checkpoints in formats that are not read, by their configs or the names of their tensors."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from typing import Any
 
 from megaprune.models import HFConfig
 from megaprune.weights.fp8 import BLOCK
+from megaprune.weights.quantized import declared_format, quantization_settings
 
 # Files beside config.json, as glob patterns, and whose they are. transformers reads none of them; other engines do.
 BESIDE = {
@@ -40,9 +41,12 @@ _ENDS = {
 def declared_quantization(folder: Path, config: HFConfig) -> str | None:
     """Return a description of the quantization that config.json or a file beside it declares; None if supported."""
     for key in _KEYS:
-        settings = config.get(key)
-        if settings and not (key == _KEYS[0] and _is_block_fp8(settings)):
-            return f"config.json says {_in_words(settings)}, but only FP8 in blocks of [{BLOCK}, {BLOCK}] is read"
+        settings = quantization_settings(config) if key == _KEYS[0] else config.get(key)
+        if settings and not (key == _KEYS[0] and declared_format(config)):
+            return (
+                f"config.json says {_in_words(settings)}, but only FP8 in blocks of [{BLOCK}, {BLOCK}] is read, and of "
+                "compressed-tensors FP8 by rows and symmetric INT4 in groups"
+            )
     for pattern, whose in BESIDE.items():
         for path in sorted(Path(folder).glob(pattern)):
             settings = _read(path)
@@ -54,12 +58,6 @@ def declared_quantization(folder: Path, config: HFConfig) -> str | None:
 def quantized_tensor(names: Iterable[str]) -> tuple[str, str] | None:
     """Return the first tensor name that belongs to a quantized model, and the format that stores it so."""
     return next(((name, whose) for name in names for end, whose in _ENDS.items() if name.endswith(end)), None)
-
-
-def _is_block_fp8(settings: Any) -> bool:
-    if not isinstance(settings, dict):
-        return False
-    return settings.get("quant_method") == "fp8" and settings.get("weight_block_size") == [BLOCK, BLOCK]
 
 
 def _declares_nothing(settings: Any) -> bool:
@@ -75,8 +73,11 @@ def _in_words(settings: Any) -> str:
         return "so"
     if isinstance(settings.get("quantization"), dict):
         settings = settings["quantization"]
-    named = ("quant_method", "quant_algo", "model_quant_type", "bits", "w_bit", "group_size", "q_group_size")
-    said = [f"{key} {settings[key]}" for key in (*named, "weight_block_size") if settings.get(key) is not None]
+    named = [
+        *("quant_method", "quant_algo", "model_quant_type", "format", "bits", "w_bit", "group_size", "q_group_size"),
+        "weight_block_size",
+    ]
+    said = [f"{key} {settings[key]}" for key in named if settings.get(key) is not None]
     return ", ".join(said) or "so"
 
 

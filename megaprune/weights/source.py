@@ -48,7 +48,7 @@ class HFSource(TensorSource):
         self.stored_files = dict(self._files)
         self._arrange()
         outputs = [name for name in (EMBEDDING, OUTPUT) if name in self._files]
-        if config.get("tie_word_embeddings") and len(outputs) == 2 and not self._same(*outputs):
+        if self.family.ties(config) and len(outputs) == 2 and not self._same(*outputs):
             self._untie()
 
     def _names_in(self, path: Path) -> set[str]:
@@ -59,8 +59,9 @@ class HFSource(TensorSource):
 
     def _arrange(self) -> None:
         """Give the stored tensors the names of the families' tables."""
-        self.layout = StoredLayout.of(self.stored_files, bool(self.config.get("tie_word_embeddings")))
+        self.layout = StoredLayout.of(self.stored_files, self.family.ties(self.config), self.family.prefix)
         if self.layout == PLAIN:
+            self._name_packed()
             return
         self._files, self._places = {}, {}
         for stored, path in self.stored_files.items():
@@ -73,6 +74,17 @@ class HFSource(TensorSource):
                 )
             self._files |= dict.fromkeys(places, path)
             self._places |= places
+        self._name_packed()
+
+    def _name_packed(self) -> None:
+        """Give the main tensors of quantized weights the names of the weights."""
+        end = f".weight{self.format.main}"
+        for stored in [stored for stored in self._files if self.format.main and stored.endswith(end)]:
+            name = stored.removesuffix(self.format.main)
+            if name in self._files:
+                raise MegapruneError(f"{self.folder} holds both {stored} and {name}, which are the same tensor")
+            self._files[name] = self._files.pop(stored)
+            self._places = {**self._places, name: self.place(stored)}
 
     def _same(self, first: str, second: str) -> bool:
         """Return whether two tensors are equal bit for bit."""
@@ -91,6 +103,11 @@ class HFSource(TensorSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; for a part of a stack, the shape of the part."""
+        shape = self.own_shape(name)
+        return self.format.shape(shape) if self.is_quantized(name) else shape
+
+    def own_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of what is stored of a tensor."""
         shape, place = self.stored_shape(name), self.place(name)
         return shape if place.parts is None else (place.at(shape)[2], *shape[2:])
 
@@ -99,7 +116,7 @@ class HFSource(TensorSource):
         return self._described(name)[1]
 
     def stored_dtype_name(self, name: str) -> str:
-        """Return the stored dtype by its safetensors name, also for FP8 weights."""
+        """Return the stored dtype by its safetensors name, also for quantized weights."""
         return self._described(name)[0]
 
     def file(self, name: str) -> Path:
@@ -113,7 +130,7 @@ class HFSource(TensorSource):
         return [self._where(name)]
 
     def _read_stored(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        path, place, shape = self.file(name), self.place(name), self.shape(name)
+        path, place, shape = self.file(name), self.place(name), self.own_shape(name)
         if start == 0 and stop is None:
             return self._reader.read(path, place, shape, Buffer())
         return self._reader.read_slice(path, place, shape, dim, start, stop)

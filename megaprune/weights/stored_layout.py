@@ -51,29 +51,33 @@ class StoredLayout:
         bare: names have no prefix ``model.``.
         stacks: the stacked tensors, their names with ``model.``.
         embedding_as_output: the tied embedding is stored as ``lm_head.weight``.
+        prefix: names of the language model have it in front; other names are those of other parts of the model.
     """
 
     bare: bool = False
     stacks: frozenset[str] = frozenset()
     embedding_as_output: bool = False
+    prefix: str = ""
 
     @classmethod
-    def of(cls, names: Iterable[str], tied: bool) -> "StoredLayout":
-        """Return the layout in which these tensors are stored."""
-        names = set(names)
+    def of(cls, names: Iterable[str], tied: bool, prefix: str = "") -> "StoredLayout":
+        """Return the layout in which these tensors are stored, given the prefix of the language model's names."""
+        names = {name.removeprefix(prefix) for name in names}
         bare = any(map(is_of_base_model, names)) and not any(name.startswith(BASE_PREFIX) for name in names)
         full = {_full_name(name) for name in names} if bare else names
         stacks = frozenset(name for name in full if _STACK.match(name) and not name.endswith(SCALE_SUFFIX))
-        return cls(bare, stacks, tied and OUTPUT in full and EMBEDDING not in full)
+        return cls(bare, stacks, tied and OUTPUT in full and EMBEDDING not in full, prefix)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "StoredLayout":
         """Return the layout that `record` describes."""
-        return cls(record["bare"], frozenset(record["stacks"]), record["embedding_as_output"])
+        stacks, prefix = frozenset(record["stacks"]), record.get("prefix", "")
+        return cls(record["bare"], stacks, record["embedding_as_output"], prefix)
 
     def record(self) -> dict[str, Any]:
         """Return the layout as plain data for JSON."""
-        return {"bare": self.bare, "stacks": sorted(self.stacks), "embedding_as_output": self.embedding_as_output}
+        record = {"bare": self.bare, "stacks": sorted(self.stacks), "embedding_as_output": self.embedding_as_output}
+        return record | ({"prefix": self.prefix} if self.prefix else {})
 
     def renamed(self, rename: Callable[[str], str | None]) -> "StoredLayout":
         """Return the layout of a pruned model.
@@ -82,7 +86,7 @@ class StoredLayout:
             rename: returns a tensor's new name, or None if it is removed.
         """
         stacks = frozenset(new for new in map(rename, self.stacks) if new is not None)
-        return StoredLayout(self.bare, stacks, self.embedding_as_output)
+        return StoredLayout(self.bare, stacks, self.embedding_as_output, self.prefix)
 
     def name_of_missing(self, name: str) -> str:
         """Return the name that a missing tensor would have in this layout, for messages."""
@@ -105,8 +109,10 @@ class StoredLayout:
 
     def _outer(self, name: str) -> str:
         if self.embedding_as_output and name == EMBEDDING:
-            return OUTPUT
-        return name.removeprefix(BASE_PREFIX) if self.bare else name
+            name = OUTPUT
+        elif self.bare:
+            name = name.removeprefix(BASE_PREFIX)
+        return self.prefix + name if self.prefix and _is_of_language_model(name) else name
 
     def written_name(self, name: str) -> str:
         """Return the name under which a tensor is written first: its own name if it will be stacked later."""
@@ -125,7 +131,8 @@ class StoredLayout:
         Args:
             num_experts: the number of experts in the tensor, if it is a stack.
         """
-        name = _full_name(stored) if self.bare else stored
+        name = stored.removeprefix(self.prefix)
+        name = _full_name(name) if self.bare else name
         if self.embedding_as_output and name == OUTPUT:
             name = EMBEDDING
         match = _STACK.match(name)
@@ -142,6 +149,10 @@ class StoredLayout:
 
 
 PLAIN = StoredLayout()
+
+
+def _is_of_language_model(name: str) -> bool:
+    return is_of_base_model(name.removeprefix(BASE_PREFIX)) or name == OUTPUT
 
 
 def _full_name(name: str) -> str:

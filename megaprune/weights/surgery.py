@@ -6,25 +6,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.models import HFConfig
+from megaprune.utils import stopping
 from megaprune.weights.beside import files_beside
+from megaprune.weights.quantized import without_quantization
 from megaprune.weights.tensor_source import TensorSource
-from megaprune.weights.writer import ShardWriter, finish_shards
+from megaprune.weights.writer import ShardWriter, WrittenShard, file_numbers, finish_shards, num_bytes
 
 
 def write_pruned_weights(
     source: TensorSource, kept_layers: Sequence[int], folder: Path, max_shard_bytes: int, keep_mtp: bool = True
 ) -> None:
-    """Copy every kept tensor bit for bit (FP8 dequantized) under its new name, in the layout of the source."""
-    writer, layout = ShardWriter(folder, max_shard_bytes), source.pruned_layout(kept_layers, keep_mtp)
-    for name in source.names:
-        new_name = source.renamed(name, kept_layers, keep_mtp)
-        if new_name is not None:
-            ranges = None if source.is_fp8(name) else source.ranges(name)
-            if ranges is None:
-                writer.add(layout.written_name(new_name), source.read(name))
-            else:
-                writer.add_ranges(layout.written_name(new_name), source.shape(name), source.dtype_name(name), ranges)
-    finish_shards(folder, writer.close(), layout, max_shard_bytes)
+    """Copy every kept tensor bit for bit, or dequantized, under its new name, in the layout of the source."""
+    layout = source.pruned_layout(kept_layers, keep_mtp)
+    finish_shards(folder, write_share(source, kept_layers, folder, max_shard_bytes, keep_mtp), layout, max_shard_bytes)
+
+
+def write_share(
+    source: TensorSource,
+    kept_layers: Sequence[int],
+    folder: Path,
+    max_shard_bytes: int,
+    keep_mtp: bool = True,
+    writer: int = 0,
+    num_writers: int = 1,
+) -> list[WrittenShard]:
+    """Write one of the shares of `write_pruned_weights`, and return its files for `finish_shards`.
+
+    Args:
+        writer: the number of the share; the writers take the files in turn.
+    """
+    shards, layout = ShardWriter(folder, max_shard_bytes, writer), source.pruned_layout(kept_layers, keep_mtp)
+    renamed = [(name, source.renamed(name, kept_layers, keep_mtp)) for name in source.names]
+    kept = [(name, layout.written_name(new_name)) for name, new_name in renamed if new_name is not None]
+    sizes = (num_bytes((source.shape(name), source.dtype_name(name))) for name, _ in kept)
+    last = writer
+    for (name, new_name), number in zip(kept, file_numbers(sizes, max_shard_bytes), strict=True):
+        if stopping.is_due("export"):
+            break  # the ranks stop together, and discard what is written
+        if number % num_writers != writer:
+            continue
+        if number != last:
+            shards.close()
+            last = number
+        ranges = None if source.is_quantized(name) else source.ranges(name)
+        if ranges is None:
+            shards.add(new_name, source.read(name))
+        else:
+            shards.add_ranges(new_name, source.shape(name), source.dtype_name(name), ranges)
+    return shards.close()
 
 
 def write_pruned_config(source: TensorSource, kept_layers: Sequence[int], folder: Path, keep_mtp: bool = True) -> None:
@@ -33,9 +62,8 @@ def write_pruned_config(source: TensorSource, kept_layers: Sequence[int], folder
     """
     pruned = source.family.prune_config(source.config, kept_layers)
     # readers use 1 if the count is absent
-    pruned |= dict.fromkeys(source.family.mtp_keys, len(source.mtp_layers) if keep_mtp else 0)
-    pruned.pop("quantization_config", None)  # block FP8 was dequantized
-    write_config(pruned, folder)
+    pruned = source.family.with_mtp(pruned, len(source.mtp_layers) if keep_mtp else 0)
+    write_config(without_quantization(pruned), folder)
     copy_beside(source.folder, folder)
 
 

@@ -11,8 +11,8 @@ from megaprune.models import Family, HFConfig
 from megaprune.models.names import hf_layer, hf_name, renumbered
 from megaprune.models.tables import EMBEDDING, OUTPUT
 from megaprune.utils.errors import MegapruneError
-from megaprune.weights.dtypes import FP8, TORCH_NAMES
-from megaprune.weights.fp8 import SCALE_SUFFIX, dequantize
+from megaprune.weights.dtypes import TORCH_NAMES
+from megaprune.weights.quantized import BLOCK_FP8, Format, declared_format
 from megaprune.weights.stored_layout import PLAIN, Place, StoredLayout
 
 if TYPE_CHECKING:
@@ -78,16 +78,23 @@ class TensorSource(Protocol):
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return the tensor, or its slice ``[start:stop]`` along ``dim`` (0 or 1). Only those bytes are read."""
-        tensor = self._read_stored(name, dim, start, stop)
-        if not self.is_fp8(name):
-            return tensor
-        scale = self._read_stored(name + SCALE_SUFFIX)
-        return dequantize(tensor, scale, start if dim == 0 else 0, start if dim == 1 else 0)
+        if not self.is_quantized(name):
+            return self._read_stored(name, dim, start, stop)
+
+        def read(suffix: str, dim: int, start: int, stop: int | None) -> torch.Tensor:
+            return self._read_stored(name + ("" if suffix == self.format.main else suffix), dim, start, stop)
+
+        return self.format.read(read, self.shape(name), dim, start, stop)
+
+    @cached_property
+    def format(self) -> Format:
+        """Return the format of the quantized weights; where none is declared, one that is recognized by its dtype."""
+        return declared_format(self.config) or BLOCK_FP8
 
     @property
     def names(self) -> list[str]:
-        """Return the names of all tensors, without the scales of quantized ones."""
-        return [name for name in self.all_names if not name.endswith(SCALE_SUFFIX)]
+        """Return the names of all tensors, without the companions of quantized ones."""
+        return [name for name in self.all_names if not name.endswith(tuple(self.format.companions))]
 
     def __contains__(self, name: str) -> bool:
         return name in self.all_names
@@ -104,15 +111,15 @@ class TensorSource(Protocol):
         """Return the shape of the stored tensor that contains a tensor."""
         return self.shape(name)
 
-    def is_fp8(self, name: str) -> bool:
-        """Return whether a tensor is stored in FP8."""
-        return self.stored_dtype_name(name) == FP8
+    def is_quantized(self, name: str) -> bool:
+        """Return whether a tensor is stored quantized."""
+        return self.stored_dtype_name(name) == self.format.dtype
 
     def dtype_name(self, name: str) -> str:
-        """Return the dtype in which `read` returns a tensor, by its safetensors name. It is bf16 for FP8 weights, which
-        are dequantized.
+        """Return the dtype in which `read` returns a tensor, by its safetensors name. It is bf16 for quantized weights,
+        which are dequantized.
         """
-        if self.is_fp8(name):
+        if self.is_quantized(name):
             return "BF16"
         stored = self.stored_dtype_name(name)
         if stored not in TORCH_NAMES:
@@ -165,11 +172,22 @@ class TensorSource(Protocol):
         """Return the other tensors that are copies of the embedding or the output layer: those of MTP layers, and the
         output layer if it is tied.
         """
-        ties = name == EMBEDDING and self.config.get("tie_word_embeddings")
+        ties = name == EMBEDDING and self.family.ties(self.config)
         found = [OUTPUT] if ties and OUTPUT in self else []
         for original in ((name, OUTPUT) if ties else (name,)) if keep_mtp else ():
             found += self.mtp_copies(original)
         return found
+
+    def carried(self, kept_layers: Sequence[int]) -> list[str]:
+        """Return the tensors of kept layers, and of other parts of the model, that no Megatron parameter holds."""
+        arch = self.family.architecture(self.config)
+        return [name for name in self.names if self.family.passes(name)] + [
+            name
+            for layer in kept_layers
+            for rule in self.family.layer_rules(arch, layer)
+            if rule.carried
+            for name in rule.at(layer).hf
+        ]
 
     def mtp_own(self) -> list[str]:
         """Return the MTP layers' tensors that are not copies."""

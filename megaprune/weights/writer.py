@@ -190,6 +190,19 @@ class ShardWriter:
         self._pending_bytes += num_bytes
 
 
+def file_numbers(sizes: Iterable[int], max_bytes: int) -> Iterator[int]:
+    """Yield the number of the file of each tensor, from 0. A file ends where the next tensor would exceed the limit.
+
+    Writers that share the work take the files in turn, so that the number of files does not depend on theirs.
+    """
+    number = filled = 0
+    for size in sizes:
+        if filled and filled + size > max_bytes:
+            number, filled = number + 1, 0
+        filled += size
+        yield number
+
+
 def finish_shards(
     folder: Path, shards: list[WrittenShard], layout: StoredLayout = PLAIN, max_shard_bytes: int = 5 * 10**9
 ) -> None:

@@ -15,6 +15,8 @@ from tests.helpers import tiny
 from tests.helpers.checkpoints import layers_in_config
 from tests.helpers.launch import torchrun
 
+# All but one use the outcomes of one process that runs every case.
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("bad_input_worker.py")
 PRUNE = Path(__file__).parents[2] / "tools" / "prune.py"
 

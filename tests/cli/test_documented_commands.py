@@ -11,11 +11,12 @@ from tests.helpers.documents import PAGES, ROOT, Command, Wrong, check, commands
 
 TEXTS = {str(page): (ROOT / page).read_text() for page in PAGES}
 COMMANDS = [command for page, text in TEXTS.items() for command in commands_of(page, text)]
-# Of torchrun, pytest, Megatron-LM and the scripts in examples/.
+# Of torchrun, pytest, Megatron-LM, vLLM and the scripts in examples/.
 FOREIGN = {
     *("--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint", "--nodes", "--cov"),
     *("--data-path", "--tokenizer-type", "--tokenizer-hf-include-special-tokens", "--append-eod"),
-    *("--dist-ckpt-strictness", "--scheme"),
+    *("--dist-ckpt-strictness", "--scheme", "--samples"),
+    *("--enable-lora", "--lora-modules", "--speculative-config"),
 }
 
 

@@ -60,6 +60,8 @@ FLAGS = [
     ("--save-interval 10", 10),
     ("--exit-on-signal false", False),
     ("--no-exit-on-signal", False),
+    ("--exit-duration-in-mins 230", 230.0),
+    ("--tokenizer-workers 8", 8),
     ("--log-interval 1", 1),
     ("--tensorboard-dir t", "t"),
     ("--wandb-project w", "w"),
@@ -358,3 +360,24 @@ OTHER = ["--hf-model", "m", "--save", "s", "--train-data", "d"]
 )
 def test_refused(argv, said):
     assert said in refusal(argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "stitches", "share"),
+    [
+        (SHORTGPT, True, 0.5),
+        (E3, True, 0.5),
+        ([*E3, "--search-preset", "paper"], False, 1.0),
+        ([*E3, "--distill-loss", "ce"], True, 1.0),
+        ([*SHORTGPT, "--stitch", "none", "--kd-loss-alpha", "0.2"], False, 0.2),
+        # what excludes the maps turns the default off and refuses the flag
+        ([*SHORTGPT, "--lora-rank", "2", "--teacher", "self"], False, 0.5),
+        ([*E3, "--lora-rank", "2"], False, 0.5),
+        ([*SHORTGPT, "--calibration-samples", "1"], False, 0.5),
+        ([*SHORTGPT, "--train-iters", "0"], False, 0.5),
+        ([*MANUAL, "--train-data", "d", "--train-iters", "9"], False, 0.5),  # reads no calibration data of its own
+    ],
+)
+def test_defaults_of_recovery(words, stitches, share):
+    config = parse_config(words)
+    assert (config.stitches, config.kd_share) == (stitches, share)

@@ -8,7 +8,7 @@ import pytest
 
 from megaprune.cli import main as cli
 from megaprune.data import preprocess
-from megaprune.data.chat import argument_columns, template_names
+from megaprune.data.chat import argument_columns, as_written, checked_messages, template_names
 from megaprune.utils.errors import MegapruneError
 from tests.data.test_prepare import PLAIN, jsonl, make_tokenizer, prepare, write
 
@@ -69,8 +69,23 @@ def tokens(path, tokenizer, tmp_path, **options):
 
 
 def as_parquet(path, rows):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    pyarrow.parquet.write_table(as_table(rows), path)
     return str(path)
+
+
+def as_table(rows):
+    """Return an Arrow table whose structs keep the order of the keys, which older versions of Arrow would sort."""
+    return pyarrow.Table.from_pylist(rows, pyarrow.schema(list(arrow_type(rows))))
+
+
+def arrow_type(values):
+    values = [value for value in values if value is not None]
+    if values and all(isinstance(value, dict) for value in values):
+        names = dict.fromkeys(name for value in values for name in value)
+        return pyarrow.struct([(name, arrow_type([value.get(name) for value in values])) for name in names])
+    if values and all(isinstance(value, list) for value in values):
+        return pyarrow.list_(arrow_type([each for value in values for each in value]))
+    return pyarrow.infer_type(values)
 
 
 def as_strings(rows):
@@ -119,6 +134,15 @@ def test_rows_of_the_hub(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     assert tokens("org/chats", tokenizer, tmp_path) == expected(tokenizer, ROWS)
     assert capsys.readouterr().out.count("--train-data org/chats, row 1 of split train: the column 'source'") == 1
+
+
+def test_templates_get_no_null_fields_of_messages():
+    # whatever the version of transformers does about them
+    row = as_table([{"messages": CALLS}]).to_pylist()[0]
+    assert row["messages"][1]["content"] is None and row["messages"][0]["name"] is None
+    assert checked_messages(as_written(row, "messages")["messages"], "row 1", "messages") == CALLS
+    given = {"role": "assistant", "content": None, "tool_calls": CALLS[1]["tool_calls"]}
+    assert "content" not in checked_messages([given], "line 1", "messages")[0]
 
 
 def test_null_in_json_is_kept(tokenizer, tmp_path):

@@ -85,6 +85,7 @@ def scores(model, tasks):
     return lm_eval.simple_evaluate(lm, tasks=tasks, bootstrap_iters=10, log_samples=False)["results"]
 
 
+@pytest.mark.slow
 def test_scores_are_the_harness_own(model, data, tmp_path):
     names = [name for name in OWN if name != "gsm8k"]  # its prompts with solved items are beyond the tiny model
     expected = scores(model, [own_task(name) for name in names])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,12 +15,15 @@ NUM_LAYERS = 5
 _PREFIX = f"model.layers.{NUM_LAYERS}."
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, **changed: Any) -> Path:
     """Save a model and its tokenizer. The MTP layer's transformer layer is the last one of a longer model, which is
     saved in ``longer`` beside it.
+
+    Args:
+        changed: settings of the config in place of `tiny`'s own.
     """
     model_type, settings = tiny.MOE_FAMILIES["deepseek_v3"]
-    settings = settings | {"num_hidden_layers": NUM_LAYERS + 1}
+    settings = settings | changed | {"num_hidden_layers": NUM_LAYERS + 1}
     generator = torch.Generator().manual_seed(3)
     longer = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     with torch.no_grad():

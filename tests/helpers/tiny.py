@@ -6,20 +6,22 @@ import keyword
 import os
 import random
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from megaprune.data.batches import Batch
 from megaprune.models.sizes import inventory, layer_sizes
+from megaprune.report.performance import MEASURED
 from tests.helpers import pangu
+from tests.helpers.tiny_families import FAMILIES, MOE_FAMILIES, NESTED, VOCAB_SIZE
 
-# No multiple of 128, so that the vocabulary is padded; at TP 2 the second rank's part is mostly padding.
-VOCAB_SIZE = 331
 SEQ_LENGTH = 32
 
 _ROOT = Path(__file__).parents[2]
@@ -31,103 +33,33 @@ _ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-_COMMON = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    intermediate_size=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-)
-_LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)
-_YARN = dict(
-    rope_type="yarn",
-    rope_theta=10000.0,
-    factor=4.0,
-    beta_fast=32.0,
-    beta_slow=1.0,
-    mscale=1.0,
-    mscale_all_dim=1.0,
-    original_max_position_embeddings=64,
-)
-FAMILIES = {
-    "llama2": ("llama", _COMMON | dict(num_hidden_layers=6, num_key_value_heads=4, rms_norm_eps=1e-5)),
-    "llama3": ("llama", _COMMON | dict(num_hidden_layers=8, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE)),
-    "llama_tied": ("llama", _COMMON | dict(num_hidden_layers=6, tie_word_embeddings=True)),
-    "qwen2": ("qwen2", _COMMON | dict(num_hidden_layers=7, tie_word_embeddings=True)),
-    "qwen3": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32)),
-    # as the small ones of Qwen3 are
-    "qwen3_tied": ("qwen3", _COMMON | dict(num_hidden_layers=7, head_dim=32, tie_word_embeddings=True)),
-}
-# Experts have a dimension of their own and rows that tensor parallelism cuts within the RoPE part of MLA's latent.
-MOE_FAMILIES = {
-    "deepseek_v3": (
-        "deepseek_v3",
-        _COMMON
-        | dict(
-            num_hidden_layers=5,
-            num_key_value_heads=4,
-            first_k_dense_replace=2,
-            q_lora_rank=24,
-            kv_lora_rank=16,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=12,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            n_group=2,
-            topk_group=1,
-            n_shared_experts=1,
-            moe_intermediate_size=40,
-            routed_scaling_factor=2.5,
-            rope_parameters=_YARN,
-            num_nextn_predict_layers=0,
-        ),
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        _COMMON
-        | dict(
-            num_hidden_layers=4,
-            head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=40,
-            mlp_only_layers=[1],
-            norm_topk_prob=True,
-        ),
-    ),
-}
-
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}{{ m['content'] }}<|eos|>"
     "{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
 )
 
 
-def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models."""
+def make_model(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changed: Any
+) -> Path:
+    """Save a random model of a family and its tokenizer. In ``bfloat16``, its norms stay in fp32, as in some models.
+
+    Args:
+        changed: settings of the model's config in place of the family's own.
+    """
     if family == pangu.CONFIG["model_type"]:
-        pangu.make_checkpoint(folder, dtype)
+        pangu.make_checkpoint(folder, dtype, pangu.CONFIG | changed)
         make_tokenizer().save_pretrained(folder)
         return folder
     model_type, settings = (FAMILIES | MOE_FAMILIES)[family]
     generator = torch.Generator().manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+    model = _auto_class(model_type).from_config(AutoConfig.for_model(model_type, **(settings | changed)), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 # from fp32, so that a detour over bf16 shows
-                parameter.data = 1 + 0.2 * noise
+                parameter.data = (0 if model_type == "gemma3_text" else 1) + 0.2 * noise
             else:
                 scale = 0.3 if "embed" in name or "lm_head" in name or parameter.ndim == 1 else 0.1
                 parameter.copy_(scale * noise)
@@ -135,8 +67,36 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, ma
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if family == "kimi_k25":
+        _name_as_released(folder)
+    if family == "pangu_embedded":
+        _rename_family(folder, "PanguEmbedded", {"attention_bias": "bias"})
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _auto_class(model_type: str) -> type:
+    """Return transformers' class of models with a language model's output."""
+    return AutoModelForImageTextToText if model_type in NESTED else AutoModelForCausalLM
+
+
+def _name_as_released(folder: Path) -> None:
+    """Undo a change of Kimi's names, which transformers' reversal of its own conversion makes in the wrong place."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            name.replace("language_model.model.blocks.", "language_model.model.layers."): tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        path.write_text(path.read_text().replace("language_model.model.blocks.", "language_model.model.layers."))
+
+
+def _rename_family(folder: Path, model_type: str, keys: dict[str, str]) -> None:
+    """Change the family in config.json, and the names of keys."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": model_type}
+    path.write_text(json.dumps({keys.get(key, key): value for key, value in config.items()}))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -189,10 +149,22 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
-    """Load the folder in transformers, in fp32; fail unless every weight fits."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    """Load the folder in transformers, in fp32; fail unless every weight fits.
+
+    openPangu-Embedded, for which transformers has no class, is loaded as the Llama with biases that it equals.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as copy:
+        if config["model_type"] == "PanguEmbedded":
+            for path in folder.iterdir():
+                (Path(copy) / path.name).symlink_to(path.resolve())
+            (Path(copy) / "config.json").unlink()
+            (Path(copy) / "config.json").write_text(json.dumps(config))
+            _rename_family(Path(copy), "llama", {"bias": "attention_bias"})
+            folder = Path(copy)
+        model, info = _auto_class(config["model_type"]).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     assert not any(info.values()), info
     return model.eval()
 
@@ -303,7 +275,7 @@ def rounds_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
 
 def healed_argv(model: Path, data: Path, save: Path, *extra: str) -> list[str]:
     """Return the flags of a run that trains two candidates for 2 iterations each, of 10."""
-    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000"]
+    healing = ["--heal-candidates", "2", "--heal-iters", "2", "--selection-budget", "30000", "--stitch", "none"]
     return [*select_argv(model, data, save, "auto"), *healing, "--train-iters", "10", "--lr", "3e-3", *extra]
 
 
@@ -331,6 +303,11 @@ def stop_after(iterations: int | None) -> Callable[[], bool]:
     """Return a function that asks a run to stop after this number of iterations (None: never)."""
     asked = itertools.count()  # the first call is before any iteration
     return lambda: next(asked) == iterations
+
+
+def steady(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a step's record that are the same when the run is repeated."""
+    return {name: value for name, value in record.items() if name not in MEASURED}
 
 
 def environment() -> dict[str, str]:

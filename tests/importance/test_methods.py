@@ -137,7 +137,10 @@ def choose_layers(name, evaluator, budget, protected=PROTECTED, **flags):
     return method.choose(budget, protected, method.options(usual | flags), evaluator)
 
 
-@pytest.mark.parametrize("method", ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution", "clp"])
+@pytest.mark.parametrize(
+    "method",
+    ["kl-init", "shortgpt", "minitron", "sleb", "exhaustive", "evolution", pytest.param("clp", marks=pytest.mark.slow)],
+)
 def test_methods_keep_exactly_the_budget(gated, method):
     evaluators = [evaluator_of(gated) for _ in range(2)]
     choices = [choose_layers(method, evaluator, THREE) for evaluator in evaluators]
@@ -211,6 +214,7 @@ def auto_evaluators(gated):
     return evaluator_of(gated), evaluator_of(gated, tiny.uneven_batches([1, 1, 1, 1])[1:])
 
 
+@pytest.mark.slow
 def test_auto_takes_the_best_of_its_candidates(gated):
     evaluator, held_out = auto_evaluators(gated)
     choice = find("auto").choose(THREE, PROTECTED, {"selection_budget": 100_000, "seed": 0}, evaluator, held_out)

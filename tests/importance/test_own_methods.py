@@ -86,6 +86,7 @@ def test_an_alias_keeps_the_name_that_was_typed(tiny_model, tiny_data, tmp_path)
     assert (minitron["kept_layers"], minitron["scores"]) == (shortgpt["kept_layers"], shortgpt["scores"])
 
 
+@pytest.mark.slow
 def test_in_a_comparison(tiny_model, tiny_data, tmp_path, module):
     words = tiny.prune_argv(tiny_model("qwen3_tied"), tiny_data, tmp_path)
     flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, complete, and loadable into a pruned model."""
 
-import hashlib
+import errno
+import queue
 
+import megatron.core.dist_checkpointing.strategies.torch as torch_strategy
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -11,7 +13,10 @@ from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.utils.errors import MegapruneError
 from megaprune.weights.source import HFSource
+from tests.helpers.disks import full_disk
+from tests.helpers.gradients import parameters, step
 
 pytestmark = pytest.mark.usefixtures("one_process")
 KEPT = [0, 2, 3, 6]
@@ -45,25 +50,6 @@ def make_trainer(request, source):
         return Trainer(model, engine, options)
 
     return make
-
-
-def parameters(trainer, kept=None):
-    """Return the parameters under their names in the source model."""
-    for name, parameter in trainer.model.named_parameters():
-        if kept is not None and name.startswith("decoder.layers."):
-            words = name.split(".")
-            words[2] = str(kept[int(words[2])])
-            name = ".".join(words)
-        yield name, parameter
-
-
-def step(trainer, iteration, kept=None):
-    """Take a step on artificial gradients, which are the same for a parameter of the source in any model."""
-    trainer.zero_grad()
-    for name, parameter in parameters(trainer, kept):
-        seed = int.from_bytes(hashlib.sha256(f"{name} {iteration}".encode()).digest()[:4], "little")
-        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-    trainer.step(iteration)
 
 
 def assert_same_weights(trainer, other, kept=None):
@@ -111,6 +97,40 @@ def test_a_pruned_checkpoint_loads_as_it_is(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("make_trainer", ["plain"], indirect=True)
+def test_saves_use_the_writer_of_the_core(make_trainer, tmp_path, monkeypatch):
+    """Its queue is replaced. The writer of nvidia-resiliency-ext has a queue of its own, in a process of its own."""
+    if not hasattr(torch_strategy, "get_async_strategy"):
+        pytest.skip("this Megatron-Core has one writer only")
+    asked, get = [], torch_strategy.get_async_strategy
+    monkeypatch.setattr(
+        torch_strategy, "get_async_strategy", lambda name, *rest, **more: asked.append(name) or get(name, *rest, **more)
+    )
+    checkpoint.save(tmp_path, 3, make_trainer(), {"iteration": 3})
+    assert set(asked) == {"mcore"}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_errors_of_writing_threads_are_recorded(asked):
+    error, failures, results = OSError(errno.ENOSPC, "No space left on device"), [], queue.Queue()
+
+    def write(transforms, number, results_queue, full):
+        assert results_queue is None and transforms == []
+        return number, (error if full else ["written"])
+
+    recorded = checkpoint.recording(write, failures)
+    where = {"results_queue": results} if asked else {}
+    assert recorded([], number=3, full=False, **where) == (3, ["written"]) and failures == []
+    assert recorded([], number=4, full=True, **where) == (4, []) and failures == [error]
+    assert [results.get_nowait() for _ in range(results.qsize())] == ([(3, ["written"]), (4, [])] if asked else [])
+
+
+def test_the_state_of_a_newer_core_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "STATE_IN_A_FILE", True)
+    with pytest.raises(MegapruneError, match="was saved with megatron-core 0.17 or newer: install that version"):
+        checkpoint.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("make_trainer", ["plain"], indirect=True)
 def test_only_the_last_whole_checkpoint_is_there(make_trainer, tmp_path, monkeypatch):
     folder, trainer = tmp_path / "checkpoints", make_trainer()
     assert checkpoint.latest(folder) is None
@@ -134,3 +154,34 @@ def test_only_the_last_whole_checkpoint_is_there(make_trainer, tmp_path, monkeyp
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000006", "notes"]
     checkpoint.save(folder, 6, trainer, {"iteration": 6, "again": True})
     assert checkpoint.load_state(checkpoint.latest(folder)) == {"iteration": 6, "again": True}
+
+
+@pytest.mark.parametrize("make_trainer", ["distributed", "bf16"], indirect=True)
+def test_a_background_save_holds_the_weights_of_its_iteration_and_counts_when_finished(make_trainer, tmp_path):
+    trainer, expected = make_trainer(), make_trainer()
+    for saved in (trainer, expected):
+        step(saved, 0)
+    checkpoint.save(tmp_path, 0, None, {"iteration": 0})
+    pending = checkpoint.save_in_background(tmp_path, 1, trainer, {"iteration": 1})
+    step(trainer, 1)  # training goes on while it is written
+    assert checkpoint.latest(tmp_path).name == "iter_0000000"
+    assert pending.finish(wait=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+    loaded = make_trainer()
+    checkpoint.load(checkpoint.latest(tmp_path), loaded)
+    assert_same_weights(loaded, expected)
+    for other in (loaded, expected):
+        step(other, 1)
+    assert_same_weights(loaded, expected)
+    assert_same_weights(loaded, trainer)
+
+
+@pytest.mark.parametrize("make_trainer", ["distributed"], indirect=True)
+def test_a_background_save_that_fails_leaves_the_former_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer()
+    former = checkpoint.save(tmp_path, 1, trainer, {"iteration": 1})
+    with full_disk(100_000):
+        pending = checkpoint.save_in_background(tmp_path, 2, trainer, {"iteration": 2})
+    with pytest.raises(MegapruneError, match="iter_0000002.tmp can't be written .*run the same command to continue"):
+        pending.finish(wait=True)
+    assert list(tmp_path.iterdir()) == [former]

@@ -33,11 +33,8 @@ def refusal(config):
     "config, edits, said",
     [
         *((config, {"hidden_act": "gelu"}, "hidden_act 'gelu'") for config in (LLAMA_3_8B, QWEN3_32B, DEEPSEEK_R1)),
-        (LLAMA_3_8B, {"attention_bias": True}, "llama: attention_bias true is not supported"),
-        (QWEN3_32B, {"attention_bias": True}, "qwen3: attention_bias true is not supported"),
-        (QWEN3_30B_A3B, {"attention_bias": True}, "qwen3_moe: attention_bias true is not supported"),
-        (LLAMA_3_8B, {"mlp_bias": True}, "llama: mlp_bias true is not supported"),
-        (QWEN2_5_14B, {"use_sliding_window": True}, "set use_sliding_window to false"),
+        (DEEPSEEK_R1, {"attention_bias": True}, "deepseek_v3: attention_bias true is not supported"),
+        (LLAMA_3_8B, {"use_sliding_window": True}, "set use_sliding_window to false"),
         (QWEN3_32B, {"layer_types": ["full_attention", "sliding_attention"] * 32}, "sliding-window attention"),
         (QWEN2_5_14B, {"use_mrope": True}, "use_mrope true is not supported"),
         (LLAMA_3_8B, {"head_dim": 63}, "an even head dimension, not 63"),

@@ -48,6 +48,14 @@ def test_dense_prefix_and_multi_token_prediction():
     assert pangu["num_mtp_layers"] == pangu["num_nextn_predict_layers"]
 
 
+def test_deepseeks_routing_is_written_for_vllm():
+    written = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    config = {name: value for name, value in MOE["deepseek-r1"].items() if name not in written}
+    pruned = prune(config, [0, 3, 4])
+    assert {name: pruned[name] for name in written} == written
+    assert family_of(pruned).architecture(pruned) == family_of(config).architecture(config).pruned([0, 3, 4])
+
+
 def test_dense_layers_between_experts_are_listed_anew():
     config = QWEN3_30B_A3B | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
     # 0 and 2 are dense by the step, 3 by the list

@@ -19,6 +19,11 @@ MOE_LAYOUTS = {
     "pp2": (2, PP2),
     "tp2_sp_pp2_ep2": (4, TP2 | SP | PP2 | _EP2),
 }
+# Families that share their attention and MLPs with those that run at every layout.
+_FEWER_LAYOUTS = {name: MODEL_LAYOUTS[name] for name in ("tp2_sp", "pp2")}
+_FEWER_MOE_LAYOUTS = {name: MOE_LAYOUTS[name] for name in ("tp2_sp", "pp2", "ep2")}
+_EVERYWHERE = {"llama2", "llama3", "llama_tied", "qwen2", "qwen3", "qwen3_tied"}
+_EVERYWHERE |= {"deepseek_v3", "qwen3_moe", "pangu_ultra_moe"}
 # of models with another stored layout than the tables
 STORED_LAYOUTS = {
     "deepseek_v3_stacked": {name: MOE_LAYOUTS[name] for name in ("tp2_sp_ep2", "pp2")},
@@ -47,6 +52,12 @@ HIDDEN_LAYOUTS = {
     "tp2_sp_pp2": (4, TP2 | SP | PP2, [2, 5], [2, 2], None),
     "pp2_dp2": (4, PP2, [6, 1], [2, 2], None),
 }
+# Families whose layers are built of other modules, with full recomputation.
+FULL_TRAINING = {
+    f"{family}-{layout}": (family, sizes)
+    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe")
+    for layout, sizes in (("tp2_sp", TP2 | SP), ("pp2", PP2))
+}
 MTP_LAYOUTS = {
     "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
     "ep2": (2, _EP2, [5], [3], None),
@@ -56,20 +67,22 @@ MTP_LAYOUTS = {
 
 _TP2 = ("--tensor-model-parallel-size", "2")
 _PP2 = ("--pipeline-model-parallel-size", "2")
-_SP, _DISTRIBUTED = "--sequence-parallel", "--use-distributed-optimizer"
+_SP, _DISTRIBUTED, _OVERLAP = "--sequence-parallel", "--use-distributed-optimizer", "--overlap-grad-reduce"
 
 
 def model_layouts(family: str) -> dict[str, tuple[int, dict]]:
     """Return the layouts, with their numbers of processes, at which a family's model is computed."""
-    return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
+    if family in _EVERYWHERE:
+        return MOE_LAYOUTS if family in MOE_FAMILIES else MODEL_LAYOUTS
+    return _FEWER_MOE_LAYOUTS if family in MOE_FAMILIES else _FEWER_LAYOUTS
 
 
 RUN_LAYOUTS = {
     "tp2": (2, _TP2),
     "pp2": (2, _PP2),
     "pp2_recompute": (2, (*_PP2, "--recompute-granularity", "full")),
-    "dp2": (2, ()),
-    "dp2_distributed": (2, (_DISTRIBUTED,)),
+    "dp2": (2, (_OVERLAP, "--override", "ddp.bucket_size=5000")),
+    "dp2_distributed": (2, (_DISTRIBUTED, _OVERLAP)),
     "tp2_sp_pp2_distributed": (4, (*_TP2, *_PP2, _SP, _DISTRIBUTED)),
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
@@ -99,7 +112,10 @@ LOAD_LAYOUTS = {
     "moe_pp2": ("pangu_ultra_moe", PP2),
 }
 MOE_RUN_LAYOUTS = {
-    "moe_ep2": (2, ("--expert-model-parallel-size", "2", _DISTRIBUTED)),
+    "moe_ep2": (
+        2,
+        ("--expert-model-parallel-size", "2", _DISTRIBUTED, "--moe-token-dispatcher-type", "allgather", _OVERLAP),
+    ),
     "moe_tp2_sp": (2, (*_TP2, _SP, "--expert-tensor-parallel-size", "1")),
     "moe_pp2": (2, _PP2),
 }

@@ -1,5 +1,6 @@
 """tools/prune.py on a failing machine: it kills itself without a message at a moment that the first two arguments name:
-``training N``, when iteration N is done, or ``saving N``, when its checkpoint is written but not yet in place. With
+``training N``, when iteration N is done, ``saving N``, when its checkpoint is written but not yet in place, or
+``writing N``, when a process in the background has begun to write it. With
 ``holding N`` it stops there instead, prints a line, and waits to be killed.
 """
 
@@ -32,10 +33,20 @@ def die_when(moment: str, iteration: int) -> None:
             die()
         replace(source, target)
 
-    if moment != "saving":
-        MetricsLogger.log = logged
-    else:
+    def begun(folder, number, *args):
+        pending = save(folder, number, *args)
+        if number == iteration:
+            die()
+        return pending
+
+    if moment == "saving":
         os.replace = replaced
+    elif moment == "writing":
+        from megaprune.mcore import checkpoint
+
+        save, checkpoint.save_in_background = checkpoint.save_in_background, begun
+    else:
+        MetricsLogger.log = logged
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from megaprune.report.front_matter import inherited
 from megaprune.report.model_card import model_card, read_seq_length
 
 COMMAND = "torchrun --nproc-per-node 2 tools/prune.py --config demo.yaml"
@@ -23,9 +24,38 @@ def test_front_matter(report):
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "Qwen/Qwen3-8B",
+        "base_model_relation": "finetune",
         "tags": ["megaprune", "layer-pruning"],
         "megaprune": {"method": "e3", "kept_layers": [0, 1, 2, 5, 7], "seq_length": 256},
+        "model-index": [
+            {
+                "name": "Qwen3-8B-5-layers",
+                "results": [
+                    {
+                        "task": {"type": "text-generation", "name": "Text Generation"},
+                        "dataset": {"type": "text", "name": "held-out text of the run", "args": {"seq_length": 256}},
+                        "metrics": [{"type": "perplexity", "name": "perplexity per token", "value": 9.4877}],
+                    }
+                ],
+            }
+        ],
     }
+
+
+def test_the_license_of_the_source_is_inherited(tmp_path, report):
+    write_card(tmp_path, "---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\ntags: [a]\n---\n# Source\n")
+    card = model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND, source_card=inherited(tmp_path))
+    assert card.startswith("---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\nlibrary_name: transformers\n")
+    assert inherited(tmp_path / "none") == {}
+
+
+def test_results_are_those_of_the_weights_in_the_folder(report):
+    def value(**given):
+        card = ModelCard(model_card(report, source_name="Qwen/Qwen3-8B", command=COMMAND, **given))
+        return card.data.eval_results[0].metric_value
+
+    assert value() == 9.4877  # exp(2.25)
+    assert value(adapter=True) == 33.1155  # exp(3.5): the adapter is not part of the model
 
 
 def test_the_hub_library_reads_it(report):
@@ -68,8 +98,16 @@ def test_local_source_is_shown_by_its_name_alone(tmp_path, monkeypatch, report, 
     folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     card = model_card(report, source_name=str(folder) if shown == "absolute" else "private/my-model", command="")
-    assert "base_model: my-model\n" in card
+    assert "# my-model, pruned to 5 of 8 layers" in card
+    assert "base_model" not in card  # the hub refuses names that are not its own
     assert "private" not in card
+
+
+def test_the_command_has_no_folders_of_this_machine(report):
+    card = model_card(
+        report, source_name="Qwen/Qwen3-8B", command="prune.py --hf-model Qwen/Qwen3-8B --save /home/me/x"
+    )
+    assert "```bash\nprune.py --hf-model Qwen/Qwen3-8B --save x\n```" in card
 
 
 def test_seq_length_round_trip(tmp_path, report):

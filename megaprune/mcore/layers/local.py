@@ -4,6 +4,7 @@ They replace modules of the core's local layer spec: a core attention without a 
 supports sequence parallelism, and latent attention with correct gradients under tensor parallelism.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megaprune.mcore.layers import mark
@@ -28,7 +30,9 @@ if not hasattr(moe_utils, "te_general_gemm"):
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Causal core attention with torch's fused kernels; supports grouped queries and any value dimension."""
+    """Causal core attention with torch's fused kernels; supports grouped queries, any value dimension, and sliding
+    windows in the layers that the configuration gives them.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,9 @@ class ScaledDotProductAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # number of tokens that a token attends to
+        self.window = config.window_size[0] + 1 if slides and config.window_size is not None else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the attention output [s, b, n * dv].
@@ -52,18 +59,44 @@ class ScaledDotProductAttention(torch.nn.Module):
             kwargs: other keyword arguments of the core's attention.
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        length, mask = query.shape[2], None
+        if self.window is not None and self.window < length:
+            mask = _window_mask(length, self.window, query.device)
         context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
+@lru_cache(maxsize=2)
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Return [s, s], where True lets a token (row) attend to another: to itself and the `window` - 1 before it."""
+    whole = torch.ones(length, length, dtype=torch.bool, device=device)
+    return whole.tril() & whole.triu(1 - window)
+
+
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm with its weight marked for sequence parallelism, where each rank has a part of the weight's gradient."""
+    """RMSNorm with its weight marked for sequence parallelism, where each rank has a part of the weight's gradient.
+
+    Zero-centered norms, which the configuration may ask for, multiply by 1 + weight.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         mark(self.weight, sequence_parallel=config.sequence_parallel)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized input, in its dtype."""
+        if not self.zero_centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class LatentAttention(multi_latent_attention.MLASelfAttention):

@@ -16,7 +16,7 @@ from megaprune.utils.disk import check_room
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.byte_ranges import Advance, Buffer, Range
 from megaprune.weights.dtypes import ITEM_BYTES, TORCH_NAMES, is_float
-from megaprune.weights.fp8 import SCALE_SUFFIX, dequantize
+from megaprune.weights.quantized import without_quantization
 from megaprune.weights.reader import TensorFiles
 from megaprune.weights.source import HFSource
 from megaprune.weights.stored_layout import PLAIN
@@ -40,8 +40,8 @@ def import_checkpoint(source: HFSource, folder: Path, dtype: str | None, options
     """Write the checkpoint `folder`. Collective if a launcher started several processes.
 
     Args:
-        dtype: dtype of the weights, by its safetensors name; None keeps the stored dtypes (block FP8 becomes bf16).
-            Router biases stay in fp32.
+        dtype: dtype of the weights, by its safetensors name; None keeps the stored dtypes, where quantized weights
+            become bf16. Router biases stay in fp32.
 
     Raises:
         MegapruneError: a tensor is missing, unknown, damaged or has another shape, or the disk is full.
@@ -157,7 +157,7 @@ class _Import:
         write_metadata(folder, stored_tensors(placed))
         beside = folder / HF_FOLDER
         beside.mkdir(exist_ok=True)
-        config = {key: value for key, value in self._source.stored_config.items() if key != "quantization_config"}
+        config = without_quantization(self._source.stored_config)
         if self._dtype is not None:
             name = TORCH_NAMES[self._dtype]
             config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
@@ -168,15 +168,18 @@ class _Import:
         _check_written(folder, self._pieces)
 
     def _read(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
-        tensor = self._read_stored(name, files, buffer)
-        if not self._source.is_fp8(name):
-            return tensor
-        scales = self._read_stored(name + SCALE_SUFFIX, files, buffer)
-        return dequantize(tensor, scales, out=buffer.tensor(tensor.shape, "BF16"))
-
-    def _read_stored(self, name: str, files: TensorFiles, buffer: Buffer) -> Tensor:
         source = self._source
-        return files.read(source.file(name), source.place(name), source.shape(name), buffer)
+        if not source.is_quantized(name):
+            return files.read(source.file(name), source.place(name), source.shape(name), buffer)
+
+        def read(suffix: str, dim: int, start: int, stop: int | None) -> Tensor:
+            part = name + ("" if suffix == source.format.main else suffix)
+            shape = source.own_shape(part)
+            if (start, stop) == (0, None):
+                return files.read(source.file(part), source.place(part), shape, buffer)
+            return files.read_slice(source.file(part), source.place(part), shape, dim, start, stop)
+
+        return source.format.read(read, source.shape(name), 0, 0, None, buffer.tensor(source.shape(name), "BF16"))
 
     def _final_dtype(self, piece: Piece) -> str:
         return self._final_dtype_of(piece.hf[0], piece.key)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megaprune.models import Architecture, Family, HFConfig, WeightRule
 from megaprune.models.names import expert_key, hf_name, in_mtp_layer, mtp_prefix
 from megaprune.models.shards import COPY, ShardKind
+from megaprune.models.tables import CARRIED
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,7 @@ _MTP = {
     "eh_proj.weight": "eh_proj.weight",
     "shared_head.norm.weight": "final_layernorm.weight",
 }
-# HF tensors that no Megatron model reads. They are stored unchanged, so that an export can restore them.
-UNREAD = "hf."
+UNREAD = CARRIED
 
 
 @dataclass(frozen=True)
