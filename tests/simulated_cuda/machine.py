@@ -256,10 +256,13 @@ def patch_core() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.tensor_parallel.random as random
 
-    random._set_cuda_rng_state = lambda *args, **kwargs: None
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)
-    cuda: Any = torch.cuda
-    cuda.get_rng_state, cuda.set_rng_state = random._get_cuda_rng_state, random._set_cuda_rng_state
-    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
+    states = {
+        "set": lambda *args, **kwargs: None,
+        "get": lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8),
+    }
+    for verb, function in states.items():
+        setattr(random, f"_{verb}_cuda_rng_state", function)
+        setattr(torch.cuda, f"{verb}_rng_state", function)
+        setattr(torch.cuda.random, f"{verb}_rng_state", function)
     handle = types.SimpleNamespace(wait=lambda: None)
     buffers._coalescing_manager = lambda *args, **kwargs: contextlib.nullcontext(handle)
