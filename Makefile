@@ -2,6 +2,7 @@
 # make smollm2   prune a real LLM of 30 layers end to end, on CPU, in about an hour; TASKS=FOLDER also scores benchmark tasks
 # make test         run every test that this machine can run, in under 20 minutes on 2 cores
 # make test-quick   run the tests that start no torchrun and take seconds, in under 3 minutes
+# make test-two-nodes   run eight processes on two simulated nodes, and lose one of these; about 5 minutes on 2 cores
 # make test-serving   serve pruned models with vLLM and compare them with transformers; its environment is .venv-serving
 # make docs   build the documentation site in site/
 # All create .venv and install what they need at the versions in constraints.txt; `make setup` does only that.
@@ -15,13 +16,13 @@ SERVING_STAMP := $(SERVING)/.installed
 
 # With glibc's defaults, small training steps on a CPU spend half of their time on returning memory to the kernel and
 # faulting it in again.
-test test-quick demo smollm2: export MALLOC_MMAP_THRESHOLD_ := 1073741824
-test test-quick demo smollm2: export MALLOC_TRIM_THRESHOLD_ := 2000000000
-test test-quick demo smollm2: export MALLOC_TOP_PAD_ := 268435456
+test test-quick test-two-nodes demo smollm2: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+test test-quick test-two-nodes demo smollm2: export MALLOC_TRIM_THRESHOLD_ := 2000000000
+test test-quick test-two-nodes demo smollm2: export MALLOC_TOP_PAD_ := 268435456
 # One thread per process, because the demo and the parallel tests start several processes.
-test test-quick demo smollm2: export OMP_NUM_THREADS := 1
+test test-quick test-two-nodes demo smollm2: export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo smollm2 test test-quick test-serving lint format docs clean
+.PHONY: setup demo smollm2 test test-quick test-two-nodes test-serving lint format docs clean
 
 setup: $(STAMP)
 
@@ -52,6 +53,9 @@ test: $(STAMP)
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not parallel"
+
+test-two-nodes: $(STAMP)
+	PROCESSES_PER_NODE=4 $(BIN)/python -m pytest tests/parallel/test_two_nodes.py
 
 # An environment of its own, because vLLM pins torch and transformers.
 $(SERVING_STAMP): pyproject.toml tests/serving/install.py

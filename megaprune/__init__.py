@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from megaprune.api import evaluate, export_hf, generate_data, import_hf, prune, push, remove_layers, score_layers
     from megaprune.config.schema import Config
     from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
+    from megaprune.utils.stopping import StopRequest
 
 __all__ = [
     "Config",
     "MegapruneError",
     "RunStopped",
+    "StopRequest",
     "UsageError",
     "__version__",
     "evaluate",
@@ -37,6 +39,7 @@ _HOMES = dict.fromkeys(
 ) | {
     "Config": "megaprune.config.schema",
     **dict.fromkeys(("MegapruneError", "RunStopped", "UsageError"), "megaprune.utils.errors"),
+    "StopRequest": "megaprune.utils.stopping",
 }
 
 

@@ -210,13 +210,17 @@ def import_hf(
     names = {None: None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: give one of bf16, fp16, fp32")
-    from megaprune.weights.hub import resolve_hf_model
+    from megaprune.utils.rank0 import together
+    from megaprune.weights.hub import shared_hf_model
     from megaprune.weights.source import HFSource
-    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions
+    from megaprune.weights.torch_dist.engine import Conversion, WorkOptions, processes
     from megaprune.weights.torch_dist.import_hf import import_checkpoint
 
-    source, folder = HFSource(resolve_hf_model(str(hf_model))), Path(megatron_path).absolute()
-    import_checkpoint(source, folder, names[dtype], WorkOptions(_workers(workers), resume))
+    options, folder = WorkOptions(_workers(workers), resume), Path(megatron_path).absolute()
+    with processes():
+        found = shared_hf_model(str(hf_model))
+        source = together(lambda: HFSource(found))
+        import_checkpoint(source, folder, names[dtype], options)
     return Conversion(len(source.names), source.folder, folder)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaprune.cli.parser import parse_flags
+from megaprune.cli.signals import stop_request
 from megaprune.config.checks import check_for_caching
 from megaprune.config.fields import flag
 from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
@@ -51,4 +52,5 @@ def cache_from_flags(argv: Sequence[str]) -> None:
     from megaprune.pruning.cache_teacher import cache_teacher
     from megaprune.pruning.resolve import open_caching
 
-    cache_teacher(*open_caching(config, Path(settings.output), parallel.world_size()))
+    options, source = open_caching(config, Path(settings.output), parallel.world_size())
+    cache_teacher(options, source, stop_request(config.run))

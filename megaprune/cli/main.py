@@ -76,8 +76,11 @@ def _outcome(verb: str, words: Sequence[str]) -> tuple[int, str | None, bool]:
         module = importlib.import_module(f"megaprune.cli.{verb.replace('-', '_')}")
         with console():
             module.run(words, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
-    except RunStopped:
-        return 0, None, False
+    except RunStopped as stop:
+        if stop.progressed or rank() != 0:
+            return 0, None, False
+        # A job that queues itself again would never end.
+        return 1, f"{verb}: error: {stop}, before anything new was saved: give it more time", False
     except KeyboardInterrupt:
         line = f"{verb}: interrupted; the same command continues a run from its last checkpoint"
         return 128 + signal.SIGINT, line, False

@@ -1,6 +1,5 @@
 """The verb `preprocess-data`: converts text or chats to Megatron's indexed datasets."""
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,6 +68,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
 
 def _options(config: PreprocessConfig) -> "PreprocessOptions":
     """Return the checked options that the flags describe."""
+    from megaprune.data.pool import available_cpus
     from megaprune.data.preprocess import PreprocessOptions, check_outputs
 
     for name in ("input", "tokenizer", "output_prefix"):
@@ -85,7 +85,7 @@ def _options(config: PreprocessConfig) -> "PreprocessOptions":
         config.input,
         config.tokenizer,
         config.output_prefix,
-        config.workers or len(os.sched_getaffinity(0)),
+        config.workers or available_cpus(),
         config.text_key,
         config.messages_key,
         config.chat_template,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megaprune import api
 from megaprune.cli.parser import parse_flags
-from megaprune.cli.signals import StopRequest
+from megaprune.cli.signals import stop_request
 from megaprune.config.checks import check_run
 from megaprune.config.schema import ALTERNATIVES, GROUPS, Config
 
@@ -29,7 +29,7 @@ def run(argv: Sequence[str], command: str = "") -> None:
         command: the whole command line, for the model card.
     """
     config = parse_config(argv)
-    api.prune(config, should_stop=StopRequest() if config.run.exit_on_signal else None, command=command)
+    api.prune(config, should_stop=stop_request(config.run), command=command)
     from megaprune.mcore import parallel
 
     parallel.leave()

@@ -1,24 +1,13 @@
-"""SIGTERM, handled as a request to save and stop at the end of the iteration."""
+"""The request to stop that the flags of a job describe."""
 
-import signal
-from types import FrameType
+from megaprune.config.schema import RunConfig
+from megaprune.utils.stopping import StopRequest
+
+__all__ = ["StopRequest", "stop_request"]
 
 
-class StopRequest:
-    """Callable that returns whether this process was asked to stop.
-
-    The first call installs the handler. Before it there is nothing to save, and SIGTERM terminates the process as
-    usual.
-    """
-
-    def __init__(self) -> None:
-        self._received = self._listens = False
-
-    def __call__(self) -> bool:
-        if not self._listens:
-            signal.signal(signal.SIGTERM, self._receive)
-            self._listens = True
-        return self._received
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+def stop_request(run: RunConfig) -> StopRequest | None:
+    """Return the request that `--exit-on-signal` and `--exit-duration-in-mins` ask for."""
+    if not run.exit_on_signal and run.exit_duration_in_mins is None:
+        return None
+    return StopRequest(run.exit_on_signal, run.exit_duration_in_mins)

@@ -14,7 +14,6 @@ from megaprune.comparison.table import rows_of, write_runs, write_tables
 from megaprune.comparison.tasks import TaskScorer
 from megaprune.evaluation.task_files import load_tasks
 from megaprune.mcore import parallel
-from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.resolve import open_run
 from megaprune.pruning.rounds import run
 from megaprune.report.metrics import read_metrics
@@ -23,6 +22,7 @@ from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import write_json
 from megaprune.utils.locks import LOCK_NAME, locked
 from megaprune.utils.progress import say
+from megaprune.utils.stopping import ShouldStop
 from megaprune.utils.text import call_text
 
 _EVALUATION = "evaluation.json"

@@ -66,6 +66,11 @@ class DataConfig:
         "tokens in a training window (default: 4096, or the model's maximum if it is smaller)", least=1
     )
     calibration_samples: int = flag("number of training windows on which layers are scored", 40, least=1)
+    tokenizer_workers: int | None = flag(
+        "number of processes that tokenize text and chats; it does not change the tokens (default: one per available "
+        "core, at most 32, and none for less than about 24 MB)",
+        least=1,
+    )
     data_cache_path: str | None = flag("folder for tokenized data and index files (default: SAVE/data-cache)")
 
 
@@ -171,7 +176,10 @@ class RunConfig:
         "rank has written its part",
         False,
     )
-    exit_on_signal: bool = flag("save a checkpoint and exit on SIGTERM", True)
+    exit_on_signal: bool = flag("save all progress and exit on SIGTERM or SIGUSR1, in any stage", True)
+    exit_duration_in_mins: float | None = flag(
+        "save all progress and exit, so that the run has ended after this many minutes", above=0
+    )
     log_interval: int = flag("iterations between two log lines", 10, least=1)
     peak_tflops: float | None = flag(
         "peak of one device in TFLOP/s, for the share of it that is used (default: known for NVIDIA's data center GPUs "

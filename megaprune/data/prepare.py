@@ -8,6 +8,7 @@ from typing import Any
 
 from megaprune.data.blend import find_blend, open_blend, stored_windows
 from megaprune.data.datasets import PackedDataset, Windows
+from megaprune.data.parallel_encoder import IN_PROCESS, Workers
 from megaprune.data.sources import RowKeys
 from megaprune.data.token_cache import open_or_build
 from megaprune.data.tokenizer import end_of_text
@@ -25,6 +26,7 @@ def prepare_dataset(
     flag: str = "--train-data",
     pad_last: bool = False,
     vocab_size: int | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> Windows:
     """Return the windows of `paths`, in the order of the files.
 
@@ -41,6 +43,7 @@ def prepare_dataset(
         flag: named in error messages.
         pad_last: fill the incomplete last window instead of dropping it.
         vocab_size: the model's; if given, all tokens are checked against it.
+        workers: the processes that tokenize.
 
     Raises:
         UsageError: a path does not exist or has an unsupported ending.
@@ -51,7 +54,9 @@ def prepare_dataset(
         pad_id = end_of_text(tokenizer, vocab_size, flag)
         files = open_blend(blend, flag, seq_length, vocab_size, whole=True)
         return stored_windows(blend, files, seq_length, pad_id, pad_last, flag)
-    stream = open_or_build(paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag, vocab_size)
+    stream = open_or_build(
+        paths, tokenizer, RowKeys(text_key, messages_key), Path(cache_dir), flag, vocab_size, workers
+    )
     dataset = PackedDataset(stream, seq_length, tokenizer.eos_token_id, pad_last)
     if not len(dataset):
         needed = 2 if pad_last else seq_length + 1

@@ -1,17 +1,10 @@
 """Preprocessing: text or chats to Megatron's indexed datasets, with the same bytes as Megatron-LM's own tool."""
 
-import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +12,7 @@ import numpy as np
 
 from megaprune.data.chat import argument_columns
 from megaprune.data.encoder import Encoder
+from megaprune.data.pool import in_order
 from megaprune.data.sources import Document, FileSource, Row, RowKeys, Source, document_of, find_sources, read_rows
 from megaprune.data.tokenizer import end_of_text, model_vocabulary, tokenizer_in, vocabulary_size
 from megaprune.utils.disk import disk_error, explain
@@ -29,8 +23,6 @@ from megaprune.utils.locks import lock_beside, locked
 _BAR_DELAY = 3.0  # seconds; shorter work shows no bar
 BATCH_ROWS = 512
 BATCH_BYTES = 1 << 20
-# Batches per worker that are in progress or wait for their turn. The limit bounds memory if one batch takes long.
-_BATCHES_AHEAD = 4
 # An end-of-text token among this many last tokens ends a chat if only white space follows it.
 _CLOSING_TOKENS = 8
 
@@ -296,31 +288,15 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, tokenizer: Any, workers
     Raises:
         MegapruneError: a row is not a document (names the first such row), or a worker process died.
     """
-    batches = _batches(rows)
+    batches = batches_of(rows)
     if workers == 1:
         yield from map(DocumentEncoder(encoding, tokenizer).encode, batches)
-        return
-    # No fork of this process: the threads of its tokenizer and of Arrow would not survive one.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (encoding,))
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode, batch))
-            if len(pending) >= _BATCHES_AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise MegapruneError(
-            "a worker process died, perhaps because memory ran out: run again with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    else:
+        yield from in_order(batches, _begin_worker, (encoding,), workers, "--workers")
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batches_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield consecutive rows, of which a worker takes one batch at a time."""
     batch: list[Row] = []
     size = 0
     for row in rows:
@@ -334,24 +310,6 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-_worker: DocumentEncoder
-
-
-def _begin_worker(encoding: Encoding) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _begin_worker(encoding: Encoding) -> Callable[[list[Row]], Encoded]:
     tokenizer = load_tokenizer(encoding.tokenizer, encoding.chat_template, encoding.trust_remote_code)
-    _worker = DocumentEncoder(encoding, tokenizer)
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent process has ended: a killed parent closes no pipe, and its workers would wait forever."""
-    parent = parent_process()
-    assert parent is not None  # this runs in a worker
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode(rows: list[Row]) -> Encoded:
-    return _worker.encode(rows)
+    return DocumentEncoder(encoding, tokenizer).encode

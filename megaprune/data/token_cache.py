@@ -3,6 +3,7 @@
 `CACHE_DIR/<key>/` contains `tokens.bin` (all documents end to end; little-endian uint16, or uint32 for vocabularies of
 65,536 and more), `loss_mask.bin` (uint8; only if some tokens carry no loss), `document_offsets.bin` (int64: the offset
 of each document, and the end) and `meta.json`. The cache does not depend on the sequence length: windows are views.
+`CACHE_DIR/<key>.partial/` is an entry that a stopped or killed process has begun (see `partial_cache`).
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import shutil
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megaprune.data.chat import argument_columns
-from megaprune.data.encoder import EncodedDocument, Encoder
-from megaprune.data.sources import RowKeys, find_sources, read_documents, source_identity
+from megaprune.data.encoder import Encoder
+from megaprune.data.parallel_encoder import IN_PROCESS, Position, Workers, encode_in_pool, gathered
+from megaprune.data.partial_cache import EncodedBatch, PartialCache, exclusive
+from megaprune.data.sources import Document, RowKeys, find_sources, read_documents, read_rows, source_identity
 from megaprune.data.tokenizer import end_of_text, token_dtype, tokenizer_identity
+from megaprune.utils import stopping
 from megaprune.utils.errors import MegapruneError
 from megaprune.utils.files import aside_of, put_in_place_once
+from megaprune.utils.progress import say
 
 _FORMAT = 2  # increase it if the same sources would give other tokens or other files
 
@@ -56,20 +62,29 @@ class TokenStream:
 
 
 def open_or_build(
-    paths: Sequence[str], tokenizer: Any, keys: RowKeys, cache_dir: Path, flag: str, vocab_size: int | None = None
+    paths: Sequence[str],
+    tokenizer: Any,
+    keys: RowKeys,
+    cache_dir: Path,
+    flag: str,
+    vocab_size: int | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> TokenStream:
     """Return the token stream of `paths`. If the cache does not contain it, tokenize the data into the cache.
 
-    An entry of the cache is written completely or not at all. Several processes may call this at the same time.
+    An entry of the cache appears when it is complete. If the process is stopped or killed, the next call goes on from
+    the tokens that it has written. Several processes may call this at the same time.
 
     Args:
         paths: files, folders and hub dataset ids.
         flag: named in error messages.
         vocab_size: the model's; if given, all tokens are checked against it.
+        workers: the processes that tokenize; the entry does not depend on them.
 
     Raises:
         UsageError: a path can't be used.
         MegapruneError: a row can't be used or has a token outside the vocabulary, or the cache can't be written.
+        RunStopped: the run was asked to stop.
     """
     end_of_text(tokenizer, vocab_size, flag)
     keys = replace(keys, arguments=argument_columns(tokenizer))
@@ -82,16 +97,20 @@ def open_or_build(
     described = [_FORMAT, identity, tokenizer_identity(tokenizer), dtype.str, keys.text, keys.messages]
     folder = cache_dir.absolute() / hashlib.sha256(json.dumps(described).encode()).hexdigest()
     stream = _open(folder)
+    encoder = Encoder(tokenizer, dtype, vocab_size)
 
-    def encoded() -> Iterator[EncodedDocument]:
-        documents = read_documents(sources, keys, flag, hub_cache=cache_dir / "hub")
-        return Encoder(tokenizer, dtype, vocab_size).encode(documents, flag)
+    def documents(skip: int) -> Iterator[Document]:
+        return islice(read_documents(sources, keys, flag, hub_cache=cache_dir / "hub"), skip, None)
 
-    if stream is not None and vocab_size is not None and stream.largest_token >= vocab_size:
-        deque(encoded(), maxlen=0)  # cached for another model with this tokenizer: raises and names the document
+    def encoded(position: Position) -> Generator[EncodedBatch]:
+        if workers.alone:
+            return gathered(encoder.encode(documents(position.documents), flag), dtype)
+        rows = read_rows(sources, keys, flag, hub_cache=cache_dir / "hub")
+        return encode_in_pool(rows, position, encoder, keys, workers, flag)
+
     if stream is None:
         try:
-            _build(encoded(), folder, dtype, name=f"{flag} {' '.join(paths)}")
+            _build(encoded, folder, dtype, name=f"{flag} {' '.join(paths)}")
         except OSError as error:
             raise MegapruneError(
                 f"the token cache cannot be written under {cache_dir} ({error}): make room, or choose another folder "
@@ -100,68 +119,55 @@ def open_or_build(
         stream = _open(folder)
         if stream is None:
             raise MegapruneError(f"the token cache {folder} differs from what was written: check the disk")
+    if vocab_size is not None and stream.largest_token >= vocab_size:
+        # cached for another model with this tokenizer: raises and names the document
+        deque(encoder.encode(documents(0), flag), maxlen=0)
     return stream
 
 
-def _build(encoded: Iterable[EncodedDocument], folder: Path, dtype: np.dtype, name: str) -> None:
-    aside = aside_of(folder, uuid.uuid4().hex)
-    made = [parent for parent in aside.parents if not parent.exists()]
+def _build(encoded: Callable[[Position], Generator[EncodedBatch]], folder: Path, dtype: np.dtype, name: str) -> None:
+    """Write an entry. If another process writes the same one, each writes its own, and the first one stays."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        aside.mkdir(parents=True)
-        meta = _write_streams(encoded, aside, dtype)
-        if not meta["tokens"]:
-            raise MegapruneError(f"{name} holds no documents: every row is empty")
-        if not meta["loss_tokens"]:
-            raise MegapruneError(
-                f"{name}: no token carries loss, because the chat template marks none as the assistant's; give chats "
-                "with messages of the assistant"
-            )
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        _publish(aside, folder)
+        with exclusive(folder.with_name(f".{folder.name}.lock")) as mine:
+            partial = folder.with_name(f"{folder.name}.partial") if mine else aside_of(folder, uuid.uuid4().hex)
+            try:
+                partial.mkdir(exist_ok=True)
+                _write(encoded, partial, dtype, name)
+                _publish(partial, folder)
+            except (MegapruneError, OSError) as error:
+                if not getattr(error, "keeps_progress", False):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
         for parent in made:  # remove folders that a failed build created, unless they are in use
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _write_streams(encoded: Iterable[EncodedDocument], aside: Path, dtype: np.dtype) -> dict[str, Any]:
-    offsets = [0]
-    loss_tokens = largest = 0
-    with (aside / "tokens.bin").open("wb") as token_file, (aside / "loss_mask.bin").open("wb") as mask_file:
-        tokens_out, mask_out = _HashedFile(token_file), _HashedFile(mask_file)
-        for tokens, loss_mask in encoded:
-            loss_mask = np.ones(len(tokens), np.uint8) if loss_mask is None else loss_mask
-            tokens_out.write(tokens.tobytes())
-            mask_out.write(loss_mask.tobytes())
-            largest = max(largest, int(tokens.max(initial=0)))
-            offsets.append(offsets[-1] + len(tokens))
-            loss_tokens += int(loss_mask.sum())
-    if loss_tokens == offsets[-1]:
-        (aside / "loss_mask.bin").unlink()
-    np.asarray(offsets, "<i8").tofile(aside / "document_offsets.bin")
-    digests = tokens_out.digest.hexdigest() + mask_out.digest.hexdigest()
-    return {
-        "tokens": offsets[-1],
-        "loss_tokens": loss_tokens,
-        "documents": len(offsets) - 1,
-        "largest_token": largest,
-        "dtype": dtype.str,
-        "fingerprint": hashlib.sha256(digests.encode()).hexdigest(),
-    }
-
-
-class _HashedFile:
-    """A file with the digest of the data written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        """Append data to the file and to the digest."""
-        self.file.write(data)
-        self.digest.update(data)
+def _write(encoded: Callable[[Position], Generator[EncodedBatch]], partial: Path, dtype: np.dtype, name: str) -> None:
+    cache = PartialCache(partial, dtype)
+    try:
+        if cache.documents:
+            say(f"{name}: {cache.documents:,} documents are tokenized already")
+        with contextlib.closing(encoded(Position(cache.documents, cache.rows))) as batches:
+            for batch in batches:
+                cache.add(batch)
+                stopping.saved()
+                stopping.stop_alone("tokenizing", f"after {cache.documents:,} documents of {name} were tokenized")
+        meta = cache.finish()
+    finally:
+        cache.close()
+    if not meta["tokens"]:
+        raise MegapruneError(f"{name} holds no documents: every row is empty")
+    if not meta["loss_tokens"]:
+        raise MegapruneError(
+            f"{name}: no token carries loss, because the chat template marks none as the assistant's; give chats "
+            "with messages of the assistant"
+        )
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _publish(aside: Path, folder: Path) -> None:

@@ -28,7 +28,7 @@ if torch.cuda.is_available():
         synchronize,
     )
 else:
-    from megaprune.device.cpu import (
+    from megaprune.device.cpu import (  # type: ignore[assignment]  # the same interface
         BACKEND,
         NAME,
         Stopwatch,

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megaprune.distillation.cache_format import (
+    CHECKSUM_BYTES,
     CachePlan,
     block_checksum,
     checksums_digest,
@@ -83,14 +84,42 @@ def finish(folder: Path, final: Path, plan: CachePlan) -> None:
     put_in_place(folder, final)
 
 
-class ShardFile:
-    """A shard that is being written. Windows are encoded and written in the background, in the order of arrival."""
+def begun_windows(folder: Path, plan: CachePlan, shard: int) -> int:
+    """Return how many windows of a shard an interrupted job has kept. Damaged ones are removed."""
+    path, size = _begun_file(folder, shard), plan.layout.num_bytes
+    if not path.is_file():
+        return 0
+    windows, num_bytes = plan.windows_of(shard), path.stat().st_size
+    count = num_bytes // (size + CHECKSUM_BYTES)
+    if 0 < count < len(windows) and num_bytes == count * (size + CHECKSUM_BYTES):
+        blocks, checksums = np.memmap(path, np.uint8, "r", shape=(count, size)), _stored_checksums(path, plan, count)
+        if all(block_checksum(b, w) == c for b, w, c in zip(blocks, windows[:count], checksums, strict=True)):
+            return count
+    path.unlink()
+    return 0
 
-    def __init__(self, folder: Path, plan: CachePlan, shard: int) -> None:
+
+def _begun_file(folder: Path, shard: int) -> Path:
+    """Return the file of the first windows of an interrupted shard: their blocks, then their checksums."""
+    return (folder / shard_name(shard)).with_suffix(".begun")
+
+
+def _stored_checksums(path: Path, plan: CachePlan, count: int) -> list[int]:
+    return np.fromfile(path, "<u4", count, offset=count * plan.layout.num_bytes).tolist()
+
+
+class ShardFile:
+    """A shard that is being written. Windows are encoded and written in the background, in the order of arrival.
+
+    Args:
+        begun: number of its windows that `begun_windows` has found; they are not added again.
+    """
+
+    def __init__(self, folder: Path, plan: CachePlan, shard: int, begun: int = 0) -> None:
         self._path, self._plan, self._shard = folder / shard_name(shard), plan, shard
-        self._aside = aside_of(self._path)
-        self._left = iter(plan.windows_of(shard))
-        self._checksums: list[int] = []
+        self._aside, self._begun_file = aside_of(self._path), _begun_file(folder, shard)
+        self._left = iter(plan.windows_of(shard)[begun:])
+        self._checksums: list[int] = _stored_checksums(self._begun_file, plan, begun) if begun else []
         self._file: BinaryIO | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-shard")
         self._pending: list[Future[None]] = []
@@ -119,6 +148,24 @@ class ShardFile:
                 explain(error, self._aside, "run the same command to continue", self._plan.shard_bytes(self._shard))
             ) from None
 
+    def suspend(self) -> None:
+        """Wait until the added windows are written, and keep them for `begun_windows`.
+
+        Raises:
+            MegapruneError: they can't be written, or targets are not finite.
+        """
+        self._pool.shutdown()
+        try:
+            for written in self._pending:
+                written.result()
+            if self._file is not None:
+                self._file.write(np.asarray(self._checksums, "<u4").tobytes())
+                self._file.close()
+                is_full = len(self._checksums) == len(self._plan.windows_of(self._shard))
+                put_in_place(self._aside, self._path if is_full else self._begun_file)
+        except OSError as error:
+            raise MegapruneError(explain(error, self._aside, "run the same command to continue")) from None
+
     def __enter__(self) -> "ShardFile":
         return self
 
@@ -132,7 +179,13 @@ class ShardFile:
 
     def _write(self, windows: list[int], targets: TeacherTargets) -> None:
         if self._file is None:
-            self._file = self._aside.open("wb")
+            if self._checksums:
+                put_in_place(self._begun_file, self._aside)
+                self._file = self._aside.open("r+b")
+                self._file.seek(len(self._checksums) * self._plan.layout.num_bytes)
+                self._file.truncate()
+            else:
+                self._file = self._aside.open("wb")
         for place, window in enumerate(windows):
             assert window == next(self._left), "windows of a shard came out of order"
             try:

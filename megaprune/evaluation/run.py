@@ -10,6 +10,9 @@ from megaprune.evaluation.perplexity import check_positive, evaluate_model, load
 from megaprune.evaluation.result import Evaluation
 from megaprune.evaluation.task_files import load_tasks
 from megaprune.utils.errors import UsageError
+from megaprune.utils.ranks import has_rendezvous, world_size
+from megaprune.weights.hub import shared_hf_model
+from megaprune.weights.torch_dist.engine import processes
 
 
 def evaluate_all(
@@ -44,6 +47,8 @@ def evaluate_all(
     if task_path and not names:
         raise UsageError("--task-path needs --tasks, the tasks to run")
     check_positive(limit=limit, task_limit=task_limit, task_batch_size=task_batch_size)
+    named = {"hf_model": hf_model, **({"teacher": teacher} if teacher else {})}
+    hf_model, teacher = _located(hf_model, "--hf-model"), teacher and _located(teacher, "--teacher")
     common: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     options = TaskOptions(names, task_path, task_limit or limit, task_batch_size, num_fewshot)
     loaded = load_tasks(names, task_path) if names else []
@@ -54,7 +59,17 @@ def evaluate_all(
         result = evaluate_model(hf_model, data, teacher=teacher, limit=limit, **common, **windows)
     if loaded:
         result |= evaluate_tasks(hf_model, loaded, options, **common)
-    return Evaluation(**result)
+    return Evaluation(**result | {name: given for name, given in named.items() if name in result})
+
+
+def _located(name: str, flag: str) -> str:
+    """Return the model to load: a hub id is downloaded once on each node, if a launcher started several processes.
+    Collective in that case.
+    """
+    if world_size() == 1 or not has_rendezvous():
+        return name
+    with processes():
+        return str(shared_hf_model(name, flag))
 
 
 def evaluate_tasks(

@@ -25,12 +25,27 @@ def mean_loss(model: PipelineModel, batches: Sequence[schedule.MicroBatch], shar
         MegapruneError: the loss is not finite.
     """
 
+    return mean_of(loss_sums(model, batches, shard))
+
+
+def loss_sums(model: PipelineModel, batches: Sequence[schedule.MicroBatch], shard: VocabShard) -> Tensor:
+    """Return the sum of the losses of `mean_loss` and the number of their tokens, fp64 [2] on the CPU. Collective."""
+
     def collect(logits: Tensor, tokens: schedule.LossTokens) -> Tensor:
         loss = (cross_entropy(logits, tokens.labels, shard) * tokens.loss_mask).double()
         return torch.stack([loss.sum(), tokens.loss_mask.double().sum()])
 
-    total, count = _total(schedule.forward(model, batches, collect), (2,)).tolist()
-    loss = total / count
+    return _total(schedule.forward(model, batches, collect), (2,))
+
+
+def mean_of(sums: Tensor) -> float:
+    """Return the mean loss for `loss_sums`.
+
+    Raises:
+        MegapruneError: the loss is not finite.
+    """
+    total, count = sums.tolist()
+    loss = total / count if count else float("nan")
     if not loss < float("inf"):
         raise MegapruneError(f"the validation loss is {loss}: the model or --valid-data is damaged")
     return loss
@@ -45,7 +60,22 @@ def mask_losses(
     loss: LossKind,
 ) -> Tensor:
     """Return the loss of the model under each mask, in nats per token, [number of masks] on the CPU. Collective; the
-    result has the same bits on every rank.
+    result has the same bits on every rank. Arguments as of `mask_sums`.
+    """
+    sums = mask_sums(model, gate, batches, masks, shard, loss)
+    return (sums[:, 0] / sums[:, 1]).float()
+
+
+def mask_sums(
+    model: PipelineModel,
+    gate: LayerGate,
+    batches: Sequence[schedule.MicroBatch],
+    masks: Tensor,
+    shard: VocabShard,
+    loss: LossKind,
+) -> Tensor:
+    """Return the sum of the losses under each mask and the number of their tokens, fp64 [number of masks, 2] on the
+    CPU. Collective; the result has the same bits on every rank.
 
     Each micro-batch runs under all masks in turn, so that with KL only one micro-batch's original logits are stored.
     Masks with a common prefix run one after the other and reuse the outputs of the layers in that prefix.
@@ -79,9 +109,9 @@ def mask_losses(
     gate.set(None)
     of_rows = [torch.stack(collected[row :: len(rows)]).sum(0) for row in range(len(rows))] if collected else []
     sums = _total([torch.stack(of_rows)] if of_rows else [], (len(rows), 2))[len(rows) - len(masks) :]
-    found = torch.empty(len(masks), dtype=torch.float64)
-    found[order] = sums[:, 0] / sums[:, 1]
-    return parallel.broadcast_from_rank0(found).float()
+    found = torch.empty(len(masks), 2, dtype=torch.float64)
+    found[order] = sums
+    return parallel.broadcast_from_rank0(found)
 
 
 def mask_gradient(
@@ -118,6 +148,18 @@ def block_influence(model: PipelineModel, batches: Sequence[schedule.MicroBatch]
 
     Tokens without loss are not counted.
     """
+    return influence_of(influence_sums(model, batches, num_layers))
+
+
+def influence_of(sums: Tensor) -> Tensor:
+    """Return the block influence for `influence_sums`."""
+    return (sums[0] / sums[1]).float()
+
+
+def influence_sums(model: PipelineModel, batches: Sequence[schedule.MicroBatch], num_layers: int) -> Tensor:
+    """Return for each layer the sum of 1 - cos(input, output) and the number of its tokens, fp64 [2, num_layers] on the
+    CPU. Collective; the result has the same bits on every rank.
+    """
     # per layer: the sum, and its number of tokens (counted once per tensor-parallel rank that holds them)
     sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device.torch_device())
     weights = [torch.ones(())]
@@ -132,8 +174,7 @@ def block_influence(model: PipelineModel, batches: Sequence[schedule.MicroBatch]
 
     with model.watched_layers(measure):
         schedule.forward(model, batches, lambda logits, tokens: None, before)
-    total, count = parallel.sum_over_all(sums)
-    return (total / count).float()
+    return parallel.sum_over_all(sums)
 
 
 def own_share(weights: Tensor, model: PipelineModel) -> Tensor:

@@ -12,6 +12,7 @@ windows; if none of them helps there, the map is left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,8 +42,23 @@ class Moments:
         return float((change * (self.gram @ change)).sum() - 2 * (change * self.cross).sum() + self.rest)
 
 
+class Unfinished(Protocol):
+    """This rank's sums of a pass that may be interrupted between its steps."""
+
+    def load(self) -> tuple[int, list[Tensor]] | None:
+        """Return the finished steps of an interrupted pass and its sums; None to begin. Collective."""
+
+    def save_if_asked(self, steps: int, sums: Sequence[Tensor]) -> None:
+        """Save the sums after a number of steps, and stop, if the run was asked to stop. Collective."""
+
+
 def moments(
-    model: PipelineModel, batches: Sequence[schedule.MicroBatch], before: int, last: int, hidden_size: int
+    model: PipelineModel,
+    batches: Sequence[schedule.MicroBatch],
+    before: int,
+    last: int,
+    hidden_size: int,
+    unfinished: Unfinished | None = None,
 ) -> Moments:
     """Return the moments for a cut, on the CPU. Collective; the result has the same bits on every rank.
 
@@ -51,12 +67,18 @@ def moments(
     Args:
         batches: this replica's share of the windows.
         before: the layer before the cut; last: the last layer of the cut.
+        unfinished: storage for a pass that is interrupted.
     """
     sums = [torch.zeros(shape, dtype=torch.float64, device=device.torch_device()) for shape in _shapes(hidden_size)]
+    done, saved = (unfinished.load() if unfinished else None) or (0, [])
+    for total, part in zip(sums, saved, strict=False):
+        total.copy_(part)
     # A stage's activations are sent to others only between the passes of the pipeline, so few batches run at a time.
-    step = model.config.pipeline_model_parallel_size
-    for start in range(0, len(batches), step):
-        _add(sums, model, batches[start : start + step], before, last)
+    size = model.config.pipeline_model_parallel_size
+    for step in range(done, -(-len(batches) // size)):
+        _add(sums, model, batches[step * size : (step + 1) * size], before, last)
+        if unfinished is not None:
+            unfinished.save_if_asked(step + 1, sums)
     return Moments(*(parallel.sum_over_all(total) for total in sums))
 
 

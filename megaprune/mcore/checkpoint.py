@@ -4,6 +4,7 @@ A checkpoint is saved completely or not at all. It can be loaded with any parall
 the layers are renamed.
 """
 
+import functools
 import inspect
 import logging
 import re
@@ -57,11 +58,34 @@ def _postponing(write: Callable[..., None]) -> Callable[..., None]:
     return postponing
 
 
+def recording(write: Callable[..., Any], failures: list[Exception]) -> Callable[..., Any]:
+    """Wrap the function of the threads that write a checkpoint, so that their errors are recorded.
+
+    From 0.17 on, the core asserts that a thread has no error. This loses the error, and it fails on one rank while the
+    others wait for it in the next collective.
+    """
+
+    @functools.wraps(write)
+    def recorded(transforms: Any, *, results_queue: Any = None, **options: Any) -> tuple[int, list[Any]]:
+        number, results = write(transforms, results_queue=None, **options)
+        if isinstance(results, Exception):
+            failures.append(results)
+            results = []
+        if results_queue is not None:
+            results_queue.put((number, results))
+        return number, results
+
+    return recorded
+
+
 # 0.16.1 writes the run's state to a file of its own. Newer cores give it to the writers.
 STATE_IN_A_FILE = hasattr(common, "TorchCommonSaveStrategy")
 if STATE_IN_A_FILE:
     common.TorchCommonSaveStrategy.save_common = _postponing(common.TorchCommonSaveStrategy.save_common)
-filesystem_async.FileSystemWriterAsync.finish = _postponing(filesystem_async.FileSystemWriterAsync.finish)
+_writer: Any = filesystem_async.FileSystemWriterAsync
+if hasattr(_writer, "write_preloaded_data_multithread"):  # 0.16.1 writes in processes, which report their errors
+    _writer.write_preloaded_data = staticmethod(recording(_writer.write_preloaded_data, _failures))
+_writer.finish = _postponing(_writer.finish)
 serialization.save_config = _postponing(serialization.save_config)
 # This module logs the errors of its workers before it raises them; one report is enough.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)

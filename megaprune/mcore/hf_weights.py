@@ -17,6 +17,7 @@ from megaprune.mcore.parallel import (
     expert_tensor_parallel,
     on_rank0,
     raise_together,
+    stop_if_asked,
     tensor_parallel,
     wait_for_all,
 )
@@ -25,6 +26,7 @@ from megaprune.models import WeightRule
 from megaprune.models.mtp import mtp_parameter_rules
 from megaprune.models.names import source_name
 from megaprune.models.shards import TensorParallel
+from megaprune.utils import stopping
 from megaprune.utils.disk import explain, one_line
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.tensor_source import TensorSource
@@ -65,12 +67,15 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
 
     Raises:
         MegapruneError: a weight is missing, has the wrong shape, or is not finite. Raised on every rank.
+        RunStopped: a rank was asked to stop. Raised on every rank.
     """
     arch = source.family.architecture(source.config)
     rules = rules_by_parameter(source, uses_transformer_engine(model))
     error = None
     try:
         for name, parameter in model.named_weights():
+            if stopping.is_due("import"):
+                break  # the ranks stop together below
             rule = rules[source_name(name, kept_layers)]
             shard, hf_name = rule.read(source, arch, _tensor_parallel(rule)), rule.hf[0]
             if shard.shape != parameter.shape:
@@ -85,6 +90,7 @@ def import_weights(model: PipelineModel, source: TensorSource, kept_layers: Sequ
     except MegapruneError as met:
         error = met
     raise_together(error)
+    stop_if_asked("import", "while it imports weights")
 
 
 @torch.no_grad()
@@ -156,7 +162,8 @@ def write_gathered(
 ) -> None:
     """Write weights one by one as they are gathered from all ranks, and close the files. Collective.
 
-    After an error, this rank takes part in the remaining collectives, because the other ranks would wait for it.
+    After an error or a request to stop, this rank takes part in the remaining collectives, because the other ranks
+    would wait for it.
 
     Args:
         gathered: the weights; each step of the iteration is collective.
@@ -166,13 +173,14 @@ def write_gathered(
 
     Raises:
         MegapruneError: a rank can't write. Raised on every rank.
+        RunStopped: a rank was asked to stop. Raised on every rank.
     """
     error: MegapruneError | None = None
 
     def attempt(step: Callable[[], object]) -> None:
         nonlocal error
         try:
-            if error is None:
+            if error is None and not stopping.is_due("export"):
                 step()
         except MegapruneError as met:
             error = met
@@ -184,6 +192,7 @@ def write_gathered(
     attempt(close)
     wait_for_all()
     raise_together(error)
+    stop_if_asked("export", "while it exports weights")
 
 
 def _exported(

@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from megaprune import device
 from megaprune.models.shards import TensorParallel
-from megaprune.utils import failure
+from megaprune.utils import failure, stopping
 from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.rank0 import on_each_node, on_rank0, on_rank0_for_all, together, wait_for_all
 from megaprune.utils.ranks import forget_stale_variables, has_rendezvous, raise_together, rank, world_size
@@ -213,6 +213,20 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor(int(flag), device=device.torch_device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def stop_if_asked(stage: str, where: str) -> None:
+    """Stop at a safe point inside a stage, if a rank was asked to. Collective.
+
+    Args:
+        stage: points with the same name follow each other at similar intervals.
+        where: the point that the job has reached, such as "while it measures layers".
+
+    Raises:
+        RunStopped: a rank was asked to stop; raised on every rank.
+    """
+    if stopping.is_obeyed() and any_rank(stopping.is_due(stage)):
+        raise stopping.stopped(where)
 
 
 def barrier() -> None:

@@ -152,6 +152,8 @@ def global_name(name: str, chunk: GPTModel) -> str:
         local = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
         return local * parallel_state.get_expert_model_parallel_rank()
 
+    # The name of an MTP layer's transformer layer from 0.17 on. Checkpoints keep the older name.
+    name = name.replace(".mtp_model_layer.", ".transformer_layer.")
     name = with_layer(name, lambda layer: chunk.decoder.layers[layer].layer_number - 1)
     return with_expert(name, lambda expert: first_expert() + expert)
 

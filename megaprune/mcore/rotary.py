@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megaprune.mcore.layers.multi_token import layer_within
 from megaprune.models import Architecture, RopeScaling
 
 
@@ -110,7 +111,7 @@ def _scale(arch: Architecture, scaling: RopeScaling | None) -> float | None:
 
 def attending_layers(model: GPTModel) -> list[TransformerLayer]:
     """Return the transformer layers of a built model, including those of MTP layers."""
-    ahead = [layer.transformer_layer for layer in model.mtp.layers] if model.mtp_process else []
+    ahead = [layer_within(layer) for layer in model.mtp.layers] if model.mtp_process else []
     return [*model.decoder.layers, *ahead]
 
 

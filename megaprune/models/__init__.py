@@ -31,6 +31,7 @@ _ALL = (
     deepseek_v3.KIMI_K2,
     deepseek_v3.GLM4_MOE_LITE,
     deepseek_v3.DEEPSEEK_V32,
+    deepseek_v3.GLM_MOE_DSA,
     glm4_moe.FAMILY,
     *block_sparse_moe.FAMILIES,
     *mistral.FAMILIES,
@@ -59,6 +60,11 @@ _NESTED = (
     ),
 )
 FAMILIES |= {family.model_type: family for family in _NESTED}
+# Families that are asked for, with what is missing.
+_MISSING = {
+    "gpt_oss": "attention sinks, biases of routers and experts, clamped activations and MXFP4 weights are missing",
+    "gemma3": "only Gemma 3's text models (gemma3_text) are, because its text_config leaves out sizes",
+}
 
 __all__ = ["FAMILIES", "Architecture", "Family", "HFConfig", "RopeScaling", "WeightRule", "family_of"]
 
@@ -72,6 +78,8 @@ def family_of(config: HFConfig) -> Family:
             does not say whether embeddings are tied.
     """
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in _MISSING:
+        raise MegapruneError(f"model_type {model_type!r} is not supported: {_MISSING[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MegapruneError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     if config.get("text_config") is not None and FAMILIES[model_type].text_key is None:

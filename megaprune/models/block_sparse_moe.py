@@ -56,7 +56,9 @@ def _expert_fields(config: HFConfig, default: int) -> dict[str, Any]:
 def _mixtral(config: HFConfig) -> Architecture:
     fields = _expert_fields(config, default=8)
     chosen = check_chosen(config, fields["num_moe_experts"], default=2)
-    router = dict(moe_router_topk=chosen, moe_router_score_function="softmax", moe_router_pre_softmax=False)
+    router: dict[str, Any] = dict(
+        moe_router_topk=chosen, moe_router_score_function="softmax", moe_router_pre_softmax=False
+    )
     windows = windows_everywhere(config, default=None)
     return gqa_architecture(config, max_positions=131072, groups=8, theta=1000000.0, **fields, **router, **windows)
 

@@ -1,15 +1,15 @@
 """DeepSeek-V3 and R1 (``model_type: deepseek_v3``), and relatives with the same attention and experts.
 
 Kimi-K2 (``kimi_k2``) differs in name and numbers only. GLM-4.7-Flash (``glm4_moe_lite``) may list the MLPs' types. In
-DeepSeek-V3.2 (``deepseek_v32``), an indexer chooses the tokens that a token attends to, all of them in short sequences;
-pruning carries its weights as they are.
+DeepSeek-V3.2 (``deepseek_v32``) and GLM-5 (``glm_moe_dsa``), an indexer chooses the tokens that a token attends to, all
+of them in short sequences; pruning carries its weights as they are.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from megaprune.models.layer_settings import LayerRule, prune_layer_settings
+from megaprune.models.layer_settings import LayerRule, per_layer, prune_layer_settings
 from megaprune.models.mla import (
     EXPERT_BIAS_RULE,
     MLA,
@@ -55,14 +55,30 @@ def _glm4_moe_lite(config: HFConfig) -> Architecture:
 
 
 def _deepseek_v32(config: HFConfig) -> Architecture:
+    return _with_indexer(config, heads=64)
+
+
+def _glm_moe_dsa(config: HFConfig) -> Architecture:
+    name, num_layers = config.get("model_type"), whole(config, "num_hidden_layers")
+    config.get("indexer_rope_interleave")  # of the indexer alone
+    per_layer(config, "indexer_types", num_layers, ("full",))
+    whole(config, "index_skip_topk_offset", 2, least=0)
+    if whole(config, "index_topk_freq", 1) != 1 or set(config.get("index_topk_pattern") or "F") - {"F", "full"}:
+        raise MegapruneError(f"{name}: layers that share the choice of an earlier indexer are not supported")
+    return _with_indexer(config, heads=32)
+
+
+def _with_indexer(config: HFConfig, heads: int) -> Architecture:
     refuse_true(config, "mlp_bias")
     arch = _describe(config, moe_layers_by_type(config, _DENSE_PREFIX), "indexed_attention")
     if arch.transformer["q_lora_rank"] is None:
-        raise MegapruneError("deepseek_v32: q_lora_rank null is not supported: the indexer reads the query's latent")
+        raise MegapruneError(
+            f"{config.get('model_type')}: q_lora_rank null is not supported: the indexer reads the query's latent"
+        )
     return replace(
         arch,
         longest_sequence=whole(config, "index_topk", 2048),
-        index_heads=whole(config, "index_n_heads", 64),
+        index_heads=whole(config, "index_n_heads", heads),
         index_head_dim=whole(config, "index_head_dim", 128),
     )
 
@@ -154,3 +170,4 @@ DEEPSEEK_V32 = replace(
     layer_rules=_v32_layer_rules,
     prune_config=partial(prune_layer_settings, prefixes=(_PREFIX,), rules=(_DENSE_PREFIX,)),
 )
+GLM_MOE_DSA = replace(DEEPSEEK_V32, model_type="glm_moe_dsa", describe=_glm_moe_dsa)

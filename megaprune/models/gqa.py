@@ -78,7 +78,7 @@ def _qk_norm_rules(over_width: bool) -> tuple[WeightRule, ...]:
 
 def attention_rules(arch: Architecture) -> tuple[WeightRule, ...]:
     """Weights of one layer's attention, without the norm before it."""
-    rules = _PROJECTION_RULES
+    rules: tuple[WeightRule, ...] = _PROJECTION_RULES
     if arch.output_bias or arch.transformer.get("add_qkv_bias"):
         rules += _QKV_BIAS_RULES
     if arch.output_bias:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megaprune.models.gqa import dense_layer_rules, gqa_architecture
 from megaprune.models.layer_settings import LayerRule, per_layer, prune_layer_settings
@@ -38,7 +39,7 @@ def _architecture(config: HFConfig) -> Architecture:
     return replace(arch, transformer=fields, output_bias=biases[0], mlp_bias=biases[1], tied=tied)
 
 
-def _windows(config: HFConfig) -> dict[str, object]:
+def _windows(config: HFConfig) -> dict[str, Any]:
     if flag(config, "use_sliding_window", False):
         return windows_by_type(config, _TYPE_RULE, default=None)
     whole_or_none(config, "sliding_window", None)

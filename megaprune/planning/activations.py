@@ -103,7 +103,8 @@ class Activations:
 
     def _whole_layer(self, moe: bool) -> float:
         attention = self._latent_attention() if self._arch.mla else self._grouped_attention()
-        norms = (4 if self._arch.sandwich_norm else 2) * self._norm(self._shard * self._hidden, self._shard)
+        number = 2 * self._arch.pre_norm + 2 * self._arch.sandwich_norm
+        norms = number * self._norm(self._shard * self._hidden, self._shard)
         return norms + attention + (self._experts() if moe else self._mlp(self._fields["ffn_hidden_size"]))
 
     def _norm(self, values: float, rows: float, input_kept_anyway: bool = False) -> float:
@@ -166,8 +167,8 @@ class Activations:
         heads, groups, width = self._fields["num_attention_heads"], self._arch.query_groups, self._arch.head_dim
         a_head = self._tokens * width / self._passes.tensor
         kept = self._read_by("linear_qkv", tokens=self._shard, columns=self._hidden)
-        kept += self._latents("linear_qkv", tokens=self._tokens) + self._rope(width)
-        if self._fields.get("qk_layernorm"):
+        kept += self._latents("linear_qkv", tokens=self._tokens) + self._rope(self._arch.rotary_dim or width)
+        if self._fields.get("qk_layernorm") or self._arch.qk_norm_over_width:
             rows = self._tokens / self._passes.tensor
             kept += self._norm(a_head * heads, rows * heads)
             kept += self._norm(a_head * groups, rows * groups, input_kept_anyway=True)

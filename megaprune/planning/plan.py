@@ -132,7 +132,7 @@ class Cluster:
 
     @property
     def groups(self) -> int:
-        """Number of process groups of several ranks that a rank is in: of the whole cluster, and of each parallelism."""
+        """Number of groups of several ranks that a rank is in: the whole cluster, and one of each parallelism."""
         sizes = self.sizes
         found = (self.world_size, sizes.tensor, sizes.pipeline, sizes.context, self.data_parallel)
         experts = (sizes.expert, sizes.expert_tensor, self.expert_data_parallel)
@@ -250,9 +250,8 @@ class _Planner:
         return top_layers(sizes, selection.budget, selection.protected), assumed
 
     def _phase(self, name: str, kept: Sequence[int], assumed: str | None, trained: bool = True) -> Phase:
-        original, whole = list(range(self._arch.num_layers)), list(self._options.pipeline.original)
         stays_whole = self._teacher == "self"
-        built = original if stays_whole else list(kept)
+        built = list(range(self._arch.num_layers)) if stays_whole else list(kept)
         counts, shares, teachers = self._built(kept)
         stages, first = [], 0
         for number, (count, share, teacher) in enumerate(zip(counts, shares, teachers, strict=True)):

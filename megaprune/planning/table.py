@@ -10,9 +10,14 @@ from megaprune.utils.text import number_ranges
 _GIB = 2**30
 # Marks of the stages of a phase, and of other moments, that need more memory than a device has.
 _UNFIT, _TOO_MUCH = "  DOES NOT FIT", "  too much"
+_MOMENTS = {
+    "importance": "importance passes",
+    "transition": "pruned student is built",
+    "saving": "checkpoint is saved",
+}
 _MARGIN = (
-    f"margin      {CONTEXT_BYTES / _GIB:g} GiB for the CUDA context and workspaces, {GROUP_BYTES / _GIB:g} GiB for each "
-    "of {groups} communicators of NCCL,\n"
+    f"margin      {CONTEXT_BYTES / _GIB:g} GiB for the CUDA context and workspaces, {GROUP_BYTES / _GIB:g} GiB for "
+    "each of {groups} communicators of NCCL,\n"
     f"            and {FRAGMENTATION:.0%} of the tensors for fragmentation; none of these has been measured"
 )
 _NOT_COUNTED = (
@@ -172,19 +177,14 @@ def _phase_lines(phase: Phase, device_memory_gib: float | None) -> list[str]:
 
 def _moment_lines(plan: Plan, device_memory_gib: float | None) -> list[str]:
     """Return a table with the fullest stage of each moment."""
-    names = {
-        "importance": "importance passes",
-        "transition": "pruned student is built",
-        "saving": "checkpoint is saved",
-    }
     largest = max(memory.total for each in plan.moments for memory in each.memory)
     unit, name = (_GIB, "GiB") if largest >= _GIB else (2**20, "MiB")
     header = ("", "stage", "weights", "gradients", "optimizer", "teacher", "activations", "working", "margin")
-    rows = [(*header, f"total {name}")]
+    rows: list[tuple[str, ...]] = [(*header, f"total {name}")]
     for each in plan.moments:
         stage = max(range(len(each.memory)), key=lambda number: each.memory[number].total)  # noqa: B023
         memory = each.memory[stage]
-        row = [names[each.name], str(stage), *(f"{part / unit:.2f}" for part in (*_parts(memory), memory.total))]
+        row = [_MOMENTS[each.name], str(stage), *(f"{part / unit:.2f}" for part in (*_parts(memory), memory.total))]
         if device_memory_gib is not None and memory.total > device_memory_gib * _GIB:
             row[-1] += _TOO_MUCH
         rows.append(tuple(row))
@@ -213,9 +213,8 @@ def _disk_lines(plan: Plan) -> list[str]:
         return []
     size, count = plan.disk.checkpoint, plan.disk.at_once
     unit, name = (_GIB, "GiB") if size >= _GIB else (2**20, "MiB")
-    return [
-        f"disk        checkpoints of {size / unit:,.1f} {name}, up to {count} at once: {count * size / unit:,.1f} {name}"
-    ]
+    together = f"up to {count} at once: {count * size / unit:,.1f} {name}"
+    return [f"disk        checkpoints of {size / unit:,.1f} {name}, {together}"]
 
 
 def _padded(cell: str, width: int) -> str:

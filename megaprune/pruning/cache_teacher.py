@@ -24,26 +24,34 @@ from megaprune.mcore.hf_weights import import_weights
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.data import first_on_rank0, stored_data
 from megaprune.pruning.options import CachingOptions
+from megaprune.utils import stopping
 from megaprune.utils.disk import check_room
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError, RunStopped
 from megaprune.utils.locks import lock_beside, locked
 from megaprune.utils.progress import bars_are_shown, say
+from megaprune.utils.stopping import ShouldStop
 from megaprune.weights.tensor_source import TensorSource
 
 _FLAG = "--output"
+# Micro-batches of a replica between two points at which the job may stop, for each pipeline stage.
+_AT_ONCE = 4
 
 
-def cache_teacher(options: CachingOptions, source: TensorSource) -> CachePlan:
+def cache_teacher(options: CachingOptions, source: TensorSource, should_stop: ShouldStop | None = None) -> CachePlan:
     """Write the targets of all windows of the training data, or resume an unfinished cache. Collective.
+
+    Args:
+        should_stop: a `StopRequest`, which the job obeys between micro-batches.
 
     Returns:
         The contents of the cache, for printing.
 
     Raises:
         MegapruneError: the request can't be fulfilled; the same call resumes from the shards that are complete.
+        RunStopped: the job was asked to stop; the same call resumes from the windows that are complete.
     """
     lock = locked(lock_beside(options.output), f"{_FLAG} {options.output}")
-    with parallel.session(options.sizes, options.timeout_minutes), lock:
+    with stopping.obeying(should_stop), parallel.session(options.sizes, options.timeout_minutes), lock:
         return _cache(options, source)
 
 
@@ -151,13 +159,17 @@ class Caching:
         self._micro_batch_size = options.data.micro_batch_size
         self._pipeline_size = options.sizes.pipeline
         self._shard: VocabShard = vocab_shard(options.model.arch)
+        self._begun: dict[int, int] = {}
 
     def run(self) -> None:
         """Write the missing shards. Collective."""
         left = self._left()
         if not left:
             return
-        windows = sum(len(self._plan.windows_of(shard)) for shard in left)
+        self._begun = parallel.on_rank0_for_all(
+            lambda: {shard: cache_writer.begun_windows(self._folder, self._plan, shard) for shard in left}
+        )
+        windows = sum(len(self._windows_left(shard)) for shard in left)
         tokens, rate = windows * self._plan.key.seq_length, self._tokens_per_second()
         say(f"{tokens:,} tokens to compute: about {_duration(tokens / rate)} at {rate:,.0f} tokens/s")
         settings = dict(unit=" tokens", unit_scale=True, disable=not bars_are_shown(), dynamic_ncols=True)
@@ -165,6 +177,12 @@ class Caching:
         with tqdm(total=tokens, **settings) as bar:
             for start in range(0, len(left), replicas):
                 self.write_round(left[start : start + replicas], bar)
+                stopping.saved()
+                parallel.stop_if_asked("teacher", "after a round of shards")
+
+    def _windows_left(self, shard: int) -> range:
+        """Return the windows of a shard that are to be computed."""
+        return self._plan.windows_of(shard)[self._begun.get(shard, 0) :]
 
     def _left(self) -> list[int]:
         """Return the shards that are missing or damaged. Each rank checks its share."""
@@ -181,31 +199,52 @@ class Caching:
         targets are discarded.
         """
         size = self._micro_batch_size
-        rows = max(-(-len(self._plan.windows_of(shard)) // size) for shard in shards) * size
+        rows = max(-(-len(self._windows_left(shard)) // size) for shard in shards) * size
         place = parallel.data_parallel_rank()
-        mine = list(self._plan.windows_of(shards[place])) if place < len(shards) else []
+        mine = list(self._windows_left(shards[place])) if place < len(shards) else []
         batches = self._batches([*mine, *[PADDING_ID] * (rows - len(mine))])
-        tokens = sum(len(self._plan.windows_of(shard)) for shard in shards) * self._plan.key.seq_length
-
-        def advance(done: schedule.LossTokens) -> None:
-            bar.update(tokens * (done.number + 1) // len(batches) - tokens * done.number // len(batches))
+        tokens = sum(len(self._windows_left(shard)) for shard in shards) * self._plan.key.seq_length
 
         error = None
         writes = mine and parallel.is_last_stage() and parallel.tensor_parallel().rank == 0
         try:
-            with cache_writer.ShardFile(self._folder, self._plan, shards[place]) if writes else nullcontext() as file:
-
-                def keep(targets: TeacherTargets, number: int) -> None:
-                    windows = [window for window in batches[number].sample_ids if window != PADDING_ID]
-                    if file is not None and windows:
-                        file.add(windows, _on_cpu(targets, len(windows)))
-
-                self._forward(batches, keep, advance)
+            with self._file_of(shards[place]) if writes else nullcontext() as file:
+                self._compute(batches, file, bar, tokens)
                 if file is not None:
                     file.close()
         except MegapruneError as met:
             error = met
         parallel.raise_together(error)
+
+    def _file_of(self, shard: int) -> cache_writer.ShardFile:
+        return cache_writer.ShardFile(self._folder, self._plan, shard, self._begun.get(shard, 0))
+
+    def _compute(self, batches: Sequence[Batch], file: cache_writer.ShardFile | None, bar: tqdm, tokens: int) -> None:
+        """Compute the targets of a round in parts, each of which may be the last one of this job."""
+        at_once = _AT_ONCE * self._pipeline_size
+        for first in range(0, len(batches), at_once):
+            some = batches[first : first + at_once]
+
+            def advance(done: schedule.LossTokens, first: int = first) -> None:
+                number = first + done.number
+                bar.update(tokens * (number + 1) // len(batches) - tokens * number // len(batches))
+
+            def keep(targets: TeacherTargets, number: int, some: Sequence[Batch] = some) -> None:
+                windows = [window for window in some[number].sample_ids if window != PADDING_ID]
+                if file is not None and windows:
+                    file.add(windows, _on_cpu(targets, len(windows)))
+
+            self._forward(some, keep, advance)
+            if first + at_once < len(batches):
+                self._stop_if_asked(file)
+
+    def _stop_if_asked(self, file: cache_writer.ShardFile | None) -> None:
+        try:
+            parallel.stop_if_asked("teacher", "within a round of shards")
+        except RunStopped as stop:
+            parallel.together(lambda: file.suspend() if file is not None else None)
+            stop.progressed = True
+            raise
 
     def _batches(self, windows: Sequence[int]) -> list[Batch]:
         return list(batches_for(self._dataset, windows, micro_batch_size=self._micro_batch_size, dp_rank=0, dp_size=1))

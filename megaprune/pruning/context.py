@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaprune.data.batches import Batch
-from megaprune.importance.measures import mean_loss
+from megaprune.distillation.cache_key import fingerprint_of
+from megaprune.importance.measures import loss_sums, mean_of
+from megaprune.importance.records import Records
 from megaprune.mcore import checkpoint, parallel
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -22,11 +26,14 @@ from megaprune.pruning.step import StepResult
 from megaprune.pruning.throughput import Throughput
 from megaprune.report.metrics import MetricsLogger
 from megaprune.selection.masks import masks_of
-from megaprune.utils.errors import MegapruneError, RunStopped, UsageError
+from megaprune.utils import stopping
+from megaprune.utils.errors import MegapruneError, UsageError
 from megaprune.utils.progress import say
+from megaprune.utils.stopping import ShouldStop, StopRequest
 from megaprune.weights.tensor_source import TensorSource
 
-ShouldStop = Callable[[], bool]
+# Micro-batches of a replica in one part of a validation, for each pipeline stage.
+_VALIDATED_AT_ONCE = 8
 
 
 class RunContext:
@@ -36,6 +43,7 @@ class RunContext:
         origin: the teacher's model, if it is not `source`.
         should_stop: called on every rank before the first iteration and after each one. If it returns True on any
             rank, the run saves a checkpoint and stops.
+        identity: returns the fingerprint of `source`, if it is known; collective.
     """
 
     def __init__(
@@ -45,8 +53,9 @@ class RunContext:
         data: Data,
         should_stop: ShouldStop | None = None,
         origin: Origin | None = None,
+        identity: Callable[[], str] | None = None,
     ) -> None:
-        self.options, self.data = options, data
+        self.options, self.data, self._given_identity = options, data, identity
         self.source, self.origin, self._should_stop = source, origin, should_stop
         self.valid: Sequence[Batch] = data.valid_batches()
         self.resume_from = self.latest_checkpoint()
@@ -61,8 +70,8 @@ class RunContext:
             self._check_batch(self.progress.global_batch_size)
             say(f"continuing from {self.resume_from}, iteration {self.progress.iteration}")
         self.progress.global_batch_size = options.training.global_batch_size
-        if self._is_to_stop():
-            raise RunStopped
+        if self._is_to_stop("start"):
+            raise self._stopped("at the start of its first stage")
         self.metrics = MetricsLogger(
             options.output.run_dir.path,
             enabled=parallel.rank() == 0,
@@ -93,7 +102,9 @@ class RunContext:
         """
         output = replace(self.options.output, run_dir=RunDir(folder), tensorboard_dir=None, wandb_project=None)
         options = replace(self.options, output=output)
-        begun = RunContext(options, self.source, self.data, self._should_stop, self.origin)
+        begun = RunContext(
+            options, self.source, self.data, self._should_stop, self.origin, lambda: self._source_fingerprint
+        )
         begun.shorten(iterations)
         return begun
 
@@ -115,8 +126,34 @@ class RunContext:
     def validate(self, which: str, model: PipelineModel) -> None:
         """Measure the validation loss of a model, where there is validation data, for the report."""
         if self.valid:
+            at_once = _VALIDATED_AT_ONCE * self.options.sizes.pipeline
             with self.progress.timed("validation"):
-                self.progress.valid[which] = {"loss": mean_loss(model, self.valid, self.models.shard)}
+                sums = self.records.summed(
+                    [f"validation {which}"],
+                    self.valid,
+                    lambda batches, _: loss_sums(model, batches, self.models.shard)[None],
+                    f"while it measures the {which} model",
+                    at_once,
+                )
+                self.progress.valid[which] = {"loss": mean_of(sums[0])}
+
+    @cached_property
+    def records(self) -> Records:
+        """The measurements of the run. Collective at the first use."""
+        data, training = self.data, self.options.training
+        scope = {
+            "model": self._source_fingerprint,
+            "calibration": data.calibration.fingerprint if data.calibration else None,
+            "valid": data.valid.fingerprint if data.valid else None,
+            "seq_length": self.options.data.seq_length,
+            "seed": training.seed,
+            "bf16": self.options.engine.bf16,
+        }
+        return Records(self.options.output.run_dir.measurements, scope)
+
+    @cached_property
+    def _source_fingerprint(self) -> str:
+        return fingerprint_of(self.source) if self._given_identity is None else self._given_identity()
 
     def record(
         self, iteration: int, stage: str, result: StepResult, start: float, extra: dict[str, Any] | None = None
@@ -174,7 +211,7 @@ class RunContext:
 
     def save_state(self) -> None:
         """Save the progress of a run that has trained nothing yet."""
-        checkpoint.save(self.options.output.run_dir.checkpoints, 0, None, self.progress.state())
+        self._save(0, None)
 
     def save_if_due(self, trainer: Trainer, force: bool) -> None:
         """Save a checkpoint at the interval, at the ends of stages, and when asked to stop.
@@ -183,19 +220,21 @@ class RunContext:
             RunStopped: a rank was asked to stop. The checkpoint has been saved.
         """
         interval, iteration = self.options.output.save_interval, self.progress.iteration
-        stopping = self._is_to_stop()
+        stops = self._is_to_stop("iteration")
         is_due = bool(interval and iteration % interval == 0)
-        self.finish_saving(wait=force or stopping or is_due)
-        if force or stopping or is_due:
+        self.finish_saving(wait=force or stops or is_due)
+        # What follows a stage reads its last checkpoint, and a run that stops ends with it.
+        if force or stops or (is_due and not self.options.output.async_save):
+            self.save(trainer)
+        elif is_due:
             folder, trained = self.options.output.run_dir.checkpoints, None if self.weights_are_the_source else trainer
-            # What follows a stage reads its last checkpoint, and a run that stops ends with it.
-            if self.options.output.async_save and not (force or stopping):
-                self._saving = checkpoint.save_in_background(folder, iteration, trained, self.progress.state())
-            else:
-                checkpoint.save(folder, iteration, trained, self.progress.state())
-        if stopping:
-            say(f"stopped by SIGTERM at iteration {iteration}: the same command continues from here")
-            raise RunStopped
+            self._saving = checkpoint.save_in_background(folder, iteration, trained, self.progress.state())
+        if stops:
+            raise self._stopped(f"at iteration {iteration}")
+
+    def save(self, trainer: Trainer) -> None:
+        """Save a checkpoint. Collective."""
+        self._save(self.progress.iteration, None if self.weights_are_the_source else trainer)
 
     def finish_saving(self, wait: bool) -> None:
         """Put a checkpoint that is written in the background in place, if there is one and it is complete. Collective.
@@ -205,13 +244,38 @@ class RunContext:
         """
         if self._saving is not None and self._saving.finish(wait):
             self._saving = None
+            stopping.saved()
 
     def close(self) -> None:
-        """Close the metrics."""
+        """Close the metrics and the measurements. After an error, call `abandon`."""
+        self._close_records()
         self.metrics.close()
 
-    def _is_to_stop(self) -> bool:
-        return self._should_stop is not None and parallel.any_rank(self._should_stop())
+    def abandon(self) -> None:
+        """Close the metrics and the measurements; errors while closing are dropped in favor of the run's own error."""
+        with suppress(OSError):
+            self._close_records()
+        with suppress(OSError):
+            self.metrics.close()
+
+    def _save(self, iteration: int, trainer: Trainer | None) -> None:
+        with stopping.saving():
+            self.finish_saving(wait=True)
+            checkpoint.save(self.options.output.run_dir.checkpoints, iteration, trainer, self.progress.state())
+        stopping.saved()
+
+    def _close_records(self) -> None:
+        if "records" in self.__dict__:
+            self.records.close()
+
+    def _is_to_stop(self, stage: str) -> bool:
+        asked = self._should_stop
+        if asked is None:
+            return False
+        return parallel.any_rank(asked.is_due(stage) if isinstance(asked, StopRequest) else asked())
+
+    def _stopped(self, where: str) -> Exception:
+        return stopping.stopped(where, self._should_stop)
 
 
 def agreed_layers(kept: list[int], options: RunOptions) -> list[int]:

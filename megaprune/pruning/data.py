@@ -151,6 +151,7 @@ def stored_data(
         flag=flag,
         pad_last=pad_last,
         vocab_size=vocab_size,
+        workers=options.workers,
     )
 
 

@@ -19,7 +19,7 @@ from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, build_report, result_table, write_report
 from megaprune.utils.disk import one_line
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils.errors import MegapruneError, RunStopped
 from megaprune.utils.files import aside_of, put_in_place
 from megaprune.utils.progress import say
 from megaprune.weights.surgery import write_pruned_config, write_share
@@ -43,7 +43,7 @@ def export(run: RunContext, student: Trainer | None, command: str) -> None:
         with run.progress.timed("export"):
             _export_weights(run, student, aside)
         parallel.on_rank0(lambda: _finish(run, aside, command))
-    except MegapruneError:
+    except (MegapruneError, RunStopped):
         if parallel.rank() == 0:  # an unfinished folder would block the next attempt
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(aside_of(run_dir.adapter), ignore_errors=True)
@@ -97,7 +97,9 @@ def copy_weights(
         with one_line(folder, GO_ON):
             return write_share(source, kept_layers, folder, max_shard_bytes, keep_mtp, *place)
 
-    shards = parallel.all_gather_objects(parallel.together(write))
+    written = parallel.together(write)
+    parallel.stop_if_asked("export", "while it exports weights")
+    shards = parallel.all_gather_objects(written)
 
     def finish() -> None:
         with one_line(folder, GO_ON):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megaprune.data.parallel_encoder import Workers
 from megaprune.distillation.losses import LossKind, Tail
 from megaprune.mcore.builder import EngineOptions
 from megaprune.mcore.layers.lora import LoRAOptions
@@ -42,6 +43,7 @@ class DataOptions:
         cache_dir: folder of the tokenized data; None uses the job's default.
         reads_windows: whether the model sees any window at all; reads_training: of the training data.
         calibrates: whether layers are evaluated on windows of the training data.
+        workers: the processes that tokenize.
     """
 
     train: list[str]
@@ -54,6 +56,7 @@ class DataOptions:
     reads_windows: bool
     reads_training: bool
     calibrates: bool
+    workers: Workers
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megaprune.config.schema import (
     ParallelConfig,
     RunConfig,
 )
+from megaprune.data.parallel_encoder import Workers
 from megaprune.mcore import parallel
 from megaprune.mcore.builder import check_parallel_sizes
 from megaprune.mcore.optimizer import check_training_configs
@@ -56,7 +57,14 @@ _MAY_CHANGE = {
     *ParallelConfig.__dataclass_fields__,
     *EngineConfig.__dataclass_fields__,
     *RunConfig.__dataclass_fields__,
-    *("micro_batch_size", "data_cache_path", "trust_remote_code", "teacher_logits", "method_module"),
+    *(
+        "micro_batch_size",
+        "data_cache_path",
+        "tokenizer_workers",
+        "trust_remote_code",
+        "teacher_logits",
+        "method_module",
+    ),
 } - {"use_distributed_optimizer", "override"}
 
 
@@ -210,6 +218,7 @@ def _job(
             reads_windows=reads_windows,
             reads_training=config.reads_training_data,
             calibrates=config.calibrates,
+            workers=Workers(data.tokenizer_workers, config.model.trust_remote_code),
         ),
         distillation=DistillationOptions(
             loss=distillation.distill_loss,

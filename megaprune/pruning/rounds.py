@@ -17,7 +17,6 @@ from megaprune.mcore import parallel
 from megaprune.mcore.averaging import first_averaged
 from megaprune.models import family_of
 from megaprune.pruning import runner
-from megaprune.pruning.context import ShouldStop
 from megaprune.pruning.export import GO_ON
 from megaprune.pruning.models import Origin
 from megaprune.pruning.options import PipelineOptions, RunOptions, SelectionOptions
@@ -28,10 +27,12 @@ from megaprune.report.model_card import CARD_NAME, model_card
 from megaprune.report.performance import with_performance
 from megaprune.report.plots import write_plots
 from megaprune.report.run_report import Report, read_report, result_table, write_report
+from megaprune.utils import stopping
 from megaprune.utils.disk import one_line
 from megaprune.utils.files import strict_json, whole_file
 from megaprune.utils.locks import locked
 from megaprune.utils.progress import say
+from megaprune.utils.stopping import ShouldStop
 from megaprune.weights.source import HFSource
 from megaprune.weights.tensor_source import TensorSource
 
@@ -43,6 +44,13 @@ def run(
     run_dir = options.output.run_dir
     if options.training.rounds == 1 or options.output.dry_run or run_dir.hf.exists():
         return runner.run(options, source, command, should_stop)
+    with stopping.obeying(should_stop):
+        return _run(options, source, command, should_stop)
+
+
+def _run(options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None) -> Report:
+    """Start or resume a run of several rounds."""
+    run_dir = options.output.run_dir
     parallel.join()
     undoing = run_dir.undone_if_refused() if parallel.rank() == 0 else nullcontext()
     with locked(run_dir.lock, f"--save {run_dir.path}"), undoing, one_line(run_dir.path, GO_ON):

@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def measurements(self) -> Path:
+        """Return the file of what was measured of the layers and on validation data."""
+        return self.path / "measurements.jsonl"
+
+    @property
     def _rounds(self) -> Path:
         return self.path / "rounds"
 
@@ -52,6 +57,11 @@ class RunDir:
     def stitch(self) -> Path:
         """Return the file of the maps of ``--stitch``."""
         return self.path / "stitch.safetensors"
+
+    @property
+    def stitch_parts(self) -> Path:
+        """Return the folder of the sums of passes for `stitch` that were interrupted."""
+        return self.path / "stitch-parts"
 
     @property
     def candidates(self) -> Path:
@@ -124,8 +134,8 @@ class RunDir:
         before = self._entries()
         try:
             yield
-        except MegapruneError:
-            if not (self.checkpoints.exists() or self._rounds.exists()):
+        except MegapruneError as error:
+            if not (error.keeps_progress or self.checkpoints.exists() or self._rounds.exists()):
                 for path in self._entries() - before:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
                 with suppress(OSError):  # never created, or it now contains files of others

@@ -1,25 +1,26 @@
 """A pruning run, stage by stage: import, select, prune, recover, export. Each stage resumes from its checkpoint."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megaprune import device
 from megaprune.mcore import parallel
 from megaprune.models.sizes import model_size
 from megaprune.pruning.candidates import choose_healed
-from megaprune.pruning.context import RunContext, ShouldStop
+from megaprune.pruning.context import RunContext
 from megaprune.pruning.data import prepare_data, run_tokenizer
 from megaprune.pruning.export import GO_ON, export
 from megaprune.pruning.models import Origin
 from megaprune.pruning.options import RunOptions
 from megaprune.pruning.select import select
 from megaprune.pruning.train import begin_recovery, recover
-from megaprune.report.metrics import MetricsLogger
 from megaprune.report.run_report import Report, read_report
+from megaprune.utils import stopping
 from megaprune.utils.disk import one_line
 from megaprune.utils.locks import locked
 from megaprune.utils.progress import say
+from megaprune.utils.stopping import ShouldStop
 from megaprune.weights.tensor_source import TensorSource
 
 
@@ -42,8 +43,15 @@ def run(
 
     Raises:
         MegapruneError: the request can't be fulfilled. Either nothing was written, or all progress is in a checkpoint.
-        RunStopped: `should_stop` returned True; a checkpoint was saved.
+        RunStopped: the run was asked to stop; its progress was saved.
     """
+    with stopping.obeying(should_stop):
+        return _run(options, source, command, should_stop, origin)
+
+
+def _run(
+    options: RunOptions, source: TensorSource, command: str, should_stop: ShouldStop | None, origin: Origin | None
+) -> Report | None:
     run_dir, dry_run = options.output.run_dir, options.output.dry_run
     if parallel.on_rank0_for_all(run_dir.hf.exists):
         say(f"{run_dir.path} holds the finished run already: {run_dir.hf}")
@@ -58,23 +66,20 @@ def run(
             parallel.on_rank0(lambda: run_dir.begin(options.output.settings))
             data = prepare_data(options, origin.source if origin else source, tokenizer, cache_dir(options))
             context = RunContext(options, source, data, should_stop, origin)
-            with _closing(context.metrics):
+            with _closing(context):
                 _execute(context, command)
         return parallel.on_rank0_for_all(lambda: read_report(run_dir.report))
 
 
 @contextmanager
-def _closing(metrics: MetricsLogger) -> Iterator[None]:
-    """Close the metrics after the block. If the block fails, errors while closing are dropped in favor of its own
-    error.
-    """
+def _closing(context: RunContext) -> Iterator[None]:
+    """Close the files of a run after the block."""
     try:
         yield
     except BaseException:
-        with suppress(OSError):
-            metrics.close()
+        context.abandon()
         raise
-    metrics.close()
+    context.close()
 
 
 def cache_dir(options: RunOptions) -> Path:
@@ -95,6 +100,7 @@ def _execute(context: RunContext, command: str) -> None:
     teacher = None
     device.free_unused()
     export(context, student, command)
+    stopping.saved()
 
 
 def describe(options: RunOptions) -> str:

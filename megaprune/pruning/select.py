@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from megaprune.data.batches import Batch
 from megaprune.distillation.teachers import Teacher
 from megaprune.importance.evaluator import LayerEvaluator
+from megaprune.importance.records import Records
 from megaprune.mcore.builder import in_half_precision
 from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.pipeline_model import PipelineModel
@@ -20,22 +21,31 @@ from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
 
 
 class Calibration:
-    """Evaluation of the original model without some of its layers, on a run's calibration data."""
+    """Evaluation of the original model without some of its layers, on a run's calibration data.
 
-    def __init__(self, options: RunOptions, data: Data, models: Models, model: PipelineModel) -> None:
+    Args:
+        records: the run's measurements; None keeps them in memory.
+    """
+
+    def __init__(
+        self, options: RunOptions, data: Data, models: Models, model: PipelineModel, records: Records | None = None
+    ) -> None:
         self._options, self._data, self._models, self._model = options, data, models, model
+        self._records = Records() if records is None else records
 
     def evaluator(self, num_windows: int | None = None, skip: int = 0) -> LayerEvaluator:
         """Return an evaluator on a number of windows after the first `skip` ones; by default, on all calibration
         samples.
         """
-        selection = self._options.selection
+        selection, models = self._options.selection, self._models
         count = selection.calibration_samples if num_windows is None else num_windows
 
         def windows(count: int, behind: int) -> Sequence[Batch]:
             return self._data.calibration_batches(count, skip + behind)
 
-        return LayerEvaluator(self._model, self._models.gate, windows, count, selection.budget, self._models.shard)
+        return LayerEvaluator(
+            self._model, models.gate, windows, count, selection.budget, models.shard, self._records, skip
+        )
 
     def initial_kl(self) -> tuple[list[float], int]:
         """Return the KL without each layer, from which a search starts, and its cost in tokens. Protected layers get 0.
@@ -118,14 +128,17 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
     model = in_half_precision(original, options.engine)
     if run.origin is None:
         run.validate("teacher", model)
-    calibration = Calibration(options, run.data, run.models, model)
+
+    def calibration() -> Calibration:
+        return Calibration(options, run.data, run.models, model, run.records)
+
     if selection.method.needs_scores:
         with progress.timed("importance"):
-            progress.scores, tokens = calibration.initial_kl()
+            progress.scores, tokens = calibration().initial_kl()
         progress.spend("importance", 0.0, tokens)
     elif selection.method.calibrated:
         with progress.timed("importance"):
-            choice, tokens = calibration.choose()
+            choice, tokens = calibration().choose()
         progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates

@@ -12,6 +12,8 @@ from megaprune.mcore.optimizer import Trainer
 from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.step import search_step, train_step
 from megaprune.pruning.stitch import fit_stitch, fold_stitch
+from megaprune.selection.selector import Selector
+from megaprune.utils.errors import RunStopped
 from megaprune.utils.progress import say
 
 
@@ -46,12 +48,30 @@ def search(run: RunContext, student: Trainer, teacher: Teacher | None) -> None:
         progress.scores = selector.scores.tolist()
         extra = {"temperature": selector.temperature(iteration), "scores": progress.scores}
         run.record(iteration, "search", result, start, extra | run.measured(iteration, result, start, waited, student))
-        if last:
-            kept = method.checked(selector.kept_layers(), selection.budget, selection.protected)
-            progress.kept_layers = agreed_layers(kept, run.options)
-            if training.stitches:
-                fit_stitch(run, student.ddp)
-        run.save_if_due(student, force=last)
+        if last and not training.stitches:
+            progress.kept_layers = _searched_layers(run, selector)
+        run.save_if_due(student, force=last and not training.stitches)
+    if training.stitches:
+        _stitch_searched(run, student, _searched_layers(run, selector))
+
+
+def _searched_layers(run: RunContext, selector: Selector) -> list[int]:
+    """Return the layers that a finished search keeps. Collective."""
+    selection = run.options.selection
+    kept = selection.method.checked(selector.kept_layers(), selection.budget, selection.protected)
+    return agreed_layers(kept, run.options)
+
+
+def _stitch_searched(run: RunContext, student: Trainer, kept: list[int]) -> None:
+    """Fit the stitch to the searched model and save both; the search counts as finished when the maps are there."""
+    run.progress.kept_layers = kept
+    try:
+        fit_stitch(run, student.ddp)
+    except RunStopped:
+        run.progress.kept_layers = None
+        run.save(student)
+        raise
+    run.save(student)
 
 
 def begin_recovery(run: RunContext, student: Trainer | None) -> Trainer:

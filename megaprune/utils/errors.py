@@ -7,6 +7,8 @@ class MegapruneError(Exception):
     exit_status = 1
     # True if every rank raises it: rank 0 then prints the line of a command.
     on_all_ranks = False
+    # True if what was finished before the error stays, and the same call goes on from there.
+    keeps_progress = False
 
 
 class UsageError(MegapruneError):
@@ -16,4 +18,12 @@ class UsageError(MegapruneError):
 
 
 class RunStopped(Exception):
-    """A run was asked to stop: its checkpoint is saved, and the same call goes on from there."""
+    """A run was asked to stop: its progress is saved, and the same call goes on from there.
+
+    Args:
+        progressed: whether anything new was saved since the call began.
+    """
+
+    def __init__(self, message: str = "", progressed: bool = True) -> None:
+        super().__init__(message)
+        self.progressed = progressed

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from megaprune.utils import stopping
 from megaprune.utils.errors import MegapruneError, RunStopped
 from megaprune.utils.ranks import has_rendezvous, raise_together, rank, world_size
 
 T = TypeVar("T")
 _LONGEST_PAUSE_SECONDS = 0.5
+# Set by a waiting rank that is asked to stop, for the rank whose work the others wait for.
+_STOP_KEY = "megaprune/stop"
 # The process group, and the number of announcements made in it so far: equal on every rank.
 _made: dict[str, Any] = {"group": None, "number": 0}
 
@@ -53,6 +56,7 @@ def on_rank0_for_all(action: Callable[[], T]) -> T:
         dist.barrier()
         if rank() == 0:
             store.delete_key(key)
+            store.delete_key(_STOP_KEY)
 
 
 def on_each_node(action: Callable[[], T]) -> T:
@@ -119,7 +123,8 @@ def _announced(store: Any, key: str, acts: bool, action: Callable[[], T]) -> T:
     """Run the action and announce its result or error, or wait for another rank to do so."""
     if acts:
         try:
-            result = action()
+            with stopping.asking_elsewhere(lambda: bool(store.check([_STOP_KEY]))):
+                result = action()
         except BaseException as error:
             shown = error if isinstance(error, (MegapruneError, RunStopped)) else _described(error)
             if isinstance(shown, MegapruneError):
@@ -128,11 +133,18 @@ def _announced(store: Any, key: str, acts: bool, action: Callable[[], T]) -> T:
             raise
         store.set(key, pickle.dumps((result, None)))
         return result
-    _wait_until(lambda: store.check([key]))
+    _wait_until(lambda: store.check([key]) or _forward_request(store))
     value, raised = pickle.loads(store.get(key))
     if raised is not None:
         raise raised
     return cast(T, value)
+
+
+def _forward_request(store: Any) -> bool:
+    """Tell the rank that works about a request to stop this one. Return False."""
+    if stopping.was_received():
+        store.set(_STOP_KEY, b"")
+    return False
 
 
 def _described(error: BaseException) -> MegapruneError:

@@ -73,9 +73,11 @@ def _in_words(settings: Any) -> str:
         return "so"
     if isinstance(settings.get("quantization"), dict):
         settings = settings["quantization"]
-    named = ("quant_method", "quant_algo", "model_quant_type", "format", "bits", "w_bit", "group_size")
-    named += ("q_group_size",)
-    said = [f"{key} {settings[key]}" for key in (*named, "weight_block_size") if settings.get(key) is not None]
+    named = [
+        *("quant_method", "quant_algo", "model_quant_type", "format", "bits", "w_bit", "group_size", "q_group_size"),
+        "weight_block_size",
+    ]
+    said = [f"{key} {settings[key]}" for key in named if settings.get(key) is not None]
     return ", ".join(said) or "so"
 
 

@@ -67,7 +67,7 @@ class BlockFP8:
     """FP8 with a scale for each block of 128 x 128 (DeepSeek, MiniMax)."""
 
     name, main, dtype = "FP8 in blocks", "", FP8
-    companions = {fp8.SCALE_SUFFIX: SCALE_DTYPES}
+    companions: dict[str, tuple[str, ...]] = {fp8.SCALE_SUFFIX: SCALE_DTYPES}
 
     @classmethod
     def of(cls, settings: Any) -> Format | None:
@@ -95,7 +95,7 @@ class ChannelFP8:
     """FP8 with a scale for each row, by compressed-tensors (GLM-4.5 and later)."""
 
     name, main, dtype = "FP8 by rows", "", FP8
-    companions = {"_scale": WEIGHT_DTYPES}
+    companions: dict[str, tuple[str, ...]] = {"_scale": WEIGHT_DTYPES}
 
     @classmethod
     def of(cls, settings: Any) -> Format | None:
@@ -128,7 +128,7 @@ class PackedInt4:
     """INT4, eight numbers in an int32, with a scale for each group of columns, by compressed-tensors (Kimi-K2)."""
 
     name, main, dtype = "INT4 in groups", "_packed", "I32"
-    companions = {"_scale": WEIGHT_DTYPES, "_shape": ("I64", "I32")}
+    companions: dict[str, tuple[str, ...]] = {"_scale": WEIGHT_DTYPES, "_shape": ("I64", "I32")}
 
     def __init__(self, group: int) -> None:
         self.group = group

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaprune.models import HFConfig
+from megaprune.utils import stopping
 from megaprune.weights.beside import files_beside
 from megaprune.weights.quantized import without_quantization
 from megaprune.weights.tensor_source import TensorSource
@@ -40,6 +41,8 @@ def write_share(
     sizes = (num_bytes((source.shape(name), source.dtype_name(name))) for name, _ in kept)
     last = writer
     for (name, new_name), number in zip(kept, file_numbers(sizes, max_shard_bytes), strict=True):
+        if stopping.is_due("export"):
+            break  # the ranks stop together, and discard what is written
         if number % num_writers != writer:
             continue
         if number != last:

@@ -60,6 +60,8 @@ FLAGS = [
     ("--save-interval 10", 10),
     ("--exit-on-signal false", False),
     ("--no-exit-on-signal", False),
+    ("--exit-duration-in-mins 230", 230.0),
+    ("--tokenizer-workers 8", 8),
     ("--log-interval 1", 1),
     ("--tensorboard-dir t", "t"),
     ("--wandb-project w", "w"),

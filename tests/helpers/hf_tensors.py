@@ -11,7 +11,7 @@ def expected_tensors(config, mtp=True):
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     tensors = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings", config["model_type"] == "gemma3_text"):
         tensors["lm_head.weight"] = (vocabulary, hidden)
     layer_tensors = _LAYERS[config["model_type"]]
     num_layers = config["num_hidden_layers"]
@@ -94,12 +94,96 @@ def _pangu_ultra_moe(config, layer):
     )
 
 
+def _glm4_moe(config, layer):
+    head = config["head_dim"]
+    tensors = _gqa(config) | _two_norms(config)
+    if config["attention_bias"]:
+        tensors |= {f"self_attn.{x}_proj.bias": tensors[f"self_attn.{x}_proj.weight"][:1] for x in "qkv"}
+    if config["use_qk_norm"]:
+        tensors |= {f"self_attn.{x}_norm.weight": (head,) for x in "qk"}
+    if layer < config["first_k_dense_replace"]:
+        return tensors | _mlp("mlp", config["hidden_size"], config["intermediate_size"])
+    routed = config["n_routed_experts"]
+    bias = {"mlp.gate.e_score_correction_bias": (routed,)}
+    return tensors | _shared_and_routed(config, routed, config["n_shared_experts"]) | bias
+
+
+def _deepseek_v32(config, layer):
+    heads, head = config["index_n_heads"], config["index_head_dim"]
+    indexer = {
+        "wq_b.weight": (heads * head, config["q_lora_rank"]),
+        "wk.weight": (head, config["hidden_size"]),
+        "k_norm.weight": (head,),
+        "k_norm.bias": (head,),
+        "weights_proj.weight": (heads, config["hidden_size"]),
+    }
+    return _deepseek_v3(config, layer) | {f"self_attn.indexer.{name}": shape for name, shape in indexer.items()}
+
+
+def _mixtral(config, layer):
+    hidden, experts, columns = config["hidden_size"], config["num_local_experts"], config["intermediate_size"]
+    tensors = _gqa(config) | _two_norms(config) | {"block_sparse_moe.gate.weight": (experts, hidden)}
+    for expert in range(experts):
+        shapes = {"w1": (columns, hidden), "w2": (hidden, columns), "w3": (columns, hidden)}
+        tensors |= {f"block_sparse_moe.experts.{expert}.{name}.weight": shape for name, shape in shapes.items()}
+    return tensors
+
+
+def _minimax_m2(config, layer):
+    bias = {"block_sparse_moe.e_score_correction_bias": (config["num_local_experts"],)}
+    return _mixtral(config, layer) | _norms_over_heads(config) | bias
+
+
+def _phi3(config, layer):
+    tensors, hidden = _llama(config, layer), config["hidden_size"]
+    rows = sum(tensors.pop(f"self_attn.{x}_proj.weight")[0] for x in "qkv")
+    columns = tensors.pop("mlp.gate_proj.weight")[0] + tensors.pop("mlp.up_proj.weight")[0]
+    return tensors | {"self_attn.qkv_proj.weight": (rows, hidden), "mlp.gate_up_proj.weight": (columns, hidden)}
+
+
+def _olmo2(config, layer):
+    hidden = config["hidden_size"]
+    norms = {f"post_{name}_layernorm.weight": (hidden,) for name in ("attention", "feedforward")}
+    return _gqa(config) | norms | _norms_over_heads(config) | _mlp("mlp", hidden, config["intermediate_size"])
+
+
+def _gemma3_text(config, layer):
+    norms = {f"{x}_feedforward_layernorm.weight": (config["hidden_size"],) for x in ("pre", "post")}
+    return _qwen3(config, layer) | norms
+
+
+def _pangu_embedded(config, layer):
+    tensors = _llama(config, layer)
+    return tensors | {f"self_attn.{x}_proj.bias": tensors[f"self_attn.{x}_proj.weight"][:1] for x in "qkvo"}
+
+
+def _norms_over_heads(config):
+    tensors = _gqa(config)
+    return {f"self_attn.{x}_norm.weight": tensors[f"self_attn.{x}_proj.weight"][:1] for x in "qk"}
+
+
 _LAYERS = {
     "llama": _llama,
+    "mistral": _llama,
+    "ministral": _llama,
+    "ministral3": _llama,
+    "smollm3": _llama,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo2,
+    "gemma3_text": _gemma3_text,
+    "PanguEmbedded": _pangu_embedded,
+    "glm4_moe": _glm4_moe,
+    "mixtral": _mixtral,
+    "minimax_m2": _minimax_m2,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
+    "glm4_moe_lite": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
+    "deepseek_v32": _deepseek_v32,
+    "glm_moe_dsa": _deepseek_v32,
     "pangu_ultra_moe": _pangu_ultra_moe,
 }
 
@@ -122,10 +206,14 @@ def _gqa(config):
 
 def _mla(config, query_rank, rank, content, rope, value):
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    return {
+    queries = {
         "self_attn.q_a_proj.weight": (query_rank, hidden),
         "self_attn.q_a_layernorm.weight": (query_rank,),
         "self_attn.q_b_proj.weight": (heads * (content + rope), query_rank),
+    }
+    if query_rank is None:
+        queries = {"self_attn.q_proj.weight": (heads * (content + rope), hidden)}
+    return queries | {
         "self_attn.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
         "self_attn.kv_a_layernorm.weight": (rank,),
         "self_attn.kv_b_proj.weight": (heads * (content + value), rank),

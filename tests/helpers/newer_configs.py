@@ -1,9 +1,7 @@
-"""config.json of models of 2024 to 2026 as published, without what says nothing of the model."""
-
-from tests.helpers.real_configs import DEEPSEEK_R1
+"""config.json of dense models of 2024 to 2026 as published, without what says nothing of the model."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_COMMON = {
+COMMON = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -12,190 +10,7 @@ _COMMON = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
 }
-BLOCK_FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "float8_e4m3fn",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
-INT4 = {
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "dynamic": False,
-                "group_size": 32,
-                "num_bits": 4,
-                "observer": "minmax",
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\\\.(gate|up|gate_up|down)_proj.*"],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
-GLM_4_5 = _COMMON | {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "attention_bias": True,
-    "eos_token_id": [151329, 151336, 151338],
-    "first_k_dense_replace": 3,
-    "head_dim": 128,
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 131072,
-    "model_type": "glm4_moe",
-    "moe_intermediate_size": 1536,
-    "n_group": 1,
-    "n_routed_experts": 160,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 96,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 92,
-    "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 1,
-    "pad_token_id": 151329,
-    "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000,
-    "routed_scaling_factor": 2.5,
-    "topk_group": 1,
-    "use_qk_norm": True,
-    "vocab_size": 151552,
-}
-GLM_4_5_AIR = GLM_4_5 | {
-    "first_k_dense_replace": 1,
-    "hidden_size": 4096,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 128,
-    "num_hidden_layers": 46,
-    "routed_scaling_factor": 1.0,
-    "use_qk_norm": False,
-}
-GLM_4_7_FLASH = _COMMON | {
-    "architectures": ["Glm4MoeLiteForCausalLM"],
-    "attention_bias": False,
-    "first_k_dense_replace": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 10240,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 202752,
-    "model_type": "glm4_moe_lite",
-    "moe_intermediate_size": 1536,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 20,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 47,
-    "num_key_value_heads": 20,
-    "num_nextn_predict_layers": 1,
-    "partial_rotary_factor": 1.0,
-    "q_lora_rank": 768,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000,
-    "routed_scaling_factor": 1.8,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "v_head_dim": 256,
-    "vocab_size": 154880,
-}
-MINIMAX_M2 = _COMMON | {
-    "architectures": ["MiniMaxM2ForCausalLM"],
-    "attn_type_list": [1] * 62,
-    "auto_map": {"AutoConfig": "configuration_minimax_m2.MiniMaxM2Config"},
-    "head_dim": 128,
-    "hidden_size": 3072,
-    "intermediate_size": 1536,
-    "layernorm_full_attention_beta": 1.0,
-    "layernorm_linear_attention_beta": 1.0,
-    "layernorm_mlp_beta": 1.0,
-    "max_position_embeddings": 196608,
-    "mlp_intermediate_size": 8192,
-    "model_type": "minimax_m2",
-    "mtp_transformer_layers": 1,
-    "num_attention_heads": 48,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 62,
-    "num_key_value_heads": 8,
-    "num_local_experts": 256,
-    "num_mtp_modules": 3,
-    "output_router_logits": False,
-    "qk_norm_type": "per_layer",
-    "quantization_config": BLOCK_FP8 | {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]},
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 5000000,
-    "rotary_dim": 64,
-    "router_aux_loss_coef": 0.001,
-    "router_jitter_noise": 0.0,
-    "scoring_func": "sigmoid",
-    "shared_intermediate_size": 0,
-    "shared_moe_mode": "sigmoid",
-    "sliding_window": None,
-    "use_mtp": True,
-    "use_qk_norm": True,
-    "use_routing_bias": True,
-    "vocab_size": 200064,
-}
-DEEPSEEK_V32 = DEEPSEEK_R1 | {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "index_head_dim": 128,
-    "index_n_heads": 64,
-    "index_topk": 2048,
-    "model_type": "deepseek_v32",
-    "quantization_config": BLOCK_FP8 | {"scale_fmt": "ue8m0"},
-}
-KIMI_K2_THINKING = DEEPSEEK_R1 | {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "aux_loss_alpha": 0.001,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 262144,
-    "model_type": "kimi_k2",
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "quantization_config": INT4,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": DEEPSEEK_R1["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0},
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "seq_aux": True,
-    "topk_group": 1,
-    "vocab_size": 163840,
-}
-MIXTRAL_8X7B = _COMMON | {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "vocab_size": 32000,
-}
-MISTRAL_7B = _COMMON | {
+MISTRAL_7B = COMMON | {
     "architectures": ["MistralForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -252,7 +67,7 @@ MINISTRAL_3_14B = {key: value for key, value in MISTRAL_7B.items() if not key.st
     "sliding_window": None,
     "vocab_size": 131072,
 }
-PHI_4 = _COMMON | {
+PHI_4 = COMMON | {
     "architectures": ["Phi3ForCausalLM"],
     "attention_bias": False,
     "embd_pdrop": 0.0,
@@ -270,7 +85,7 @@ PHI_4 = _COMMON | {
     "sliding_window": None,
     "vocab_size": 100352,
 }
-SMOLLM3_3B = _COMMON | {
+SMOLLM3_3B = COMMON | {
     "architectures": ["SmolLM3ForCausalLM"],
     "attention_bias": False,
     "hidden_size": 2048,
@@ -293,7 +108,7 @@ SMOLLM3_3B = _COMMON | {
     "use_sliding_window": False,
     "vocab_size": 128256,
 }
-OLMO_2_7B = _COMMON | {
+OLMO_2_7B = COMMON | {
     "architectures": ["Olmo2ForCausalLM"],
     "attention_bias": False,
     "hidden_size": 4096,
@@ -328,7 +143,7 @@ OLMO_3_32B = OLMO_2_7B | {
     "sliding_window": 4096,
     "vocab_size": 100278,
 }
-GEMMA_3_1B = {key: value for key, value in _COMMON.items() if key not in ("hidden_act", "tie_word_embeddings")} | {
+GEMMA_3_1B = {key: value for key, value in COMMON.items() if key not in ("hidden_act", "tie_word_embeddings")} | {
     "architectures": ["Gemma3ForCausalLM"],
     "attention_bias": False,
     "attn_logit_softcapping": None,
@@ -351,7 +166,7 @@ GEMMA_3_1B = {key: value for key, value in _COMMON.items() if key not in ("hidde
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
-OPENPANGU_EMBEDDED_7B = {key: value for key, value in _COMMON.items() if key != "rope_scaling"} | {
+OPENPANGU_EMBEDDED_7B = {key: value for key, value in COMMON.items() if key != "rope_scaling"} | {
     "architectures": ["PanguEmbeddedForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"},
     "bias": True,
@@ -378,13 +193,4 @@ NEWER_DENSE = {
     "olmo-3-32b": OLMO_3_32B,
     "gemma-3-1b": GEMMA_3_1B,
     "openpangu-embedded-7b": OPENPANGU_EMBEDDED_7B,
-}
-NEWER_MOE = {
-    "glm-4.5": GLM_4_5,
-    "glm-4.5-air": GLM_4_5_AIR,
-    "glm-4.7-flash": GLM_4_7_FLASH,
-    "minimax-m2": MINIMAX_M2,
-    "deepseek-v3.2": DEEPSEEK_V32,
-    "kimi-k2-thinking": KIMI_K2_THINKING,
-    "mixtral-8x7b": MIXTRAL_8X7B,
 }

@@ -1,5 +1,8 @@
 """Checkpoints: whole or absent, complete, and loadable into a pruned model."""
 
+import errno
+import queue
+
 import megatron.core.dist_checkpointing.strategies.torch as torch_strategy
 import pytest
 import torch
@@ -104,6 +107,21 @@ def test_saves_use_the_writer_of_the_core(make_trainer, tmp_path, monkeypatch):
     )
     checkpoint.save(tmp_path, 3, make_trainer(), {"iteration": 3})
     assert set(asked) == {"mcore"}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_errors_of_writing_threads_are_recorded(asked):
+    error, failures, results = OSError(errno.ENOSPC, "No space left on device"), [], queue.Queue()
+
+    def write(transforms, number, results_queue, full):
+        assert results_queue is None and transforms == []
+        return number, (error if full else ["written"])
+
+    recorded = checkpoint.recording(write, failures)
+    where = {"results_queue": results} if asked else {}
+    assert recorded([], number=3, full=False, **where) == (3, ["written"]) and failures == []
+    assert recorded([], number=4, full=True, **where) == (4, []) and failures == [error]
+    assert [results.get_nowait() for _ in range(results.qsize())] == ([(3, ["written"]), (4, [])] if asked else [])
 
 
 def test_the_state_of_a_newer_core_is_not_called_damaged(tmp_path, monkeypatch):

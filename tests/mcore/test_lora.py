@@ -26,8 +26,16 @@ from tests.helpers import tiny
 pytestmark = pytest.mark.usefixtures("one_process")
 
 BATCH = tiny.make_batch(tiny.random_tokens())
-# Biases on query, key and value; MLA, dense layers, routed and shared experts; dense layers between those with experts.
-KEPT = {"qwen2": [0, 2, 6], "deepseek_v3": [0, 2, 3, 4], "qwen3_moe": [0, 1, 3]}
+# Biases on query, key and value; fused projections; MLA, dense layers, routed and shared experts; dense layers between
+# those with experts; names that differ in transformers, of modules and of the whole language model.
+KEPT = {
+    "qwen2": [0, 2, 6],
+    "phi3": [0, 2],
+    "deepseek_v3": [0, 2, 3, 4],
+    "qwen3_moe": [0, 1, 3],
+    "minimax_m2": [0, 1, 3],
+    "kimi_k25": [0, 2, 3],
+}
 
 
 @pytest.fixture(params=KEPT)

@@ -16,9 +16,9 @@ _SIZES = dict(
     num_hidden_layers=6,
     rms_norm_eps=1e-6,
 )
-_MOE, _GLM = (
+_MOE, _GLM, _DSA = (
     {key: value for key, value in tiny.MOE_FAMILIES[family][1].items() if key not in _SIZES}
-    for family in ("glm4_moe_lite", "glm4_moe")
+    for family in ("glm4_moe_lite", "glm4_moe", "glm_moe_dsa")
 )
 
 
@@ -95,6 +95,16 @@ CASES = {
         [0, 2, 5],
         dict(mlp_layer_types=["dense", "dense", "sparse"]),
     ),
+    "indexer_types": (
+        config(
+            "glm_moe_dsa",
+            **_DSA,
+            indexer_types=["full"] * 6,
+            layer_types=["indexed_attention"] * 6,
+        ),
+        [1, 2, 3],
+        dict(indexer_types=["full"] * 3, layer_types=["indexed_attention"] * 3, first_k_dense_replace=1),
+    ),
     "attn_type_list": (
         config("minimax_m2", attn_type_list=[1] * 6, num_local_experts=8),
         [0, 2],
@@ -140,6 +150,9 @@ def test_settings_follow_their_layers(name):
         (config("PanguEmbedded"), "lacks the key 'bias'"),
         (config("phi3", partial_rotary_factor=0.35), "an even number"),
         (config("phi3", rope_scaling={"type": "longrope"}), "'longrope' is not supported"),
+        (config("glm_moe_dsa", **_DSA, indexer_types=["full", "shared"] * 3), "names 'shared', which is not supported"),
+        (config("glm_moe_dsa", **_DSA, index_topk_freq=2), "share the choice of an earlier indexer"),
+        (config("glm_moe_dsa", **_DSA, index_topk_pattern="FFSFFS"), "share the choice of an earlier indexer"),
         (config("olmo3", rope_theta=1e4), "is ambiguous"),
         (config("kimi_k25"), "'text_config' in config.json is None"),
         (config("kimi_k25", text_config=config("llama")), "model_type 'llama' in text_config is not supported"),

@@ -8,6 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaprune.models import FAMILIES, RopeScaling, family_of
 from megaprune.models.shapes import hf_shapes
+from tests.helpers.hf_tensors import expected_tensors
+from tests.helpers.newer_configs import NEWER_DENSE
+from tests.helpers.newer_moe_configs import NEWER_MOE
 from tests.helpers.real_configs import DENSE, LLAMA_3_1_8B, LLAMA_3_8B, MOE, QWEN2_5_0_5B
 
 # What the makers, or sums over the released files, say; without multi-token prediction.
@@ -20,7 +23,25 @@ PARAMETERS = {
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
     "deepseek-r1": 671_026_419_200,
+    "mistral-7b": 7_241_732_096,
+    "mistral-small-24b": 23_572_403_200,
+    "ministral-8b": 8_019_808_256,
+    "ministral-3-14b": 13_506_073_600,
+    "phi-4": 14_659_507_200,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-3-32b": 32_233_522_176,
+    "gemma-3-1b": 999_885_952,
+    "openpangu-embedded-7b": 8_030_887_936,
+    "glm-4.5": 352_797_829_024,
+    "glm-4.5-air": 106_852_251_264,
+    "glm-4.7-flash": 29_943_393_920,
+    "minimax-m2": 228_689_764_864,
+    "deepseek-v3.2": 671_877_944_064,
+    "kimi-k2-thinking": 1_026_408_232_448,
+    "mixtral-8x7b": 46_702_792_704,
 }
+NEWER = NEWER_DENSE | NEWER_MOE
 # num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, kv_channels, layernorm_epsilon
 SIZES = {
     "llama-2-7b": (32, 4096, 11008, 32, 32, 128, 1e-5),
@@ -58,10 +79,23 @@ def test_dense_architectures(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name):
-    config = (DENSE | MOE)[name]
+    config = (DENSE | MOE | NEWER)[name]
     names = exported_names(config)
     assert len(names) == len(set(names))
     assert sum(map(math.prod, hf_shapes(names, architecture(config)).values())) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_each_tensor_is_covered_once_before_and_after_pruning(name):
+    config = NEWER[name]
+    family, num_layers = family_of(config), config["num_hidden_layers"]
+    for kept in (range(num_layers), [*range(2, num_layers // 2), num_layers - 1]):
+        pruned = family.prune_config(config, kept)
+        names = exported_names(pruned)
+        assert len(names) == len(set(names))
+        assert hf_shapes(names, architecture(pruned)) == expected_tensors(pruned, mtp=False)
+        if kept != range(num_layers):
+            assert architecture(pruned) == architecture(config).pruned(kept)
 
 
 def test_parameters_of_openpangu():
@@ -70,13 +104,13 @@ def test_parameters_of_openpangu():
     assert round(total / 1e9, 1) == 719.1  # no exact figure is public
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*DENSE, *(name for name in NEWER_DENSE if "pangu" not in name)])
 def test_names_and_shapes_are_those_of_transformers(name):
-    config = dict(DENSE[name])
+    config = dict((DENSE | NEWER_DENSE)[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config["tie_word_embeddings"]:
+    if architecture(config).tied:
         stored.pop("lm_head.weight")
     assert hf_shapes(exported_names(config), architecture(config)) == stored
 

@@ -1,6 +1,7 @@
 """Ranks that see different files, and long work of rank 0."""
 
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,8 +12,9 @@ from torch.distributed import distributed_c10d
 
 import megaprune
 from megaprune.mcore import checkpoint
-from megaprune.utils import rank0
-from megaprune.utils.errors import MegapruneError
+from megaprune.utils import rank0, stopping
+from megaprune.utils.errors import MegapruneError, RunStopped
+from megaprune.utils.stopping import StopRequest
 
 
 def long_work() -> None:
@@ -28,6 +30,27 @@ def long_work() -> None:
             continue
         raise AssertionError("not raised")
     assert rank0.on_rank0_for_all(lambda: "after an error") == "after an error"
+
+
+def signaled_elsewhere() -> None:
+    """Stop the work of rank 0 by a signal to rank 1, which waits for it."""
+
+    def endless() -> None:
+        while True:
+            stopping.stop_alone("work", "within endless work")
+            time.sleep(0.05)
+
+    with stopping.obeying(StopRequest()):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            rank0.on_rank0(endless)
+        except RunStopped as stop:
+            assert "within endless work" in str(stop) and not stop.progressed
+        else:
+            raise AssertionError("not stopped")
+    with stopping.obeying(StopRequest(signals=False)):
+        assert rank0.on_rank0_for_all(lambda: stopping.stop_alone("work", "at once") or 3) == 3
 
 
 def once_a_node(out: str, nodes: list[str]) -> None:

@@ -10,6 +10,7 @@ from tests.parallel import loss_cases
 from tests.parallel.layouts import (
     ENDPOINT_LAYOUTS,
     FREED_LAYOUTS,
+    FULL_TRAINING,
     HEALED_LAYOUTS,
     HIDDEN_LAYOUTS,
     INTERRUPTED_RUNS,
@@ -145,6 +146,9 @@ def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
         cases[f"load-{name}"] = dict(
             kind="load_by_the_core", hf_model=source, megatron_path=_imported(source, folder), sizes=sizes
         )
+    for name, (family, sizes) in FULL_TRAINING.items():
+        out = folder / f"full_training-{name}"
+        cases[out.name] = dict(kind="loss_cases.full_training", hf_model=tiny_model(family), sizes=sizes, out=out)
     stops = [(loss_cases.argv(mtp_model, tiny_data, folder / "losses", *flags), end) for flags, end in loss_cases.STOPS]
     cases["losses"] = dict(kind="interrupted_prune", stops=stops)
     for layout, goes in INTERRUPTED_RUNS.items():

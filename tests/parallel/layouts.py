@@ -52,6 +52,12 @@ HIDDEN_LAYOUTS = {
     "tp2_sp_pp2": (4, TP2 | SP | PP2, [2, 5], [2, 2], None),
     "pp2_dp2": (4, PP2, [6, 1], [2, 2], None),
 }
+# Families whose layers are built of other modules, with full recomputation.
+FULL_TRAINING = {
+    f"{family}-{layout}": (family, sizes)
+    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe")
+    for layout, sizes in (("tp2_sp", TP2 | SP), ("pp2", PP2))
+}
 MTP_LAYOUTS = {
     "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
     "ep2": (2, _EP2, [5], [3], None),

@@ -26,6 +26,8 @@ LAYOUTS = {
     "etp2": ("deepseek_v3", 2, _ETP2),
     "pp2_recompute": ("deepseek_v3", 2, (*_PP2, "--recompute-granularity", "full")),
     "tp2_sp_pp2_ep2_adapter": ("deepseek_v3", 4, (*_TP2_SP, *_PP2, *_EP2, "--export-adapter")),
+    "glm4_moe_pp2_ep2": ("glm4_moe", 4, (*_PP2, *_EP2)),
+    "minimax_m2_pp2_ep2": ("minimax_m2", 4, (*_PP2, *_EP2)),
     "tp2_sp_dp2_etp2": ("deepseek_v3", 4, (*_TP2_SP, *_ETP2, _DISTRIBUTED)),
 }
 

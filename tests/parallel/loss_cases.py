@@ -15,6 +15,7 @@ from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import export_weights, import_weights
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
+from megaprune.mcore.pipeline_layout import balanced_stages
 from megaprune.pruning.step import train_step
 from megaprune.weights.source import HFSource
 from tests.helpers import tiny
@@ -73,6 +74,17 @@ def multi_token(hf_model: str, sizes: dict[str, Any], stages: list[list[int]], r
         folder.mkdir()
     parallel.barrier()
     export_weights(trainer.model, source, kept, folder, max_shard_bytes=100_000)
+    parallel.finish()
+
+
+def full_training(hf_model: str, sizes: dict[str, Any], out: str) -> None:
+    """Run two steps of language modeling that train every weight. Write to ``out`` the losses and gradient norms."""
+    source, engine = HFSource(hf_model), _engine(sizes, "full")
+    arch = source.family.architecture(source.config)
+    parallel.initialize(engine.sizes)
+    model = build_model(arch, balanced_stages([1] * arch.num_layers, engine.sizes.pipeline), engine)
+    import_weights(model, source)
+    _two_steps(_trainer(model, engine), make_objective("ce", "rest", vocab_shard(arch), None), out)
     parallel.finish()
 
 

@@ -38,6 +38,7 @@ def test_rank_0_decides_for_all(tiny_model, tiny_data, tmp_path):
         dict(kind="agreement_cases.finished_elsewhere", views=views, flags=cut),
         dict(kind="agreement_cases.stale_checkpoints", flags=trained, save=tmp_path / "run"),
         dict(kind="agreement_cases.long_work"),
+        dict(kind="agreement_cases.signaled_elsewhere"),
     ]
     launch(2, cases, tmp_path)
     assert {name: len(list((tmp_path / name).iterdir())) for name in nodes} == {"one": 1, "two": 2}

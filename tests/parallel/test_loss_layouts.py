@@ -6,7 +6,7 @@ import torch
 from megaprune.report.metrics import read_metrics
 from tests.helpers import tiny
 from tests.parallel import loss_cases
-from tests.parallel.layouts import HIDDEN_LAYOUTS, MTP_LAYOUTS
+from tests.parallel.layouts import FULL_TRAINING, HIDDEN_LAYOUTS, MTP_LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,29 @@ def assert_same_steps(found, wanted, parts):
         assert wanted_means.keys() == parts and min(wanted_means.values()) > 0.01
         assert means == {name: pytest.approx(mean, rel=1e-4) for name, mean in wanted_means.items()}
         assert loss == pytest.approx(wanted_loss, rel=1e-4) and norm == pytest.approx(wanted_norm, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tiny_model, tmp_path_factory):
+    """Return a function that gives the steps of a family on one process."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            out = tmp_path_factory.mktemp("trained") / "step"
+            loss_cases.full_training(tiny_model(family), {}, out)
+            made[family] = torch.load(f"{out}.0")
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("name", FULL_TRAINING)
+def test_every_weight_has_the_same_gradient(results, trained_alone, name):
+    out = results(2).path(f"full_training-{name}")
+    wanted = trained_alone(FULL_TRAINING[name][0])
+    for (loss, norm, _), (wanted_loss, wanted_norm, _) in zip(torch.load(f"{out}.0"), wanted, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=1e-5) and norm == pytest.approx(wanted_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", HIDDEN_LAYOUTS)

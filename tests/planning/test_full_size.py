@@ -18,6 +18,8 @@ from megaprune.models.names import source_name
 from megaprune.models.shards import COPY, VOCAB, TensorParallel, padded_vocab_size
 from megaprune.models.sizes import model_size
 from tests.helpers.hf_tensors import expected_tensors
+from tests.helpers.newer_configs import OLMO_3_32B, PHI_4
+from tests.helpers.newer_moe_configs import GLM_4_5, MINIMAX_M2
 from tests.helpers.paper_source import PaperSource
 from tests.helpers.real_configs import DEEPSEEK_R1, LLAMA_2_7B, OPENPANGU_ULTRA, QWEN2_5_14B, QWEN3_30B_A3B, QWEN3_32B
 
@@ -69,6 +71,16 @@ CASES = {
     ),
     "pangu-pruned-vllm-spelling": Case(
         OPENPANGU_VLLM_SPELLING, 64, (27, 26), PANGU_KEPT, dict(tensor=4, expert=32, sequence_parallel=True)
+    ),
+    "glm-4.5-pruned": Case(
+        GLM_4_5, 64, (20, 24, 24, 12), without(92, 1, *range(40, 51)), dict(tensor=8, expert=16, sequence_parallel=True)
+    ),
+    "minimax-m2-pruned": Case(
+        MINIMAX_M2, 64, (27, 27), without(62, *range(30, 38)), dict(tensor=4, expert=32, sequence_parallel=True)
+    ),
+    "phi-4-pruned": Case(PHI_4, 4, (16, 16), without(40, *range(20, 28)), dict(tensor=2)),
+    "olmo-3-32b-pruned": Case(
+        OLMO_3_32B, 16, (25, 23), without(64, *range(24, 40)), dict(tensor=8, sequence_parallel=True)
     ),
     "qwen3-30b-a3b": Case(
         QWEN3_30B_A3B, 8, (26, 22), without(48, *range(1, 1)), dict(tensor=2, expert=4, sequence_parallel=True)

@@ -10,15 +10,23 @@ from torch.profiler import ProfilerActivity, profile
 from megaprune.data.batches import Batch
 from megaprune.distillation.losses import cross_entropy
 from megaprune.distillation.teachers import vocab_shard
+from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore import parallel, schedule
 from megaprune.mcore.builder import EngineOptions, build_model
+from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.lora import TARGETS, LoRAOptions, add_adapters
 from megaprune.mcore.optimizer import OptimizerOptions, Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.simulation import SimulatedCluster, simulated_rank
 from megaprune.models import family_of
 from megaprune.planning.activations import Activations, Passes
-from megaprune.planning.memory import TrainingState, micro_batches_in_flight, training_memory
+from megaprune.planning.memory import (
+    TrainingState,
+    importance_memory,
+    micro_batches_in_flight,
+    training_memory,
+)
+from megaprune.selection.budget import Budget
 from tests.helpers.real_configs import DEEPSEEK_R1, OPENPANGU_ULTRA, QWEN2_5_0_5B, QWEN3_30B_A3B, QWEN3_32B
 
 SEQ_LENGTH, WINDOWS, LORA_RANK = 128, 2, 8
@@ -235,3 +243,27 @@ def test_total_adds_up(compared):
     memory, found = compared
     assert memory.teacher == 0
     assert memory.total == pytest.approx(sum(found.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("model", ["dense", "mla-moe"])
+def test_importance_passes_are_near_the_measured_ones(model):
+    """Of a vocabulary whose logits are the largest tensors, as in real models."""
+    parallel.leave()
+    config = MODELS[model] | {"vocab_size": 8000}
+    arch, sizes = family_of(config).architecture(config), ParallelSizes()
+    engine = EngineOptions(sizes, seq_length=SEQ_LENGTH)
+    (share,) = SimulatedCluster(engine, 1).shares(arch, [arch.num_layers])
+    activations = Activations(arch, Passes(WINDOWS, SEQ_LENGTH, fused_norm=False))
+    kinds = [arch.is_moe(layer) for layer in range(arch.num_layers)]
+    planned = importance_memory(share, activations, kinds, True, None, 1, 1)
+    with simulated_rank(0, 1, sizes):
+        gate = LayerGate()
+        built = build_model(arch, [arch.num_layers], engine, gate)
+        initialize(built)
+        tokens = torch.randint(arch.vocab_size, (WINDOWS, SEQ_LENGTH), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(SEQ_LENGTH).expand(WINDOWS, SEQ_LENGTH)
+        batch = Batch(tokens, tokens, torch.ones(tokens.shape), positions, list(range(WINDOWS)))
+        budget = Budget.of_layers(arch.num_layers, arch.num_layers - 1)
+        evaluator = LayerEvaluator(built, gate, lambda *_: [batch], WINDOWS, budget, vocab_shard(arch))
+        peak = peak_of(lambda: evaluator.losses([[0, 2, 3], [0, 1, 3]]))
+    assert planned.activations + planned.working == pytest.approx(peak, rel=0.15)

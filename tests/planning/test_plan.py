@@ -167,6 +167,83 @@ def test_one_shot_methods_train_the_pruned_model_alone(plan):
     assert stages_of(record, "recovery")[0]["memory"]["optimizer"] > 0
 
 
+def moment(record, name):
+    return next((found["stages"] for found in record["moments"] if found["name"] == name), None)
+
+
+def test_margin_is_part_of_the_total(plan):
+    text, record = plan("llama", "--world-size", "8", "--tensor-model-parallel-size", "2", "--prune-ratio", "0.25")
+    memory = stages_of(record, "recovery")[0]["memory"]
+    tensors = memory["total"] - memory["margin"]
+    # the cluster, TP and DP
+    assert memory["margin"] == round(0.75 * GIB) + 3 * GIB // 4 + round(0.04 * tensors)
+    assert "0.25 GiB for each of 3 communicators" in text
+
+
+def test_pruned_student_is_built_without_the_searched_one(plan):
+    text, record = plan("llama", "--world-size", "2", "--prune-ratio", "0.25", "--bf16")
+    (recovery,), (transition,), (saving,) = (
+        stages_of(record, "recovery"),
+        moment(record, "transition"),
+        moment(record, "saving"),
+    )
+    for part in ("weights", "gradients", "optimizer", "teacher"):
+        assert transition[part] == saving[part] == recovery["memory"][part] > 0
+    assert transition["activations"] == 0 and "pruned student is built" in text
+    # a student that keeps its pruned layers is not built again
+    lora = ("--lora-rank", "8", "--teacher", "self")
+    _, record = plan("llama", "--world-size", "2", "--prune-ratio", "0.25", *lora)
+    assert moment(record, "transition") is None and moment(record, "saving") is not None
+
+
+def test_importance_passes(plan):
+    flags = ("llama", "--world-size", "1", "--num-layers-to-prune", "4", "--seq-length", "512", "--method")
+    found = {}
+    for method in (("e3",), ("clp",), ("shortened",), ("shortened", "--criterion", "taylor"), ("random",)):
+        _, record = plan(*flags, *method)
+        found[method] = moment(record, "importance")
+    assert found[("random",)] is None
+    forward, taylor = found[("shortened",)][0], found[("shortened", "--criterion", "taylor")][0]
+    assert forward == found[("e3",)][0]
+    assert forward["gradients"] == 0 and forward["working"] >= 5 * 512 * 32000 * 4
+    assert taylor["gradients"] == 4 * 6_738_415_616
+    # the original's logits of 4 windows
+    clp = found[("clp",)][0]
+    assert clp["gradients"] == 0 and clp["activations"] - taylor["activations"] == 4 * 512 * 32000 * 4
+
+
+def test_moments_that_do_not_fit_are_named(plan):
+    flags = ("--world-size", "1", "--num-layers-to-prune", "16", "--method", "shortened", "--criterion", "taylor")
+    text, record = plan("llama", *flags, "--lora-rank", "8", "--device-memory-gib", "100")
+    assert record["fits"] is False and "DOES NOT FIT" not in text
+    assert "does not fit in 100 GiB: importance, which needs" in text
+
+
+def test_mtp_layers_are_counted_if_they_train(plan, refusal):
+    flags = (*R1_ON_64, "--num-layers-to-prune", "8")
+    factor = ("--mtp-loss-scaling-factor", "0.3")
+    without, with_mtp = (stages_of(plan("r1", *flags, *extra)[1], "recovery") for extra in ((), factor))
+    assert [stage["parameters"] for stage in with_mtp[:-1]] == [stage["parameters"] for stage in without[:-1]]
+    # a layer of 32 experts, and the copy of the embedding that the last stage needs
+    assert with_mtp[-1]["parameters"] - without[-1]["parameters"] > 32 * 3 * 7168 * 2048 + 7168 * 129280 // 8
+    assert with_mtp[-1]["memory"]["activations"] > without[-1]["memory"]["activations"]
+    assert with_mtp[-1]["memory"]["teacher"] == without[-1]["memory"]["teacher"]
+    assert "no multi-token-prediction layers" in refusal("llama", "--world-size", "1", "--prune-ratio", "0.5", *factor)
+
+
+def test_disk_of_checkpoints(plan):
+    flags = ("llama", "--world-size", "8", "--tensor-model-parallel-size", "2", "--num-layers-to-prune", "8", "--bf16")
+    _, record = plan(*flags, "--use-distributed-optimizer")
+    trained = record["phases"][1]["parameters"]
+    assert record["disk"] == {"checkpoint": pytest.approx(14 * trained, rel=1e-3), "at_once": 2}
+    healed = ("--method", "auto", "--train-iters", "100", "--heal-candidates", "3", "--average-weights", "0.5")
+    text, record = plan(*flags, *healed)
+    assert record["disk"] == {"checkpoint": pytest.approx(18 * trained, rel=1e-3), "at_once": 4}
+    assert "up to 4 at once" in text
+    memory = stages_of(record, "recovery")[0]["memory"]
+    assert memory["optimizer"] == 4 * memory["gradients"]  # 12 bytes of optimizer state, 4 of the average
+
+
 def test_of_several_rounds_the_first_is_planned(plan):
     flags = ("--world-size", "2", "--method", "random", "--num-layers-to-prune")
     _, first = plan("llama", *flags, "8", "--rounds", "2")

@@ -1,6 +1,7 @@
 """Tiny models of every family, of sizes that vLLM's CPU backend takes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def make_model(folder: Path, family: str) -> Path:
     if base == "deepseek_v3":  # as the makers' own config.json has them; transformers writes neither
         edit_config(folder, model_type=family, topk_method="noaux_tc", scoring_func="sigmoid")
     return folder
+
+
+def as_transformers_reads_it(folder: Path) -> Path:
+    """Return the folder, or for Kimi-K2, which transformers has no class for, a copy as the DeepSeek-V3 that it is."""
+    if json.loads((folder / "config.json").read_text())["model_type"] != KIMI:
+        return folder
+    copy = folder.with_name(f"{folder.name}-as-deepseek")
+    shutil.copytree(folder, copy)
+    edit_config(copy, model_type="deepseek_v3")
+    return copy
 
 
 def edit_config(folder: Path, **changed: Any) -> None:

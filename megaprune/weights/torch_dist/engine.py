@@ -101,7 +101,7 @@ def convert(
         MegapruneError: the input can't be read or the output can't be written; raised on every process.
         UsageError: the output exists, or there is unfinished work and `resume` is not given.
     """
-    with _processes(), locked(lock_beside(final), f"{flag} {final}"):
+    with processes(), locked(lock_beside(final), f"{flag} {final}"):
         work = _Work(aside_of(final))
         _together(lambda: _prepare(work, final, flag, plan, options.resume) if is_first() else None)
         if rank0.on_rank0_for_all(final.exists):  # an earlier process was interrupted after the last step
@@ -210,8 +210,8 @@ def _finish(work: _Work, final: Path, parts: Sequence[Part[T]], finish: Callable
 
 
 @contextmanager
-def _processes() -> Any:
-    """Join the processes of a launcher, if there is one."""
+def processes() -> Any:
+    """A block in which the processes of a launcher are joined, if there is one. Collective."""
     if world_size() == 1:
         yield
         return
@@ -235,7 +235,7 @@ def on_rank0(work: Callable[[], None]) -> None:
     Raises:
         MegapruneError: the function failed on rank 0; raised on every process.
     """
-    with _processes():
+    with processes():
         _together(lambda: work() if is_first() else None)
 
 
