@@ -38,7 +38,7 @@ from megaprune.utils.files import aside_of, put_in_place
 # The names of the function that returns the queue of a writer's results, in 0.16.1 and in newer cores.
 for _name in ("_get_write_results_queue", "get_write_results_queue"):
     if hasattr(filesystem_async, _name):
-        setattr(filesystem_async, _name, lambda *_: WriteResults())
+        setattr(filesystem_async, _name, lambda *_, **__: WriteResults())
 # An exception in a section that only rank 0 runs would leave the other ranks waiting in the next collective. Disk
 # errors are therefore recorded here and raised after the last collective.
 _failures: list[Exception] = []
