@@ -172,8 +172,7 @@ def training(case: dict[str, Any], parts: Parts) -> None:
     job = Job(case, parts)
     original = parts.run("import", lambda: job.build(gate=job.gate))
     half = in_half_precision(original, job.engine)
-    if case.get("importance", True):
-        _importance(job, half)
+    _importance(job, half)
     student = original
     if job.lora:
         attach_adapters(original, LoRAOptions(8, 16.0), 1)
@@ -245,45 +244,6 @@ def _recovery(job: Job, trainer: Trainer, teacher: Any, kept: list[int]) -> None
     job.parts.run("average", trainer.average.use)
 
 
-def evaluation(case: dict[str, Any], parts: Parts) -> None:
-    """An evaluation of a model against a teacher."""
-    from megaprune.evaluation.perplexity import evaluate_model
-
-    model = case["hf_model"]
-    given = dict(teacher=model, seq_length=_SEQ_LENGTH, micro_batch_size=2, limit=4)
-    parts.run("evaluation", lambda: evaluate_model(model, [case["data"]], **given))
-
-
-def teacher_caching(case: dict[str, Any], parts: Parts) -> None:
-    """A shard of a teacher's cache."""
-    from tqdm import tqdm
-
-    from megaprune.config.schema import Config
-    from megaprune.data.tokenizer import tokenizer_in
-    from megaprune.distillation.cache_format import CachePlan
-    from megaprune.distillation.cache_key import cache_key
-    from megaprune.pruning.cache_teacher import Caching
-    from megaprune.pruning.data import stored_data
-    from megaprune.pruning.resolve import resolve_caching
-
-    source, out = HFSource(case["hf_model"]), Path(case["out"])
-    given = dict(hf_model=case["hf_model"], train_data=[case["data"]], seq_length=_SEQ_LENGTH, bf16=True)
-    config = Config.from_mapping(given | {name: value for name, value in case["flags"].items()})
-    options = resolve_caching(config, source.config, case["world_size"], out / "cache")
-    tokenizer = tokenizer_in(case["hf_model"], False)
-    options.work.path.mkdir(parents=True)
-    dataset = stored_data(options.data, options.data.train, tokenizer, out / "data", options.model.arch.vocab_size)
-    plan = CachePlan(cache_key(source, tokenizer, dataset), options.distillation.top_k, "bf16")
-    model = build_model(options.model.arch, options.pipeline.original, options.engine)
-    import_weights(model, source)
-    teacher = in_half_precision(model, options.engine).requires_grad_(False)
-    caching = Caching(options, plan, dataset, teacher)
-    parts.run("caching", lambda: caching.write_round([0], tqdm(disable=True)))
-
-
-_KINDS = {"training": training, "evaluation": evaluation, "teacher_caching": teacher_caching}
-
-
 def main(folder: Path) -> None:
     """Run the cases of a folder."""
     found = {}
@@ -292,7 +252,7 @@ def main(folder: Path) -> None:
         try:
             sizes = ParallelSizes(**case.get("sizes", {}))
             with MACHINE, rank_of(case.get("rank", 0), case.get("world_size", 1), sizes):
-                _KINDS[case["kind"]](case, parts)
+                training(case, parts)
         except Exception:
             parts.found["case"] = {"error": traceback.format_exc(), "syncs": {}, "collectives": 0, "on_cpu": {}}
         found[name] = parts.found

@@ -4,7 +4,6 @@ a fixed number of points at which the host waits for the device.
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from tests.helpers import tiny
 from tests.simulated_cuda.library import build, compiler
 
-_STAND_IN = Path(__file__).parents[1] / "helpers" / "stand_in"
 _REASONS = {
     "no C++ compiler: install g++ or clang++, or set CXX": compiler() is None,
     "torch is built with CUDA, whose place the simulation takes": torch.backends.cuda.is_built(),
@@ -30,12 +28,8 @@ EP2_PP2 = dict(expert=2, pipeline=2)
 TRAINING = {
     "llama first rank of TP2 PP2 DP2": ("llama3", 0, 8, TP2_PP2, {}),
     "llama last rank of TP2 PP2 DP2": ("llama3", 7, 8, TP2_PP2, {}),
-    "llama last rank with 4 micro-batches": ("llama3", 7, 8, TP2_PP2, dict(micro_batches=4, importance=False)),
     "deepseek LoRA last rank of EP2 PP2": ("deepseek_v3", 3, 4, EP2_PP2, dict(lora=True)),
-    "openpangu of ETP2": ("pangu_ultra_moe", 1, 2, dict(tensor=2, sequence_parallel=True, expert_tensor=2), {}),
-    "mtp last rank of TP2 EP2 PP2": ("mtp", 7, 8, TP2_PP2 | dict(expert=2), dict(num_mtp=1, recompute="full")),
 }
-WITH_TE = {"qwen3 with Transformer Engine": ("qwen3", 3, 4, dict(tensor=2, sequence_parallel=True), dict(te=True))}
 # Waits in the core's pipeline communication, of a dense model at PP 2, and for the norm of the gradients.
 BY_THE_CORE = {
     **{"validation": 2, "masks": 6, "masks by cross-entropy": 4, "block influence": 2, "gradient of a mask": 5},
@@ -45,16 +39,15 @@ BY_THE_CORE = {
 
 def _cases(layouts, get, folder):
     return {
-        name: dict(kind="training", hf_model=str(get(model)), rank=rank, world_size=size, sizes=sizes, **extra)
+        name: dict(hf_model=str(get(model)), rank=rank, world_size=size, sizes=sizes, **extra)
         | dict(out=str(folder / name.replace(" ", "-")))
         for name, (model, rank, size, sizes, extra) in layouts.items()
     }
 
 
-def _run(cases, folder, library, *paths):
+def _run(cases, folder, library):
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = tiny.environment() | {"LD_PRELOAD": str(library)}
-    environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), environment["PYTHONPATH"]])
     program = Path(__file__).with_name("steps.py")
     done = subprocess.run([sys.executable, program, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -62,42 +55,27 @@ def _run(cases, folder, library, *paths):
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model, tiny_data, tmp_path_factory):
+def found(tiny_model, tmp_path_factory):
     """What the machine has seen, by case and part."""
-    from tests.helpers import mtp
-
-    made = {"mtp": lambda: mtp.make_model(tmp_path_factory.mktemp("mtp"))}
 
     def get(model):
-        return made[model]() if model in made else tiny_model(model, torch.bfloat16)
+        return tiny_model(model, torch.bfloat16)
 
     folder = tmp_path_factory.mktemp("simulated")
     library, cases = build(folder), _cases(TRAINING, get, folder)
-    data = str(tiny_data / "train.jsonl")
-    cases["evaluation"] = dict(kind="evaluation", hf_model=str(get("llama3")), data=data)
-    for name, sizes in {"caching": {}, "caching at TP2": dict(tensor=2, sequence_parallel=True)}.items():
-        flags = {"tensor_model_parallel_size": 2, "sequence_parallel": True} if sizes else {}
-        given = dict(hf_model=str(get("qwen3")), data=data, flags=flags, sizes=sizes, out=str(folder / name))
-        cases[name] = dict(kind="teacher_caching", world_size=2 if sizes else 1, **given)
-    result = _run(cases, folder, library)
-    with_te = tmp_path_factory.mktemp("simulated-te")
-    return result | _run(_cases(WITH_TE, get, with_te), with_te, library, _STAND_IN)
+    return _run(cases, folder, library)
 
 
-ALL = (*TRAINING, *WITH_TE, "evaluation", "caching", "caching at TP2")
-
-
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", TRAINING)
 def test_all_parts_run_on_the_device(found, case):
     errors = [f"{part}:\n{result['error']}" for part, result in found[case].items() if result["error"]]
     assert not errors, "\n".join(errors)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", TRAINING)
 def test_collectives_take_tensors_of_the_device(found, case):
     assert {part: result["on_cpu"] for part, result in found[case].items() if result["on_cpu"]} == {}
-    if case not in ("evaluation", "caching"):
-        assert sum(result["collectives"] for result in found[case].values()) > 5
+    assert sum(result["collectives"] for result in found[case].values()) > 5
 
 
 def _waits(result):
@@ -108,7 +86,7 @@ def _waits(result):
 
 def _own_waits(case):
     """Return how often the project's own code waits in each part, whatever the number of layers."""
-    _, rank, size, sizes, extra = (TRAINING | WITH_TE)[case]
+    _, rank, size, sizes, extra = (TRAINING)[case]
     stages = sizes.get("pipeline", 1)
     # the teacher's top k, of each micro-batch, where logits are
     ranking = extra.get("micro_batches", 2) if rank >= size - size // stages else 0
@@ -122,7 +100,7 @@ def _own_waits(case):
     return fixed | {part: count + ranking for part, count in steps.items()}
 
 
-@pytest.mark.parametrize("case", [*TRAINING, *WITH_TE])
+@pytest.mark.parametrize("case", TRAINING)
 def test_waits_of_the_project_s_own_code_are_counted(found, case):
     expected = _own_waits(case)
     waits = {part: _waits(result)[0] for part, result in found[case].items() if part in expected}

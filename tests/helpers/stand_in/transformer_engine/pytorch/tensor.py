@@ -1,2 +1,0 @@
-class QuantizedTensor:
-    """Class of FP8 tensors; there are none."""
