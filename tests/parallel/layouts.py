@@ -107,6 +107,9 @@ ROUNDS_LAYOUTS = {"rounds_pp2": _PP2, "rounds_tp2_sp": (*_TP2, _SP, _DISTRIBUTED
 LOAD_LAYOUTS = {
     "dense_tp2": ("qwen3_tied", TP2),
     "dense_pp2": ("qwen2", PP2),
+    "norms_over_heads_tp2": ("olmo3", TP2),
+    "biases_tp2": ("llama_biased", TP2),
+    "fused_tp2": ("phi3", TP2),
     "moe_tp2_sp_ep2": ("deepseek_v3", TP2 | SP | _EP2),
     "moe_etp2": ("qwen3_moe", TP2 | {"expert_tensor": 2}),
     "moe_pp2": ("pangu_ultra_moe", PP2),
