@@ -14,6 +14,7 @@ from megaprune.utils.errors import UsageError
 _TASKS = "## Tasks\n"
 _COMMAND = re.compile(r"(?<=```bash\n).*?(?=\n```)", re.DOTALL)
 _PLACE = '"path/to/this/model"'
+_TITLE = re.compile(r"^# (.+), pruned to ", re.MULTILINE)
 _RESULTS = "model-index"
 
 
@@ -43,7 +44,7 @@ def completed_card(card: str, repo_id: str, fields: Mapping[str, str], evaluatio
         text = _with_tasks(text, evaluations)
     if results:
         metadata[_RESULTS] = [{"name": repo_id.rpartition("/")[2], "results": results}]
-    text = text.replace(_PLACE, f'"{repo_id}"')
+    text = _naming(text.replace(_PLACE, f'"{repo_id}"'), fields.get("base_model"))
     before, made, after = text.partition(MADE)
     return join_card(metadata, before + made + _COMMAND.sub(lambda found: without_paths(found[0]), after))
 
@@ -73,6 +74,14 @@ def _identified(metadata: Mapping[str, Any], fields: Mapping[str, str]) -> dict[
         found.pop("base_model", None)
         found.pop("base_model_relation", None)
     return found
+
+
+def _naming(text: str, source: str | None) -> str:
+    """Return the text with the source's id in place of its folder's name."""
+    if source and (title := _TITLE.search(text)):
+        text = text.replace(title[0], f"# {source}, pruned to ", 1)
+        text = text.replace(f"This model is `{title[1]}`", f"This model is `{source}`", 1)
+    return text
 
 
 def _license(name: str) -> str:

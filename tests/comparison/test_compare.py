@@ -277,6 +277,8 @@ def test_a_comparison_from_end_to_end(tiny_model, tiny_data, tmp_path, capfd):
     for label, row in rows.items():
         report = json.loads((save / "runs" / f"{label}-2-seed1" / "report.json").read_text())
         assert float(row["recovered_loss"]) == report["valid"]["recovered"]["loss"]
+        card = (save / "runs" / f"{label}-2-seed1" / "hf" / "README.md").read_text()
+        assert "megaprune.prune(" in card and f"method='{label}'" in card and tmp_path.name not in card
         ranked = json.loads((save / masks).read_text())
         kl = ranked[" ".join(map(str, report["kept_layers"]))]
         assert len(ranked) == math.comb(5, 3) and float(row["mask_kl"]) == kl

@@ -75,6 +75,7 @@ def test_one_commit_has_the_model_and_its_card(hub, model):
     assert set(hub.operations) - added == set(pushed.deleted) == {*hub.there[1:3]}
     metadata = yaml.safe_load(hub.operations["README.md"].path_or_fileobj.decode().split("---\n")[1])
     assert metadata["base_model"] == "they/Source" and metadata["license_name"] == "tiny"
+    assert "# they/Source, pruned to 5 of 6 layers\n\nThis model is `they/Source` without 1" in pushed.card
     assert pushed.notes == [] and pushed.commit.endswith("/commit/1")
 
 
