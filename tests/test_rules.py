@@ -22,7 +22,7 @@ RULES = {
     "settings read from a Config": (
         r"\bconfig\.(model|data|prune|search|recovery|distillation|lora|parallel|engine|run)\.",
         ("cli", "config", "planning", "comparison"),
-        ("api.py", "pruning/resolve.py", "pruning/resolve_training.py"),
+        ("api.py", "pruning/resolve.py", "pruning/resolve_budget.py", "pruning/resolve_training.py"),
     ),
 }
 

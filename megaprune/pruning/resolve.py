@@ -23,7 +23,6 @@ from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_layout import balanced_stages, parse_layout
 from megaprune.models import Architecture, HFConfig, family_of
 from megaprune.models.sizes import layer_costs, layer_sizes, output_cost
-from megaprune.pruning.budgets import budget_of
 from megaprune.pruning.cache_teacher import check_output
 from megaprune.pruning.data import check_cacheable
 from megaprune.pruning.mtp import with_mtp
@@ -39,6 +38,7 @@ from megaprune.pruning.options import (
     RunOptions,
     SelectionOptions,
 )
+from megaprune.pruning.resolve_budget import budget_of
 from megaprune.pruning.resolve_training import engine_options, lora_options, optimizer_options, training_options
 from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.budget import Budget

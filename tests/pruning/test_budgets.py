@@ -5,7 +5,7 @@ import torch
 
 from megaprune.config.schema import Config
 from megaprune.models.sizes import layer_sizes, model_size
-from megaprune.pruning.budgets import budget_of
+from megaprune.pruning.resolve_budget import budget_of
 from megaprune.utils.errors import MegapruneError, UsageError
 from tests.helpers import real_configs, tiny
 
