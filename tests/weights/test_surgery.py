@@ -49,7 +49,11 @@ def test_nan_is_moved_like_any_other_number(tmp_path):
 
 
 def test_config_is_edited_and_nothing_else_in_it(tmp_path):
-    config = LLAMA | {"custom_pipelines": {"b": 1, "a": None}, "layer_types": ["full_attention"] * 4, "torch_dtype": "float32"}
+    config = LLAMA | {
+        "custom_pipelines": {"b": 1, "a": None},
+        "layer_types": ["full_attention"] * 4,
+        "torch_dtype": "float32",
+    }
     write_folder(tmp_path / "source", config)
     before = (tmp_path / "source" / "config.json").read_bytes()
     prune(tmp_path / "source", tmp_path / "pruned")
