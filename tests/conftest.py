@@ -15,7 +15,11 @@ _PARALLEL = Path(__file__).with_name("parallel")
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in tests/parallel, and skip tests whose requirements this machine lacks."""
+    """Mark the tests in tests/parallel, and skip tests whose requirements this machine lacks.
+
+    Of two workers (pytest-xdist), one runs all tests of tests/parallel, which share the results of the processes that
+    they start, and a file is never divided, because its tests share fixtures.
+    """
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no GPU is visible (the tests hide it unless CUDA_VISIBLE_DEVICES is set)"
@@ -26,6 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_PARALLEL):
             item.add_marker(pytest.mark.parallel)
+        item.add_marker(
+            pytest.mark.xdist_group("parallel" if item.get_closest_marker("parallel") else str(item.path))
+        )
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
