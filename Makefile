@@ -48,8 +48,8 @@ smollm2: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 2 tools/compare.py --config examples/smollm2/smollm2.yaml --save runs/smollm2/results \
 		$(if $(TASKS),--tasks $(SMOLLM2_TASKS) --task-path $(TASKS) --task-limit 200 --task-pruned true)
 
-# Two at a time, for two cores; a file's tests stay together.
-WORKERS := -n 2 --dist loadgroup
+# Two at a time, for two cores; tests/conftest.py says which tests stay together.
+WORKERS := -n 2
 test: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS)
 

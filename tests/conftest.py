@@ -1,6 +1,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Most tests are of CPU processes, several at a time; set before torch is loaded. A run of the tests that need a GPU
 # (-m gpu) shows them the devices: CUDA_VISIBLE_DEVICES=0 .venv/bin/python -m pytest -m gpu.
@@ -15,11 +16,7 @@ _PARALLEL = Path(__file__).with_name("parallel")
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in tests/parallel, and skip tests whose requirements this machine lacks.
-
-    Of two workers (pytest-xdist), one runs all tests of tests/parallel, which share the results of the processes that
-    they start, and a file is never divided, because its tests share fixtures.
-    """
+    """Mark the tests in tests/parallel, and skip tests whose requirements this machine lacks."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no GPU is visible (the tests hide it unless CUDA_VISIBLE_DEVICES is set)"
@@ -30,12 +27,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_PARALLEL):
             item.add_marker(pytest.mark.parallel)
-        item.add_marker(
-            pytest.mark.xdist_group("parallel" if item.get_closest_marker("parallel") else str(item.path))
-        )
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run all tests of tests/parallel, which share the results of the processes that they start, and
+    never divide a file, because its tests share fixtures.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "parallel" if nodeid.startswith("tests/parallel/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
