@@ -48,11 +48,13 @@ smollm2: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 2 tools/compare.py --config examples/smollm2/smollm2.yaml --save runs/smollm2/results \
 		$(if $(TASKS),--tasks $(SMOLLM2_TASKS) --task-path $(TASKS) --task-limit 200 --task-pruned true)
 
+# Two at a time, for two cores; tests/conftest.py says which tests stay together.
+WORKERS := -n 2
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not parallel"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not parallel"
 
 test-two-nodes: $(STAMP)
 	PROCESSES_PER_NODE=4 $(BIN)/python -m pytest tests/parallel/test_two_nodes.py

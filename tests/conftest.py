@@ -1,6 +1,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Most tests are of CPU processes, several at a time; set before torch is loaded. A run of the tests that need a GPU
 # (-m gpu) shows them the devices: CUDA_VISIBLE_DEVICES=0 .venv/bin/python -m pytest -m gpu.
@@ -29,6 +30,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run all tests of tests/parallel, which share the results of the processes that they start, and
+    never divide a file, because its tests share fixtures.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "parallel" if nodeid.startswith("tests/parallel/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

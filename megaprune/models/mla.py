@@ -126,10 +126,12 @@ def mla_fields(config: HFConfig, layer_type: str = "full_attention") -> dict[str
     if rope_dim % 2:
         raise MegapruneError(f"{config.get('model_type')}: RoPE needs an even qk_rope_head_dim, not {rope_dim}")
     heads, content = whole(config, "num_attention_heads"), whole(config, "qk_nope_head_dim")
-    # both say what follows from other settings
-    for key, value in (("num_key_value_heads", heads), ("qk_head_dim", content + rope_dim)):
-        if whole_or_none(config, key, None) not in (None, value):
-            raise wrong(config, key, config[key], f"{value}, as in every model with latent attention of this shape")
+    # Both say what follows from other settings. Fewer key-value heads would share keys; more mean one for each head.
+    key_value_heads = whole_or_none(config, "num_key_value_heads", None)
+    if key_value_heads is not None and key_value_heads < heads:
+        raise wrong(config, "num_key_value_heads", key_value_heads, f"{heads}, as in every model with latent attention")
+    if whole_or_none(config, "qk_head_dim", None) not in (None, content + rope_dim):
+        raise wrong(config, "qk_head_dim", config["qk_head_dim"], f"{content + rope_dim}, as its two parts are")
     return dict(
         multi_latent_attention=True,
         num_layers=num_layers,

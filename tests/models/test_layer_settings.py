@@ -99,6 +99,8 @@ CASES = {
         config(
             "glm_moe_dsa",
             **_DSA,
+            n_group=1,
+            topk_group=1,
             indexer_types=["full"] * 6,
             layer_types=["indexed_attention"] * 6,
         ),

@@ -41,15 +41,14 @@ def test_an_export_without_its_mtp_layer_is_served(tmp_path):
     assert difference(tmp_path / "pruned", prompts(), answers).same_tokens
 
 
-def test_the_exported_adapter_is_served(tmp_path):
+def test_the_exported_adapter_is_served(tiny_data, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from vllm.lora.request import LoRARequest
 
     source = models.make_model(tmp_path / "source", "qwen3")
-    data = tiny.make_data_folder(tmp_path / "data", train_rows=60, valid_rows=5)
     # in a process of its own, because vLLM has process groups too
     extra = ["--lora-rank", "8", "--export-adapter", "--lr", "0.02"]
-    argv = tiny.prune_argv(source, data, tmp_path / "run", *extra)
+    argv = tiny.prune_argv(source, tiny_data, tmp_path / "run", *extra)
     subprocess.run([sys.executable, str(ROOT / "tools" / "prune.py"), *argv], check=True, cwd=ROOT)
     hf, adapter = tmp_path / "run" / "hf", tmp_path / "run" / "adapter"
     with engine(hf, enable_lora=True, max_lora_rank=8) as model:
