@@ -79,13 +79,13 @@ DEMO = "examples/demo"
 SMALL_RUN = (
     f"--hf-model {DEMO}/teacher --train-data {DEMO}/valid.jsonl --save {{tmp}}/run --num-layers-to-prune 4 "
     "--seq-length 64 --global-batch-size 8 --tensor-model-parallel-size 1 --sequence-parallel false "
-    "--expert-model-parallel-size 1 --dry-run"
+    "--pipeline-model-parallel-size 1 --expert-model-parallel-size 1 --dry-run"
 )
 OVERRIDES = {
     "prune": SMALL_RUN,
     "plan": (
         f"--hf-model {DEMO}/teacher --seq-length 64 --tensor-model-parallel-size 2 --expert-model-parallel-size 1 "
-        "--output {tmp}/plan.json"
+        "--num-layers-to-prune 4 --output {tmp}/plan.json"
     ),
     "cache-teacher": (
         f"--hf-model {DEMO}/teacher --train-data {DEMO}/valid.jsonl --seq-length 64 --tensor-model-parallel-size 1 "
