@@ -66,9 +66,11 @@ def on_each_node(action: Callable[[], T]) -> T:
     Raises:
         MegapruneError: the action raised it on some node. Raised on every rank.
     """
+    if world_size() == 1:
+        return action()
     import torch.distributed as dist
 
-    if world_size() == 1 or not dist.is_initialized():
+    if not dist.is_initialized():
         return action()
     store, key = _announcement()
     node, error, result = f"{key}/{_node()}", None, None
@@ -100,9 +102,11 @@ def together(action: Callable[[], T]) -> T:
 
 def wait_for_all() -> None:
     """Wait until every rank is here, however long it takes. Collective where a process group exists."""
+    if world_size() == 1:
+        return
     import torch.distributed as dist
 
-    if world_size() > 1 and dist.is_initialized():
+    if dist.is_initialized():
         store, key = _announcement()
         store.add(f"{key}/here", 1)
         _wait_until(lambda: store.add(f"{key}/here", 0) >= world_size())
