@@ -151,7 +151,7 @@ def test_room_is_looked_for_before_a_checkpoint(argv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 300)])
+@pytest.mark.parametrize("rank, largest_file", [(1, 100_000), (0, 400)])
 def test_both_ranks_end(argv, tmp_path, rank, largest_file):
     """The fault is in a worker of the second rank, or in a file that only the first rank writes."""
     script = (
