@@ -41,7 +41,7 @@ class EncodedBatch:
 
     @property
     def parts(self) -> tuple[bytes, bytes, bytes]:
-        """What is appended to each of the files."""
+        """Bytes that a batch appends to each of the files."""
         return self.tokens.tobytes(), self.loss_mask.tobytes(), np.asarray(self.lengths, "<i8").tobytes()
 
 

@@ -1,4 +1,4 @@
-"""What the installed Megatron-Core needs of other packages, and its own metadata does not say."""
+"""Checks of packages that the installed Megatron-Core needs, beyond what its own metadata declares."""
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version

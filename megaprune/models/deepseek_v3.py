@@ -11,13 +11,12 @@ from functools import partial
 
 from megaprune.models.layer_settings import LayerRule, per_layer, prune_layer_settings
 from megaprune.models.mla import (
-    EXPERT_BIAS_RULE,
     MLA,
-    SHARED_EXPERT_RULES,
     after_dense_prefix,
     group_fields,
     mla_fields,
     mla_rules,
+    mlp_or_expert_rules,
     moe_layers_by_type,
     rope_fields,
     sigmoid_router_fields,
@@ -25,8 +24,6 @@ from megaprune.models.mla import (
 from megaprune.models.rope import read_rope
 from megaprune.models.settings import flag, text, whole, whole_or_none
 from megaprune.models.tables import (
-    EXPERT_RULES,
-    MLP_RULES,
     MODEL_RULES,
     Architecture,
     Family,
@@ -113,12 +110,8 @@ def _describe(config: HFConfig, moe_layers: Sequence[bool], layer_type: str = "f
 
 
 def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
-    moe = arch.is_moe(layer)
-    rules = mla_rules(arch) + (mlp_norm_rule("post_attention_layernorm", moe),)
-    if not moe:
-        return rules + MLP_RULES
-    shared = SHARED_EXPERT_RULES if "moe_shared_expert_intermediate_size" in arch.transformer else ()
-    return rules + EXPERT_RULES + (EXPERT_BIAS_RULE,) + shared
+    norm = mlp_norm_rule("post_attention_layernorm", arch.is_moe(layer))
+    return (*mla_rules(arch), norm, *mlp_or_expert_rules(arch, layer))
 
 
 def _v32_layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:

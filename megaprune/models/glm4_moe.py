@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from megaprune.models.gqa import INPUT_NORM_RULES, attention_rules, gqa_architecture
 from megaprune.models.layer_settings import prune_layer_settings
 from megaprune.models.mla import (
-    EXPERT_BIAS_RULE,
-    SHARED_EXPERT_RULES,
     after_dense_prefix,
     group_fields,
+    mlp_or_expert_rules,
     sigmoid_router_fields,
 )
 from megaprune.models.settings import flag
 from megaprune.models.tables import (
-    EXPERT_RULES,
-    MLP_RULES,
     MODEL_RULES,
     Architecture,
     Family,
@@ -42,12 +39,8 @@ def _architecture(config: HFConfig) -> Architecture:
 
 
 def _layer_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
-    moe = arch.is_moe(layer)
-    rules = (*INPUT_NORM_RULES, mlp_norm_rule("post_attention_layernorm", moe), *attention_rules(arch))
-    if not moe:
-        return rules + MLP_RULES
-    shared = SHARED_EXPERT_RULES if "moe_shared_expert_intermediate_size" in arch.transformer else ()
-    return rules + EXPERT_RULES + (EXPERT_BIAS_RULE,) + shared
+    norm = mlp_norm_rule("post_attention_layernorm", arch.is_moe(layer))
+    return (*INPUT_NORM_RULES, norm, *attention_rules(arch), *mlp_or_expert_rules(arch, layer))
 
 
 def _prune_config(config: HFConfig, kept: Sequence[int]) -> HFConfig:

@@ -10,6 +10,7 @@ from megaprune.models.settings import REQUIRED, flag, number, text, whole, whole
 from megaprune.models.shards import COLUMN, COPY, ROW
 from megaprune.models.tables import (
     ATTENTION,
+    EXPERT_RULES,
     HF,
     MEGATRON,
     MLP_RULES,
@@ -264,3 +265,11 @@ def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
         rotary_scaling_factor=scaling.factor,
         mscale_all_dim=scaling.mscale_all_dim,
     )
+
+
+def mlp_or_expert_rules(arch: Architecture, layer: int) -> Sequence[WeightRule]:
+    """The MLP of a layer: dense, or experts with a sigmoid router, and shared ones if the model has any."""
+    if not arch.is_moe(layer):
+        return MLP_RULES
+    shared = SHARED_EXPERT_RULES if "moe_shared_expert_intermediate_size" in arch.transformer else ()
+    return (*EXPERT_RULES, EXPERT_BIAS_RULE, *shared)

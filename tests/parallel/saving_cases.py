@@ -1,4 +1,4 @@
-"""What a rank allocates, communicates and writes when a checkpoint is saved and when a model is exported."""
+"""Records of the memory, communication and files of a rank while it saves a checkpoint or exports a model."""
 
 from pathlib import Path
 from typing import Any

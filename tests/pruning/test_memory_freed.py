@@ -1,4 +1,4 @@
-"""What a stage no longer needs is out of memory before the next stage builds its model, without luck in timing."""
+"""Models and training state are freed before the next stage builds its model, whenever garbage is collected."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is published of local paths: their last parts."""
+"""Local paths in published files: only their last parts appear."""
 
 import pytest
 

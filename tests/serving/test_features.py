@@ -1,4 +1,4 @@
-"""What vLLM does with an export beside plain generation: speculative decoding, adapters, prefix caching."""
+"""Features of vLLM with an export: speculative decoding, adapters, prefix caching."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
 """A CUDA machine that is not there: tensors on cuda:N are FakeTensors, those on the CPU are real.
 
-Import it first in a process that preloads the library of `library.build`. It counts what a GPU would wait for: copies
+Import it first in a process that preloads what `device_guard.build` made. It counts what a GPU would wait for: copies
 from the device to the host, and operations whose result has a size that depends on values. It also records tensors on
 the CPU in collectives. An operation on tensors of two devices fails, as on a GPU.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from tests.simulated_cuda.library import build, compiler
+from tests.simulated_cuda.device_guard import build, compiler
 
 _REASONS = {
     "no C++ compiler: install g++ or clang++, or set CXX": compiler() is None,
@@ -56,7 +56,7 @@ def _run(cases, folder, library):
 
 @pytest.fixture(scope="module")
 def found(tiny_model, tmp_path_factory):
-    """What the machine has seen, by case and part."""
+    """Counts of the simulated machine, by case and part."""
 
     def get(model):
         return tiny_model(model, torch.bfloat16)

@@ -22,7 +22,7 @@ from megaprune.models.tables import QueryGrowth
 
 @dataclass(frozen=True)
 class AttentionVariant:
-    """What differs from the core's attention.
+    """Differences from the core's attention.
 
     Args:
         output_bias: whether the output projection has a bias.
