@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import megaprune
-from megaprune.cli.main import attempt
 from megaprune.mcore import schedule
 from megaprune.mcore.builder import EngineOptions, build_model
 from megaprune.mcore.hf_weights import import_weights
@@ -67,14 +66,6 @@ def test_it_generates_with_its_cache_as_without(models):
     settings = dict(max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(tokens))
     found, expected = (model.generate(tokens, use_cache=cache, **settings) for cache in (True, False))
     assert found.shape[1] == 49 and torch.equal(found, expected)
-
-
-def test_sequences_in_which_sparse_attention_is_not_dense_are_refused(tiny_model, tiny_data, tmp_path):
-    for length, said in ((128, None), (129, "--seq-length 129 is more than 128 (index_topk)")):
-        argv = tiny.select_argv(tiny_model("deepseek_v32"), tiny_data, tmp_path / "run", "random")
-        argv = [*argv, "--seq-length", str(length), "--dry-run"]
-        status, line = attempt("prune", argv)
-        assert (status, line) == (0, None) if said is None else status == 2 and said in line
 
 
 def test_a_key_that_is_not_known_is_refused(models):

@@ -5,8 +5,10 @@ import math
 import pytest
 from transformers import AutoConfig
 
+from megaprune.cli.main import attempt
 from megaprune.models import FAMILIES, family_of
 from megaprune.utils.errors import MegapruneError
+from tests.helpers import tiny
 from tests.helpers.real_configs import (
     DEEPSEEK_R1,
     DENSE,
@@ -178,3 +180,11 @@ def test_unknown_family(model_type):
     assert all(known in str(caught.value) for known in FAMILIES)
     with pytest.raises(MegapruneError, match="None"):
         family_of({})
+
+
+def test_sequences_in_which_sparse_attention_is_not_dense_are_refused(tiny_model, tiny_data, tmp_path):
+    for length, said in ((128, None), (129, "--seq-length 129 is more than 128 (index_topk)")):
+        argv = tiny.select_argv(tiny_model("deepseek_v32"), tiny_data, tmp_path / "run", "random")
+        argv = [*argv, "--seq-length", str(length), "--dry-run"]
+        status, line = attempt("prune", argv)
+        assert (status, line) == (0, None) if said is None else status == 2 and said in line

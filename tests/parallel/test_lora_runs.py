@@ -98,8 +98,9 @@ def test_run_is_the_same_at_every_layout(at_layout, alone, layout):
 def test_run_moves_what_it_should(alone, family, tiny_model):
     """Ensure that the comparisons of this file would notice a run in which nothing changes."""
     run = alone(family)
-    losses = [record["loss"] for record in read_metrics(run)]
-    assert max(losses) > 1.2 * min(losses) > 0.1
+    losses, valid = [record["loss"] for record in read_metrics(run)], report(run)["valid"]
+    assert max(losses) > 1.05 * min(losses) > 0.1  # cross-entropy with the data's own noise is half of it
+    assert valid["recovered"]["loss"] < valid["pruned"]["loss"] - 0.1
     trained, original = tiny.read_tensors(run / "hf"), tiny.read_tensors(tiny_model(family))
     assert report(run)["kept_layers"][0] == 0
     moved = {

@@ -172,9 +172,10 @@ def test_hard_concrete_gates_are_the_same_at_every_layout(results, sheared_alone
 def test_run_moves_what_it_should(whole_run, tiny_model):
     """Ensure that the comparisons above would notice a run in which nothing changes."""
     losses = [record["loss"] for record in read_metrics(whole_run)]
-    assert max(losses) > 2 * min(losses[3:]) > 0.1
+    assert max(losses) > 1.4 * min(losses[3:]) > 0.1
     valid = report(whole_run)["valid"]
-    assert len({round(loss["loss"], 2) for loss in valid.values()}) == 3
+    assert len({round(loss["loss"], 2) for loss in valid.values()}) == 4
+    assert valid["recovered"]["loss"] < valid["stitched"]["loss"] - 0.5
     trained, original = tiny.read_tensors(whole_run / "hf"), tiny.read_tensors(tiny_model("qwen3_tied"))
     assert report(whole_run)["kept_layers"][0] == 0
     for name, tensor in trained.items():
