@@ -22,6 +22,9 @@ PER_LAYER = (
     "sliding_window_pattern",
 )
 
+# Older names of layer_types, as transformers reads them (remap_legacy_layer_types). A pruned config keeps its source's.
+_OLDER_TYPES = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -39,7 +42,7 @@ class LayerRule:
 
 
 def per_layer(config: HFConfig, key: str, num_layers: int, allowed: Sequence[Any]) -> Sequence[Any] | None:
-    """Return a list with an entry per layer; None where the key is absent or null.
+    """Return a list with an entry per layer, under their present names; None where the key is absent or null.
 
     Args:
         allowed: the entries that are understood.
@@ -52,6 +55,8 @@ def per_layer(config: HFConfig, key: str, num_layers: int, allowed: Sequence[Any
         return None
     if not isinstance(value, list) or not all(type(entry) in (str, int) for entry in value):
         raise wrong(config, key, value, "a list with an entry per layer")
+    if key == "layer_types":
+        value = [_OLDER_TYPES.get(entry, entry) for entry in value]
     unknown = next((entry for entry in value if entry not in allowed), None)
     if unknown is not None:
         raise MegapruneError(

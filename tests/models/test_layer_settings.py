@@ -107,6 +107,11 @@ CASES = {
         [1, 2, 3],
         dict(indexer_types=["full"] * 3, layer_types=["indexed_attention"] * 3, first_k_dense_replace=1),
     ),
+    "older names of layer types": (
+        config("deepseek_v32", **_DSA, n_group=1, topk_group=1, layer_types=["deepseek_sparse_attention"] * 6),
+        [1, 2, 3],
+        dict(layer_types=["deepseek_sparse_attention"] * 3, first_k_dense_replace=1),
+    ),
     "attn_type_list": (
         config("minimax_m2", attn_type_list=[1] * 6, num_local_experts=8),
         [0, 2],

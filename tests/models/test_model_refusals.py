@@ -143,6 +143,17 @@ def test_layer_types_are_as_many_as_the_layers():
     assert said == "qwen3: 'layer_types' in config.json names 63 layers, but the model has 64"
 
 
+def test_older_names_of_layer_types_are_read_as_transformers_reads_them():
+    def types(name):
+        return windows | {"layer_types": [name, "sliding_attention"] * 32}
+
+    windows = QWEN3_32B | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    family = family_of(windows)
+    assert family.architecture(types("attention")) == family.architecture(types("full_attention"))
+    assert AutoConfig.for_model(**types("attention")).layer_types == types("full_attention")["layer_types"]
+    assert "'linear_attention'" in refusal(types("linear_attention"))
+
+
 def test_what_may_be_left_out_is_what_transformers_takes_for_it():
     def without(config, *keys):
         return architecture({key: value for key, value in config.items() if key not in keys})
