@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "parallel" if nodeid.startswith("tests/parallel/") else nodeid.partition("::")[0]
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """Keep what is imported out of garbage collection: a run collects several times, and each pass would take 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

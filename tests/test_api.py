@@ -83,6 +83,8 @@ def test_prune_equals_the_command(flags, tmp_path, capfd):
     assert report.to_dict() == json.loads((tmp_path / "api" / "run" / "report.json").read_text())
     command("prune", flags | {"save": tmp_path / "command" / "run"})
     assert "kept layers" in capfd.readouterr().out
+    for name in ("api", "command"):
+        assert (tmp_path / name / "run" / "plots" / "loss.png").stat().st_size > 1000
     by_command = json.loads((tmp_path / "command" / "run" / "report.json").read_text())
     assert untimed(report.to_dict()) == untimed(by_command)
     assert_same_model(tmp_path / "api" / "run" / "hf", tmp_path / "command" / "run" / "hf")
