@@ -28,12 +28,31 @@ def fold(model: PipelineModel, maps: Mapping[int, Tensor]) -> None:
     Args:
         maps: T - 1 by the layer's number in the model, [h, h] each, for row vectors: y -> y + y (T - 1).
     """
+    for weight, change in _folded_into(model, maps):
+        # torch stores [out, in], so that the map is applied from the left
+        whole = weight.float()
+        weight.copy_(whole + change.to(whole).t() @ whole)
+
+
+@contextmanager
+def folded(model: PipelineModel, maps: Mapping[int, Tensor]) -> Iterator[None]:
+    """Fold maps, as `fold` does, for the time of a block. The weights have their own bits afterwards."""
+    before = [(weight, weight.detach().clone()) for weight, _ in _folded_into(model, maps)]
+    fold(model, maps)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, own in before:
+                weight.copy_(own)
+
+
+def _folded_into(model: PipelineModel, maps: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each weight on this rank that a map is folded into, and the map."""
     for name, weight in model.named_parameters():
         match = _LAST_PROJECTION.match(name)
         if match and (change := maps.get(int(match[1]))) is not None:
-            # torch stores [out, in], so that the map is applied from the left
-            whole = weight.float()
-            weight.copy_(whole + change.to(whole).t() @ whole)
+            yield weight, change
 
 
 @contextmanager

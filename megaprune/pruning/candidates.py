@@ -5,6 +5,7 @@ it stopped and one candidate at a time is in memory. The best one goes on as the
 state of its optimizer; the iterations of the others count as the run's.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,17 +32,22 @@ _WINDOWS = 64
 
 
 def contenders(candidates: Sequence[Mapping[str, Any]], selection: SelectionOptions) -> list[list[int]]:
-    """Return the kept layers of the best candidates by KL that are close to the best one and differ from each other;
-    none if there is nothing to compare, or no iteration for it.
+    """Return the kept layers of the best candidates, by their loss with a stitch where it was measured and then by KL,
+    that are close to the best one in KL and differ from each other; none if there is nothing to compare, or no
+    iteration for it.
     """
     if not selection.heal_iters:
         return []
     found: list[list[int]] = []
-    ranked = sorted(candidates, key=lambda candidate: (candidate["kl"], not candidate["chosen"]))
+    ranked = sorted(
+        candidates,
+        key=lambda candidate: (candidate.get("stitched_loss", math.inf), candidate["kl"], not candidate["chosen"]),
+    )
+    lowest = min((candidate["kl"] for candidate in candidates), default=0.0)
     for candidate in ranked:
         kept = candidate["kept_layers"]
         apart = max(1, round(_DIFFERENCE * (selection.budget.num_layers - len(kept))))
-        if candidate["kl"] <= CLOSE * ranked[0]["kl"] and all(len(set(other) - set(kept)) >= apart for other in found):
+        if candidate["kl"] <= CLOSE * lowest and all(len(set(other) - set(kept)) >= apart for other in found):
             found.append(kept)
     return found[: selection.heal_candidates] if len(found) > 1 else []
 

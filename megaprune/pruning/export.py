@@ -70,6 +70,7 @@ def _finish(run: RunContext, aside: Path, command: str) -> None:
         (aside / CARD_NAME).write_text(card)
         run.metrics.close()
         put_in_place(aside, run_dir.hf)
+    shutil.rmtree(run_dir.stitch_parts, ignore_errors=True)
     say(result_table(report, run_dir.path))
 
 

@@ -60,7 +60,7 @@ class RunDir:
 
     @property
     def stitch_parts(self) -> Path:
-        """Return the folder of the sums of passes for `stitch` that were interrupted."""
+        """Return the folder of the maps of single cuts, and of the sums of interrupted passes; removed at the end."""
         return self.path / "stitch-parts"
 
     @property

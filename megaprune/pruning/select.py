@@ -14,7 +14,8 @@ from megaprune.pruning.context import RunContext, agreed_layers
 from megaprune.pruning.data import Data
 from megaprune.pruning.models import Models
 from megaprune.pruning.options import RunOptions
-from megaprune.pruning.stitch import fit_stitch
+from megaprune.pruning.stitch import Cut, fit_stitch
+from megaprune.pruning.stitched_choice import choose_stitched
 from megaprune.pruning.train import search
 from megaprune.selection.initial_scores import check_finite
 from megaprune.selection.registry import HELD_OUT_WINDOWS, Choice
@@ -46,6 +47,14 @@ class Calibration:
         return LayerEvaluator(
             self._model, models.gate, windows, count, selection.budget, models.shard, self._records, skip
         )
+
+    def comparison(self) -> LayerEvaluator:
+        """Return a new evaluator, whose windows follow those that the stitch is fitted to as far as there are others,
+        and whose measurements are not kept.
+        """
+        count = self._options.selection.calibration_samples
+        skip = max(0, min(count, self._data.num_calibration_windows - count))
+        return Calibration(self._options, self._data, self._models, self._model).evaluator(count, skip)
 
     def initial_kl(self) -> tuple[list[float], int]:
         """Return the KL without each layer, from which a search starts, and its cost in tokens. Protected layers get 0.
@@ -124,7 +133,7 @@ def _needs_original(run: RunContext) -> bool:
 
 def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
-    options, progress, selection = run.options, run.progress, run.options.selection
+    options, progress, selection, compared = run.options, run.progress, run.options.selection, frozenset[Cut]()
     model = in_half_precision(original, options.engine)
     if run.origin is None:
         run.validate("teacher", model)
@@ -142,12 +151,14 @@ def _measure_original(run: RunContext, original: PipelineModel) -> None:
         progress.spend("importance", 0.0, tokens)
         progress.kept_layers, progress.scores = choice.kept_layers, choice.scores
         progress.candidates = choice.candidates
+        if options.training.stitches:
+            compared = choose_stitched(run, model, calibration().comparison)
         progress.contenders = contenders(choice.candidates, selection)
     elif not selection.method.searches:
         progress.kept_layers = _named_layers(options)
     if options.training.stitches and not selection.method.searches:
         for each in branches(run):
-            fit_stitch(each, model)
+            fit_stitch(each, model, compared if each is run else frozenset())
 
 
 def _named_layers(options: RunOptions) -> list[int]:

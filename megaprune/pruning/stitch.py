@@ -3,8 +3,7 @@
 The maps are kept in a file of the run folder, because a resumed run with LoRA imports the source's weights again.
 """
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from megaprune.mcore.optimizer import Trainer
 from megaprune.mcore.parallel import ParallelSizes
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.context import RunContext
-from megaprune.pruning.run_dir import RunDir
 from megaprune.selection.segments import cuts
 from megaprune.utils.disk import one_line
 from megaprune.utils.errors import RunStopped
@@ -28,61 +26,86 @@ from megaprune.weights.reader import TensorFiles
 from megaprune.weights.stored_layout import Place
 from megaprune.weights.writer import write_safetensors
 
+# The first and the last layer of a cut.
+Cut = tuple[int, int]
 # The number of the finished steps among the sums of an unfinished pass.
 _STEPS = -1
 
 
-def fit_stitch(run: RunContext, model: PipelineModel) -> None:
+def fit_stitch(run: RunContext, model: PipelineModel, compared: Set[Cut] = frozenset()) -> None:
     """Fit a map for each cut on the calibration windows, of which the last quarter is held out, and write the maps.
-    Collective. Maps that an interrupted run has fitted are read.
+    Collective. Maps that an interrupted run or a choice among masks has fitted are read.
 
     Args:
         model: the model that the layers are removed from.
+        compared: cuts whose maps and tokens belong to the choice of the layers.
 
     Raises:
         RunStopped: the run was asked to stop.
     """
-    run_dir, count = run.options.output.run_dir, run.options.selection.calibration_samples
-    stored: dict[int, Tensor] = (
-        parallel.on_rank0(lambda: _read(run_dir.stitch) if run_dir.stitch.exists() else {}) or {}
-    )
-    found: dict[int, Tensor] = {}
+    found: list[Path] = []
     for first, last in cuts(run.kept_layers, run.options.model.arch.num_layers):
         if first == 0:
             say("stitch: there is no layer before the cut at layer 0, so nothing is folded")
             continue
-        key = f"stitch {first}-{last}"
-        if not parallel.on_rank0_for_all(lambda: first - 1 in stored):  # noqa: B023
-            run.records.forget(key)
-
-        def measure() -> list[float]:
-            fit, rest = _moments(run, model, first, last)  # noqa: B023
-
-            def fitted() -> float:
-                stored[first - 1], share = stitch.fitted(fit, rest)  # noqa: B023
-                _write(run_dir.stitch, stored)
-                return share
-
-            return [parallel.on_rank0_for_all(fitted)]
-
-        with run.progress.timed("stitch", count * run.options.data.seq_length):
-            [share] = run.records.once(key, measure, f"after it fitted the stitch of layers {first} to {last}")
-        found |= {first - 1: stored[first - 1]} if stored else {}
+        path, share = fit_cut(run, model, (first, last), "stitch", counted=(first, last) not in compared)
+        found.append(path)
         say(f"stitch: layers {first} to {last}, folded into layer {first - 1}; held-out error x {share:.3f}")
-    parallel.on_rank0(lambda: _finish(run_dir, found))
+
+    def write() -> None:
+        maps = {layer: change for path in found for layer, change in read_maps(path).items()}
+        _write(run.options.output.run_dir.stitch, maps)
+
+    parallel.on_rank0(write)
     parallel.barrier()
 
 
-def _moments(run: RunContext, model: PipelineModel, first: int, last: int) -> tuple[stitch.Moments, stitch.Moments]:
+def fit_cut(run: RunContext, model: PipelineModel, cut: Cut, stage: str, counted: bool = True) -> tuple[Path, float]:
+    """Fit the map of a cut, unless this was done. Collective.
+
+    Args:
+        cut: the first and the last layer that are removed.
+        stage: the stage of the run that the time belongs to.
+        counted: whether the tokens belong to it, too.
+
+    Returns:
+        The file of the map, and the share of the held-out error that the map leaves.
+    """
+    first, last = cut
+    path, key = run.options.output.run_dir.stitch_parts / f"{_name(run, cut)}-map.safetensors", f"stitch {first}-{last}"
+    if not parallel.on_rank0_for_all(path.exists):
+        run.records.forget(key)
+
+    def measure() -> list[float]:
+        fit, rest = _moments(run, model, cut)
+
+        def fitted() -> float:
+            change, share = stitch.fitted(fit, rest)
+            _write(path, {first - 1: change})
+            return share
+
+        return [parallel.on_rank0_for_all(fitted)]
+
+    tokens = run.options.selection.calibration_samples * run.options.data.seq_length
+    with run.progress.timed(stage, tokens if counted else 0):
+        [share] = run.records.once(key, measure, f"after it fitted the stitch of layers {first} to {last}")
+    return path, share
+
+
+def _name(run: RunContext, cut: Cut) -> str:
+    return f"{run.records.scope}-{cut[0]}-{cut[1]}"
+
+
+def _moments(run: RunContext, model: PipelineModel, cut: Cut) -> tuple[stitch.Moments, stitch.Moments]:
     """Return the moments of a cut on the windows to fit and on those that are held out. Collective."""
     count, data, sizes = run.options.selection.calibration_samples, run.data, run.options.sizes
     held_out, size = max(1, count // 4), run.options.model.arch.transformer["hidden_size"]
-    path = run.options.output.run_dir.stitch_parts / f"{run.records.scope}-{first}-{last}"
+    path, before, last = run.options.output.run_dir.stitch_parts / _name(run, cut), cut[0] - 1, cut[1]
     fitting, resting = (UnfinishedSums(path.with_name(f"{path.name}-{part}"), sizes) for part in ("fit", "rest"))
-    fit = stitch.moments(model, data.calibration_batches(count - held_out), first - 1, last, size, fitting)
+    fit = stitch.moments(model, data.calibration_batches(count - held_out), before, last, size, fitting)
     try:
         batches = data.calibration_batches(held_out, count - held_out)
-        return fit, stitch.moments(model, batches, first - 1, last, size, resting)
+        return fit, stitch.moments(model, batches, before, last, size, resting)
     except RunStopped:
         fitting.save()
         raise
@@ -102,7 +125,7 @@ class UnfinishedSums:
 
     def load(self) -> tuple[int, list[Tensor]] | None:
         """Return the finished steps and the sums; None unless all ranks have them."""
-        found = _read(self._path) if self._path.exists() else {}
+        found = read_maps(self._path) if self._path.exists() else {}
         steps = int(found.pop(_STEPS)) if found else None
         if any(other != steps for other in parallel.all_gather_objects(steps)) or steps is None:
             return None
@@ -127,19 +150,13 @@ class UnfinishedSums:
         parallel.together(lambda: _write(self._path, saved))
 
 
-def _finish(run_dir: RunDir, maps: dict[int, Tensor]) -> None:
-    """Write the maps, and remove what interrupted passes have left."""
-    _write(run_dir.stitch, maps)
-    shutil.rmtree(run_dir.stitch_parts, ignore_errors=True)
-
-
 def fold_stitch(run: RunContext, student: Trainer) -> None:
     """Fold the maps into the pruned model, unless its weights contain them already, and measure it. Collective."""
     first_time, adapters = not run.progress.stitched, run.options.lora is not None
     if not (first_time or adapters):
         return
     kept = run.kept_layers
-    maps = {kept.index(layer): change for layer, change in _read(run.options.output.run_dir.stitch).items()}
+    maps = {kept.index(layer): change for layer, change in read_maps(run.options.output.run_dir.stitch).items()}
     fold(student.model, maps)
     if not adapters:
         student.optimizer.reload_model_params()  # the optimizer's own copies in fp32
@@ -155,7 +172,8 @@ def _write(path: Path, tensors: dict[int, Tensor]) -> None:
         write_safetensors(aside, shapes, tensors.values())
 
 
-def _read(path: Path) -> dict[int, Tensor]:
+def read_maps(path: Path) -> dict[int, Tensor]:
+    """Return the maps of a file by the layer that each is folded into."""
     files = TensorFiles()
     files.check(path)
     names = files.names(path)

@@ -118,10 +118,11 @@ def _cases(num_processes, folder, tiny_model, stored_model, source, mtp_model, t
 def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
     """Return the cases that run only on two processes."""
     model, cases = tiny_model("qwen3_tied"), {}
-    for method in SELECTING:
+    for method, own in SELECTING.items():
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
-            cases[name] = dict(kind="prune", argv=tiny.select_argv(model, tiny_data, folder / name, method, *flags))
+            selecting = tiny.select_argv(model, tiny_data, folder / name, method, *own, *flags)
+            cases[name] = dict(kind="prune", argv=selecting)
     short_runs = (
         (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
         (SHEARED_LAYOUTS, tiny.sheared_argv),

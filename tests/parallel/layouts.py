@@ -87,8 +87,8 @@ RUN_LAYOUTS = {
     "tp2_sp_dp2_distributed": (4, (*_TP2, _SP, _DISTRIBUTED)),
 }
 FREED_LAYOUTS = {"tp2_sp": (*_TP2, _SP, "--bf16"), "dp2_distributed": (_DISTRIBUTED,)}
-# calibrated methods, and the run on one process
-SELECTING = ("auto", "quadratic", "shortgpt", "sleb")
+# calibrated methods, and their flags
+SELECTING = {"auto": ("--stitch", "fold"), "quadratic": (), "shortgpt": (), "sleb": ()}
 SELECT_LAYOUTS = {"tp2_sp": (*_TP2, _SP), "pp2": _PP2, "dp2": ()}
 # endpoint tuning after CLP's search; at PP 2 a stage may hold no trained parameters
 ENDPOINT_LAYOUTS = {"endpoints_tp2_sp": (*_TP2, _SP), "endpoints_pp2": _PP2, "endpoints_dp2": (_DISTRIBUTED,)}

@@ -119,7 +119,7 @@ def selecting_alone(tiny_model, tiny_data, tmp_path_factory):
     def get(method):
         if method not in made:
             save = tmp_path_factory.mktemp(method) / "run"
-            tiny.run_here(tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, method))
+            tiny.run_here(tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, save, method, *SELECTING[method]))
             made[method] = report(save)
         return made[method]
 
@@ -134,7 +134,10 @@ def test_calibrated_methods_choose_the_same_at_every_layout(results, selecting_a
     if expected["scores"] is not None:
         assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
     for candidate, wanted in zip(found.get("candidates", []), expected.get("candidates", []), strict=True):
-        assert candidate == wanted | {"kl": pytest.approx(wanted["kl"], rel=1e-3), "tokens": candidate["tokens"]}
+        near = {key: pytest.approx(wanted[key], rel=1e-3) for key in ("kl", "stitched_loss") if key in wanted}
+        assert candidate == wanted | near | {"tokens": candidate["tokens"]}
+    compared = sum("stitched_loss" in candidate for candidate in expected.get("candidates", []))
+    assert (compared > 1) == (method == "auto")
 
 
 @pytest.fixture(scope="module")
