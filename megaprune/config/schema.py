@@ -318,7 +318,7 @@ class Config:
         if self.recovery.stitch is not None:
             return self.recovery.stitch != "none"
         trains = bool(self.recovery.train_iters) and self.search.search_preset != "paper"
-        return trains and self.method.needs_data and stitch_obstacle(self) is None
+        return trains and stitch_obstacle(self) is None
 
     @property
     def kd_share(self) -> float:

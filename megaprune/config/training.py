@@ -38,7 +38,7 @@ class RecoveryConfig:
     stitch: Literal["none", "fold"] | None = flag(
         "fold: before recovery, a linear map that stands in for the removed layers, fitted on calibration windows, is "
         "multiplied into the down_proj of the layer before each cut (ReplaceMe) (default: fold if the model is "
-        "trained, the method uses calibration data, and nothing excludes it; none with --search-preset paper)"
+        "trained and nothing excludes it; none with --search-preset paper)"
     )
     recovery_layers: Literal["all", "endpoints"] | None = flag(
         "layers that recovery trains: all, or endpoints: the two layers next to a contiguous cut (default: all; with "

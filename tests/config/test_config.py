@@ -375,7 +375,7 @@ def test_refused(argv, said):
         ([*E3, "--lora-rank", "2"], False, 0.5),
         ([*SHORTGPT, "--calibration-samples", "1"], False, 0.5),
         ([*SHORTGPT, "--train-iters", "0"], False, 0.5),
-        ([*MANUAL, "--train-data", "d", "--train-iters", "9"], False, 0.5),  # reads no calibration data of its own
+        ([*MANUAL, "--train-data", "d", "--train-iters", "9"], True, 0.5),
     ],
 )
 def test_defaults_of_recovery(words, stitches, share):

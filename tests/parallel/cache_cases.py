@@ -35,6 +35,7 @@ def run_argv(model, data, save, cache, *extra):
     """Return the flags of a short recovery, from a cache or (None) from the online teacher."""
     taught = ("--teacher", "cached", "--teacher-logits", str(cache)) if cache else ()
     argv = tiny.prune_argv(model, data, save, "--method", "random", "--train-iters", "4", *taught, *extra)
+    argv += ["--stitch", "none"]
     for flag in ("--search-iters", "--valid-data"):
         at = argv.index(flag)
         del argv[at : at + 2]

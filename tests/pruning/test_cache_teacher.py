@@ -103,6 +103,7 @@ def test_losses_are_those_of_the_teacher_itself(cached, model, tiny_data, tmp_pa
 
 def recovery_argv(model, data, save, *extra):
     argv = tiny.prune_argv(model, data, save, "--method", "manual", "--prune-layers", "2,4", "--train-iters", "4")
+    argv += ["--stitch", "none"]
     for flag in ("--search-iters", "--num-layers-to-prune", "--lr-warmup-iters"):
         at = argv.index(flag)
         del argv[at : at + 2]
