@@ -112,6 +112,14 @@ def batches_for(
         yield _batch(dataset, chosen + [PADDING_ID] * (micro_batch_size - len(chosen)))
 
 
+def even_size(count: int, most: int, dp_size: int) -> int:
+    """Return the smallest micro-batch size with which `count` windows take no more micro-batches than with `most`, so
+    that `batches_for` fills up as few rows as possible.
+    """
+    steps = max(1, -(-count // (most * dp_size)))
+    return max(1, -(-count // (steps * dp_size)))
+
+
 def _batch(dataset: Windows, ids: list[int]) -> Batch:
     tokens = np.full((len(ids), dataset.seq_length + 1), dataset.pad_id, np.int64)
     loss_mask = np.zeros((len(ids), dataset.seq_length), np.float32)

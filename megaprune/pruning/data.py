@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megaprune.data.batches import Batch, batches_for, eval_batches, train_batches, train_ids
+from megaprune.data.batches import Batch, batches_for, eval_batches, even_size, train_batches, train_ids
 from megaprune.data.blend import Blend, calibration_windows, find_blend, open_blend, training_windows
 from megaprune.data.datasets import Windows, calibration_ids
 from megaprune.data.indexed_files import IndexedFile
@@ -44,7 +44,9 @@ class Data:
         """Return this replica's share of `count` calibration windows after the first `skip` ones."""
         windows = self._calibrated_on
         ids = calibration_ids(len(windows), count, self.training.seed, skip)
-        return list(batches_for(windows, ids, **self._dealt()))
+        dealt = self._dealt()
+        size = even_size(len(ids), dealt["micro_batch_size"], dealt["dp_size"])
+        return list(batches_for(windows, ids, **dealt | dict(micro_batch_size=size)))
 
     @property
     def num_calibration_windows(self) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaprune.data.batches import PADDING_ID, batches_for, eval_batches, train_batches
+from megaprune.data.batches import PADDING_ID, batches_for, eval_batches, even_size, train_batches
 from megaprune.data.datasets import PackedDataset, calibration_ids, sample_order
 from megaprune.data.token_cache import TokenStream
 from megaprune.utils.errors import UsageError
@@ -152,3 +152,16 @@ def test_calibration_windows_are_distinct_and_fixed_by_the_seed():
     assert ids == calibration_ids(100, 40, seed=1) != calibration_ids(100, 40, seed=2)
     with pytest.raises(UsageError, match="--calibration-samples 5 .* 4 windows"):
         calibration_ids(4, 5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "dp_size", "size"),
+    [(1, 8, 1, 1), (8, 8, 1, 8), (9, 8, 1, 5), (10, 8, 2, 5), (17, 8, 2, 5), (3, 8, 4, 1), (0, 8, 2, 1)],
+)
+def test_few_windows_are_not_filled_up_to_a_whole_micro_batch(count, most, dp_size, size):
+    assert even_size(count, most, dp_size) == size
+    windows, dealt = packed(81, 4), range(dp_size)
+    ranks = [[*batches_for(windows, range(count), micro_batch_size=size, dp_rank=r, dp_size=dp_size)] for r in dealt]
+    rows = [row for batches in ranks for batch in batches for row in batch.sample_ids]
+    assert sorted(row for row in rows if row != PADDING_ID) == list(range(count))
+    assert rows.count(PADDING_ID) < dp_size * max(1, -(-count // (most * dp_size)))
