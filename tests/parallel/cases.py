@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing
@@ -116,6 +117,12 @@ def mask_gradient(hf_model: str, sizes: dict[str, Any], out: str) -> None:
 def prune(argv: list[str]) -> None:
     """Complete a run."""
     tiny.run_here(argv)
+
+
+def prune_any_candidate(argv: list[str]) -> None:
+    """Complete a run that compares its best candidates with their stitch, however far apart they are by KL."""
+    with patch("megaprune.pruning.stitched_choice.CLOSE", 1e9):
+        tiny.run_here(argv)
 
 
 def interrupted_prune(stops: list[list[Any]]) -> None:

@@ -122,7 +122,7 @@ def _cases_of_two(folder, argv, tiny_model, mtp_model, tiny_data):
         for layout, flags in SELECT_LAYOUTS.items():
             name = f"run-{method}-{layout}"
             selecting = tiny.select_argv(model, tiny_data, folder / name, method, *own, *flags)
-            cases[name] = dict(kind="prune", argv=selecting)
+            cases[name] = dict(kind="prune_any_candidate", argv=selecting)
     short_runs = (
         (ENDPOINT_LAYOUTS, tiny.endpoint_argv),
         (SHEARED_LAYOUTS, tiny.sheared_argv),
