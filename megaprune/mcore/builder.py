@@ -1,6 +1,6 @@
 """Construction of one rank's part of a model: configuration, layer specs, gates."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -85,6 +87,11 @@ def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: in
     experts = sizes.expert * sizes.expert_tensor
     if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
         raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
+    if arch.num_experts and arch.mlp_bias and sizes.expert_tensor > 1:
+        raise UsageError(
+            f"--expert-tensor-parallel-size {sizes.expert_tensor}: Megatron-Core does not split experts that have "
+            "biases: choose 1"
+        )
     if experts == 1:
         return
     if not arch.num_experts:
@@ -118,6 +125,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
+    activation = _activation(arch, fused)
     fields = dict(
         **arch.transformer,
         **recompute,
@@ -134,7 +142,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         deallocate_pipeline_outputs=True,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=_gelu if arch.gelu else F.silu,
+        activation_func=activation,
         add_bias_linear=arch.mlp_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -146,8 +154,8 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         output_layer_init_method=_leave_undefined,
         use_cpu_initialization=False,
         # These fused kernels require Transformer Engine or apex.
-        bias_activation_fusion=fused and not arch.gelu,
-        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused and activation in (F.silu, quick_gelu),
+        bias_dropout_fusion=fused and not (arch.num_experts and arch.mlp_bias),
         masked_softmax_fusion=fused,
         # 0.16.1 rejects fused RoPE in latent attention unless it is YaRN.
         apply_rope_fusion=fused and (not arch.mla or arch.transformer["rope_type"] == "yarn"),
@@ -249,8 +257,11 @@ def _build_chunk(
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # At EP 1, 0.16.1 reduces the experts' gradients over the data-parallel group of dense weights. That is
-            # the wrong group if ETP differs from TP.
-            parameter.allreduce = False
+            # the wrong group if ETP differs from TP. It also sums the gradients of experts' biases over the
+            # tensor-parallel ranks, which have different experts, or are data-parallel ranks of the same ones.
+            parameter.allreduce = parameter.sequence_parallel = False
+        if name.endswith(".softmax_offset"):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return model.to(device.torch_device())
 
 
@@ -267,6 +278,19 @@ def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
 def _scale(factor: float, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """Multiply a module's output by a factor, which is rounded to the output's dtype (a forward hook)."""
     return output * torch.tensor(factor, dtype=output.dtype, device=output.device)
+
+
+def _activation(arch: Architecture, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the activation of MLPs, by the name that the core has a fused kernel for."""
+    if arch.gelu:
+        return _gelu
+    if arch.sigmoid_factor == 1:
+        return F.silu
+    return quick_gelu if fused and arch.sigmoid_factor == 1.702 else partial(_swish, arch.sigmoid_factor)
+
+
+def _swish(factor: float, values: torch.Tensor) -> torch.Tensor:
+    return values * torch.sigmoid(factor * values)
 
 
 def _gelu(values: torch.Tensor) -> torch.Tensor:

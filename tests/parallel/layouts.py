@@ -55,7 +55,7 @@ HIDDEN_LAYOUTS = {
 # Families whose layers are built of other modules, with full recomputation.
 FULL_TRAINING = {
     f"{family}-{layout}": (family, sizes)
-    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe")
+    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe", "gpt_oss")
     for layout, sizes in (("tp2_sp", TP2 | SP), ("pp2", PP2))
 }
 MTP_LAYOUTS = {
@@ -113,6 +113,7 @@ LOAD_LAYOUTS = {
     "moe_tp2_sp_ep2": ("deepseek_v3", TP2 | SP | _EP2),
     "moe_etp2": ("qwen3_moe", TP2 | {"expert_tensor": 2}),
     "moe_pp2": ("pangu_ultra_moe", PP2),
+    "moe_biases_tp2_sp_ep2": ("gpt_oss", TP2 | SP | _EP2),
 }
 MOE_RUN_LAYOUTS = {
     "moe_ep2": (
