@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megaprune import device
 from megaprune.mcore.layer_specs import block_spec, mtp_block_spec
+from megaprune.mcore.layers import mark
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.multi_token import LogitsModel
 from megaprune.mcore.overrides import Overrides
@@ -254,15 +255,26 @@ def _build_chunk(
         # Activation recompute yields no gradients for a layer's parameters or mask unless the layer's input requires
         # a gradient. The output of a frozen embedding does not.
         model.embedding.register_forward_hook(_require_gradient)
+    _correct_attributes(model)
+    return model.to(device.torch_device())
+
+
+def _correct_attributes(model: GPTModel) -> None:
+    """Correct attributes by which the core reduces gradients and takes their norm."""
+    for name, module in model.named_modules():
+        if ".experts." in name and isinstance(module, RowParallelLinear) and module.bias is not None:
+            # The core adds the bias in place, which autograd refuses for the output of a reduction over one rank.
+            module.explicit_expert_comm = True
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # At EP 1, 0.16.1 reduces the experts' gradients over the data-parallel group of dense weights. That is
-            # the wrong group if ETP differs from TP. It also sums the gradients of experts' biases over the
-            # tensor-parallel ranks, which have different experts, or are data-parallel ranks of the same ones.
-            parameter.allreduce = parameter.sequence_parallel = False
+            # the wrong group if ETP differs from TP.
+            parameter.allreduce = False
+            # It also takes a bias for one that all tensor-parallel ranks hold. They have other experts, or are
+            # data-parallel ranks of the same ones.
+            mark(parameter, sequence_parallel=False, tensor_model_parallel=True)
         if name.endswith(".softmax_offset"):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-    return model.to(device.torch_device())
 
 
 def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:

@@ -35,9 +35,9 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     rows, columns = blocks.shape[0], blocks.shape[1] * BLOCK
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
-    factors = torch.pow(2.0, scales.view(torch.uint8).int() - _BIAS)  # fp32, in which no product is rounded
+    exponents = (scales.view(torch.uint8).int() - _BIAS).unsqueeze(-1)
     for start in range(0, rows, _BAND):
         band = slice(start, start + _BAND)
         numbers = _numbers()[blocks[band].int()].flatten(2)  # [band, blocks, 32]
-        out[band] = numbers.mul_(factors[band].unsqueeze(-1)).flatten(1)
+        out[band] = torch.ldexp(numbers, exponents[band]).flatten(1)
     return out

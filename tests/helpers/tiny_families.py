@@ -268,6 +268,7 @@ MOE_FAMILIES |= {
         _COMMON
         | _BLOCK_SPARSE
         | dict(
+            intermediate_size=96,
             head_dim=16,
             sliding_window=24,
             swiglu_limit=1.5,

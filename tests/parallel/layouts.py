@@ -58,6 +58,8 @@ FULL_TRAINING = {
     for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe", "gpt_oss")
     for layout, sizes in (("tp2_sp", TP2 | SP), ("pp2", PP2))
 }
+# biases of experts, which tensor-parallel ranks share or divide
+FULL_TRAINING["gpt_oss-tp2_sp_ep2"] = ("gpt_oss", MOE_LAYOUTS["tp2_sp_ep2"][1])
 MTP_LAYOUTS = {
     "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
     "ep2": (2, _EP2, [5], [3], None),
