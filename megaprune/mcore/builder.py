@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import is_te_min_version
 
 from megaprune import device
 from megaprune.mcore.layer_specs import block_spec, mtp_block_spec
@@ -126,6 +127,10 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
+    if fused and arch.transformer.get("softmax_type") == "learnable" and not is_te_min_version("2.8.0"):
+        raise UsageError(
+            "attention sinks need Transformer Engine 2.8 or newer: install it, or choose --transformer-impl local"
+        )
     activation = _activation(arch, fused)
     fields = dict(
         **arch.transformer,
