@@ -33,7 +33,7 @@ class ParallelConfig:
     )
     expert_tensor_parallel_size: int | None = flag(
         "number of ranks that split each expert (default: the tensor-parallel size if there are enough processes, "
-        "otherwise 1)",
+        "otherwise 1; always 1 if experts have biases)",
         least=1,
     )
     context_parallel_size: int = flag("number of context-parallel ranks; only 1 is supported", 1, least=1)

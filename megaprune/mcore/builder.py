@@ -1,6 +1,6 @@
 """Construction of one rank's part of a model: configuration, layer specs, gates."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import is_te_min_version
 
 from megaprune import device
 from megaprune.mcore.layer_specs import block_spec, mtp_block_spec
+from megaprune.mcore.layers import mark
 from megaprune.mcore.layers.gated import LayerGate
 from megaprune.mcore.layers.multi_token import LogitsModel
 from megaprune.mcore.overrides import Overrides
@@ -85,6 +89,11 @@ def _check_expert_sizes(arch: Architecture, sizes: ParallelSizes, world_size: in
     experts = sizes.expert * sizes.expert_tensor
     if arch.num_experts and sizes.tensor > 1 and not sizes.sequence_parallel:
         raise UsageError("experts under --tensor-model-parallel-size > 1 need --sequence-parallel")
+    if arch.num_experts and arch.mlp_bias and sizes.expert_tensor > 1:
+        raise UsageError(
+            f"--expert-tensor-parallel-size {sizes.expert_tensor}: Megatron-Core does not split experts that have "
+            "biases: choose 1"
+        )
     if experts == 1:
         return
     if not arch.num_experts:
@@ -118,6 +127,11 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
     if options.recompute_granularity == "full":
         recompute |= dict(recompute_method="uniform", recompute_num_layers=1)
     fused = options.transformer_engine
+    if fused and arch.transformer.get("softmax_type") == "learnable" and not is_te_min_version("2.8.0"):
+        raise UsageError(
+            "attention sinks need Transformer Engine 2.8 or newer: install it, or choose --transformer-impl local"
+        )
+    activation = _activation(arch, fused)
     fields = dict(
         **arch.transformer,
         **recompute,
@@ -134,7 +148,7 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         deallocate_pipeline_outputs=True,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=_gelu if arch.gelu else F.silu,
+        activation_func=activation,
         add_bias_linear=arch.mlp_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -146,8 +160,8 @@ def transformer_config(arch: Architecture, stages: Sequence[int], options: Engin
         output_layer_init_method=_leave_undefined,
         use_cpu_initialization=False,
         # These fused kernels require Transformer Engine or apex.
-        bias_activation_fusion=fused and not arch.gelu,
-        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused and activation in (F.silu, quick_gelu),
+        bias_dropout_fusion=fused and not (arch.num_experts and arch.mlp_bias),
         masked_softmax_fusion=fused,
         # 0.16.1 rejects fused RoPE in latent attention unless it is YaRN.
         apply_rope_fusion=fused and (not arch.mla or arch.transformer["rope_type"] == "yarn"),
@@ -246,12 +260,26 @@ def _build_chunk(
         # Activation recompute yields no gradients for a layer's parameters or mask unless the layer's input requires
         # a gradient. The output of a frozen embedding does not.
         model.embedding.register_forward_hook(_require_gradient)
+    _correct_attributes(model)
+    return model.to(device.torch_device())
+
+
+def _correct_attributes(model: GPTModel) -> None:
+    """Correct attributes by which the core reduces gradients and takes their norm."""
+    for name, module in model.named_modules():
+        if ".experts." in name and isinstance(module, RowParallelLinear) and module.bias is not None:
+            # The core adds the bias in place, which autograd refuses for the output of a reduction over one rank.
+            module.explicit_expert_comm = True
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # At EP 1, 0.16.1 reduces the experts' gradients over the data-parallel group of dense weights. That is
             # the wrong group if ETP differs from TP.
             parameter.allreduce = False
-    return model.to(device.torch_device())
+            # It also takes a bias for one that all tensor-parallel ranks hold. They have other experts, or are
+            # data-parallel ranks of the same ones.
+            mark(parameter, sequence_parallel=False, tensor_model_parallel=True)
+        if name.endswith(".softmax_offset"):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
 
 
 def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
@@ -267,6 +295,19 @@ def _set_latent_epsilon(model: GPTModel, epsilon: float) -> None:
 def _scale(factor: float, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """Multiply a module's output by a factor, which is rounded to the output's dtype (a forward hook)."""
     return output * torch.tensor(factor, dtype=output.dtype, device=output.device)
+
+
+def _activation(arch: Architecture, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the activation of MLPs, by the name that the core has a fused kernel for."""
+    if arch.gelu:
+        return _gelu
+    if arch.sigmoid_factor == 1:
+        return F.silu
+    return quick_gelu if fused and arch.sigmoid_factor == 1.702 else partial(_swish, arch.sigmoid_factor)
+
+
+def _swish(factor: float, values: torch.Tensor) -> torch.Tensor:
+    return values * torch.sigmoid(factor * values)
 
 
 def _gelu(values: torch.Tensor) -> torch.Tensor:

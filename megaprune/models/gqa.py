@@ -31,6 +31,7 @@ def _dimensions(arch: Architecture) -> dict[str, int]:
         attended=query,
         query_norm=query if whole_norm else arch.head_dim,
         key_norm=key if whole_norm else arch.head_dim,
+        heads=arch.transformer["num_attention_heads"],
     )
 
 
@@ -47,6 +48,7 @@ GQA = AttentionKind(
         "self_attn.k_norm.weight": ("key_norm",),
         "self_attn.o_proj.weight": ("hidden", "attended"),
         "self_attn.o_proj.bias": ("hidden",),
+        "self_attn.sinks": ("heads",),
     },
     dimensions=_dimensions,
 )
@@ -67,6 +69,7 @@ _QKV_BIAS_RULES = (
     WeightRule(ATTENTION + "linear_qkv.bias", tuple(HF + f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
 )
 _OUTPUT_BIAS_RULES = (WeightRule(ATTENTION + "linear_proj.bias", (HF + "self_attn.o_proj.bias",), COPY),)
+_SINK_RULES = (WeightRule(ATTENTION + "core_attention.softmax_offset", (HF + "self_attn.sinks",), COLUMN),)
 
 
 def _qk_norm_rules(over_width: bool) -> tuple[WeightRule, ...]:
@@ -85,6 +88,8 @@ def attention_rules(arch: Architecture) -> tuple[WeightRule, ...]:
         rules += _OUTPUT_BIAS_RULES
     if arch.qk_norm_over_width or arch.transformer.get("qk_layernorm"):
         rules += _qk_norm_rules(arch.qk_norm_over_width)
+    if arch.transformer.get("softmax_type") == "learnable":
+        rules += _SINK_RULES
     return rules
 
 

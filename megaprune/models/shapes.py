@@ -36,6 +36,13 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     "block_sparse_moe.experts.w1.weight": ("expert", "hidden"),
     "block_sparse_moe.experts.w3.weight": ("expert", "hidden"),
     "block_sparse_moe.experts.w2.weight": ("hidden", "expert"),
+    # GPT-OSS, whose matrices of experts are [in, out]
+    "mlp.router.weight": ("experts", "hidden"),
+    "mlp.router.bias": ("experts",),
+    "mlp.experts.gate_up_proj": ("hidden", "gate_and_up_of_expert"),
+    "mlp.experts.gate_up_proj_bias": ("gate_and_up_of_expert",),
+    "mlp.experts.down_proj": ("expert", "hidden"),
+    "mlp.experts.down_proj_bias": ("hidden",),
     "mlp.shared_experts.gate_proj.weight": ("shared_expert", "hidden"),
     "mlp.shared_experts.up_proj.weight": ("shared_expert", "hidden"),
     "mlp.shared_experts.down_proj.weight": ("hidden", "shared_expert"),
@@ -58,6 +65,7 @@ def _dimensions(arch: Architecture) -> dict[str, int]:
     mlp = fields["ffn_hidden_size"]
     dimensions = dict(vocabulary=arch.vocab_size, hidden=fields["hidden_size"], mlp=mlp, gate_and_up=2 * mlp)
     if arch.num_experts:
-        shared = fields.get("moe_shared_expert_intermediate_size")
-        dimensions |= dict(experts=arch.num_experts, expert=fields["moe_ffn_hidden_size"], shared_expert=shared)
+        shared, expert = fields.get("moe_shared_expert_intermediate_size"), fields["moe_ffn_hidden_size"]
+        dimensions |= dict(experts=arch.num_experts, expert=expert, gate_and_up_of_expert=2 * expert)
+        dimensions |= dict(shared_expert=shared)
     return dimensions

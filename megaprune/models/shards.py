@@ -47,10 +47,12 @@ class ShardKind:
     Attributes:
         dim: the dimension along which ranks hold parts of the parameter; None if each holds all of it.
         interleaves: the HF tensors alternate within the parameter, so that a checkpoint holds them in one chunk.
+        scatters: neighbors in an HF tensor are none in the parameter, so that it can't be copied in runs of bytes.
     """
 
     dim: int | None = None
     interleaves: bool = False
+    scatters: bool = False
 
     def read(self, source: SliceReader, names: Sequence[str], arch: Architecture, tp: TensorParallel) -> Tensor:
         """Read a rank's shard, in the stored dtype.
@@ -68,8 +70,13 @@ class ShardKind:
         """Make the whole parameter of its HF tensors."""
         return tensors[0]
 
+    def fused_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape of the whole parameter, given those of its HF tensors."""
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
     def runs(self, number: int, shape: Sequence[int], arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
-        """Enumerate the runs of bytes that one HF tensor takes within the whole parameter, in the tensor's order.
+        """Enumerate the runs of bytes that one HF tensor takes within the whole parameter, in the tensor's order. A
+        kind that scatters has none.
 
         Args:
             number: of the HF tensor, in the order of the rule.
@@ -248,6 +255,56 @@ class _FusedGated(_Gated):
         return [(0, math.prod(shape) * item_bytes)]
 
 
+class _Scattered(ShardKind):
+    """One HF tensor whose numbers are in another order than the parameter's."""
+
+    interleaves = scatters = True
+
+    def fused_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(reversed(shapes[0]))
+
+    def runs(self, number: int, shape: Sequence[int], arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
+        raise AssertionError("its numbers are not in runs")
+
+
+class _TransposedRow(_Scattered):
+    """One HF matrix [in, out], cut along the input dimension."""
+
+    dim = 1
+
+    def read(self, source: SliceReader, names: Sequence[str], arch: Architecture, tp: TensorParallel) -> Tensor:
+        return _read_cut(source, names[0], 0, tp).t()
+
+    def merge(self, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
+        import torch
+
+        return [torch.cat(list(shards), dim=1).t().contiguous()]
+
+    def fuse(self, tensors: Sequence[Tensor], arch: Architecture) -> Tensor:
+        return tensors[0].t()
+
+
+class _Alternating(_Scattered):
+    """One HF tensor in which columns of gate and up alternate: a matrix [in, out], or a bias; cut as `_Gated` is."""
+
+    dim = 0
+
+    def read(self, source: SliceReader, names: Sequence[str], arch: Architecture, tp: TensorParallel) -> Tensor:
+        return self.fuse([_read_cut(source, names[0], len(source.shape(names[0])) - 1, tp)], arch)
+
+    def merge(self, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
+        import torch
+
+        gate_and_up = torch.stack(GATED.merge(shards, arch), dim=1).flatten(0, 1)
+        return [gate_and_up.t().contiguous() if gate_and_up.ndim == 2 else gate_and_up]
+
+    def fuse(self, tensors: Sequence[Tensor], arch: Architecture) -> Tensor:
+        import torch
+
+        rows = tensors[0].t() if tensors[0].ndim == 2 else tensors[0]
+        return torch.cat([rows[0::2], rows[1::2]])
+
+
 COPY = ShardKind()
 COLUMN = _Cut(0)  # along the output dimension
 ROW = _Cut(1)  # along the input dimension
@@ -256,6 +313,8 @@ QKV = _QKV()
 GATED = _Gated()
 FUSED_QKV = _FusedQKV()
 FUSED_GATED = _FusedGated()
+TRANSPOSED_ROW = _TransposedRow()
+ALTERNATING = _Alternating()
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 128) -> int:

@@ -108,8 +108,9 @@ class Architecture:
         sandwich_norm: whether attention and MLP are also followed by a norm.
         qk_norm_over_width: whether a norm over all heads together follows the projections of query and key.
         output_bias: whether the attention's output projection, and with it query, key and value, has a bias.
-        mlp_bias: whether the projections of dense MLPs have a bias.
+        mlp_bias: whether the projections of MLPs, and with experts their router, have a bias.
         gelu: whether MLPs are gated by GELU, in its approximation by tanh, instead of SiLU.
+        sigmoid_factor: MLPs are gated by x * sigmoid(factor * x), if not by SiLU, where it is 1, or GELU.
         zero_centered_norms: whether norms multiply by 1 + weight.
         embedding_factor: factor of the embedding's output, if any.
         attention_scale: factor of the attention scores, if it does not follow from the head dimension.
@@ -135,6 +136,7 @@ class Architecture:
     output_bias: bool = False
     mlp_bias: bool = False
     gelu: bool = False
+    sigmoid_factor: float = 1.0
     zero_centered_norms: bool = False
     embedding_factor: float | None = None
     attention_scale: float | None = None
@@ -197,6 +199,7 @@ class Family:
         prune_config: edits a copy of the HF config for the kept layers (source indices, ascending).
         ignored: regular expressions of stored tensors that no model reads.
         mtp_keys: names under which config.json counts multi-token-prediction layers, where the family has any.
+        stacks_whole_experts: the tables name each expert's part of the stored stacks, with gate and up together.
         stacks_experts: transformers' class, where it has one, holds the experts of a layer as stacked parameters; the
             code that comes with other families, as a module each.
         modules_in_transformers: how names in transformers' class differ from those of the tensors: regular
@@ -215,6 +218,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ()
     stacks_experts: bool = True
+    stacks_whole_experts: bool = False
     modules_in_transformers: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     passed: tuple[str, ...] = ()

@@ -101,6 +101,10 @@ def _after_full_layers(config: HFConfig) -> list[str]:
 
 
 QWEN_RULE = LayerRule("layer_types", _after_full_layers)
+EVERY_SECOND_FULL = LayerRule(
+    "layer_types",
+    lambda config: [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
+)
 EVERY_FOURTH_FULL = LayerRule(
     "layer_types",
     lambda config: [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(config["num_hidden_layers"])],

@@ -240,7 +240,9 @@ def _parallel_sizes(config: Config, arch: Architecture, world_size: int) -> Para
     expert_tensor = parallel_config.expert_tensor_parallel_size
     if expert_tensor is None:
         # As in Megatron-LM, experts use the tensor-parallel size by default, unless there are too few processes for it.
-        expert_tensor = parallel_config.tensor_model_parallel_size if arch.num_experts else 1
+        # The core does not split experts that have biases.
+        split = arch.num_experts and not arch.mlp_bias
+        expert_tensor = parallel_config.tensor_model_parallel_size if split else 1
         in_a_stage = world_size // parallel_config.pipeline_model_parallel_size
         if in_a_stage % (expert_tensor * parallel_config.expert_model_parallel_size):
             expert_tensor = 1

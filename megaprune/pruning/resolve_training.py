@@ -20,8 +20,16 @@ def lora_options(config: Config, arch: Architecture, hf_config: HFConfig) -> LoR
     if lora.lora_rank is None:
         return None
     rules = [rule for layer in range(arch.num_layers) for rule in family.layer_rules(arch, layer)]
-    modules = {rule.megatron.split(".")[-2] for rule in rules}
+    # An adapter of a matrix that the HF model holds in another order is not PEFT's.
+    scattered = {rule.megatron.split(".")[-2] for rule in rules if rule.shard.scatters}
+    modules = {rule.megatron.split(".")[-2] for rule in rules} - scattered
     known = [target for target in TARGETS if target in modules]
+    unfit = next((target for target in lora.lora_target_modules if target in scattered), None)
+    if unfit:
+        raise UsageError(
+            f"--lora-target-modules {unfit} is not supported in the family {family.model_type}, whose experts are "
+            f"transposed and have gate and up in turn: choose from {' '.join(known)}"
+        )
     unknown = [target for target in lora.lora_target_modules if target not in known]
     if unknown:
         raise UsageError(

@@ -91,7 +91,7 @@ def _check_dtypes(source: TensorSource) -> None:
             more = "" if suffix else f" and {source.format.dtype if source.format.main else 'FP8'}"
             raise MegapruneError(f"{shown}, which megaprune does not read, only {', '.join(read)}{more}")
         if len(source.shape(name)) != 2:
-            raise MegapruneError(f"{shown}, but is not a matrix: only matrices are read in FP8")
+            raise MegapruneError(f"{shown}, but is not a matrix: only matrices are read so")
         for suffix in source.format.companions:
             if name + suffix not in source:
                 raise MegapruneError(
@@ -109,14 +109,16 @@ def _check_stacks(source: TensorSource) -> None:
     """Check that stacks of experts have the shape that the config implies, so that experts can be sliced."""
     arch = source.family.architecture(source.config)
     for stack in sorted(source.layout.stacks):
-        members = [f"{stack.rpartition('.')[0]}.0.{half}_proj.weight" for half in _halves(stack)]
+        members = source.layout.members(stack, 0)
         if not arch.num_experts:
             raise MegapruneError(f"{source.folder} holds {stack}, but config.json has no experts")
         if source.place(members[0]).parts is None:  # a checkpoint's, which will be stacked on export
             continue
         shapes = list(hf_shapes(members, arch).values())
-        expected = (arch.num_experts, sum(shape[0] for shape in shapes), shapes[0][1])
+        expected = (arch.num_experts, sum(shape[0] for shape in shapes), *shapes[0][1:])
         found = source.stored_shape(members[0])
+        if source.layout.whole_experts:  # a quantized one has another shape
+            found = (found[0], *source.shape(members[0]))
         if found != expected:
             raise _other_shape(source, source.shown(members[0]), found, expected)
         if source.is_quantized(members[0]) and len(members) == 2 and shapes[0][0] % BLOCK:
@@ -124,10 +126,6 @@ def _check_stacks(source: TensorSource) -> None:
                 f"{source.file(members[0])}: {source.shown(members[0])} is FP8 in blocks that reach over gate and up, "
                 f"because {shapes[0][0]} rows are not a multiple of {BLOCK}: give the model before its quantization"
             )
-
-
-def _halves(stack: str) -> tuple[str, ...]:
-    return ("gate", "up") if stack.endswith("gate_up_proj") else ("down",)
 
 
 def _check_shapes(source: TensorSource, names: Iterable[str]) -> None:

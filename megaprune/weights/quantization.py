@@ -35,6 +35,7 @@ _ENDS = {
     ".weight.quant_map": "bitsandbytes",
     ".SCB": "bitsandbytes",
     ".scales": "GPTQ, AWQ or MLX",
+    "_proj_blocks": "MXFP4",
 }
 
 
@@ -44,8 +45,8 @@ def declared_quantization(folder: Path, config: HFConfig) -> str | None:
         settings = quantization_settings(config) if key == _KEYS[0] else config.get(key)
         if settings and not (key == _KEYS[0] and declared_format(config)):
             return (
-                f"config.json says {_in_words(settings)}, but only FP8 in blocks of [{BLOCK}, {BLOCK}] is read, and of "
-                "compressed-tensors FP8 by rows and symmetric INT4 in groups"
+                f"config.json says {_in_words(settings)}, but only MXFP4 and FP8 in blocks of [{BLOCK}, {BLOCK}] are "
+                "read, and of compressed-tensors FP8 by rows and symmetric INT4 in groups"
             )
     for pattern, whose in BESIDE.items():
         for path in sorted(Path(folder).glob(pattern)):

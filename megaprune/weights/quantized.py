@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megaprune.models import HFConfig
-from megaprune.weights import fp8, int4
+from megaprune.weights import fp8, int4, mxfp4
 from megaprune.weights.dtypes import FP8, SCALE_DTYPES, WEIGHT_DTYPES
 
 if TYPE_CHECKING:
@@ -164,8 +164,41 @@ class PackedInt4:
         return whole[:, start - first * int4.PER_WORD :][:, : stop - start]
 
 
+class MXFP4:
+    """FP4 with an exponent for each 32 numbers (GPT-OSS). Weights are [in, out], what is stored is [out, in]."""
+
+    name, main, dtype = "MXFP4", "_blocks", "U8"
+    companions: dict[str, tuple[str, ...]] = {"_scales": ("U8", "F8_E8M0")}
+
+    @classmethod
+    def of(cls, settings: Any) -> Format | None:
+        """Return the format if the settings name it."""
+        return cls() if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4" else None
+
+    def shape(self, stored: Shape) -> Shape:
+        """Return the shape of the weight [in, out]."""
+        return (stored[1] * stored[2] * mxfp4.PER_BYTE, stored[0])
+
+    def companion_shape(self, suffix: str, shape: Shape) -> Shape:
+        """Return an exponent for each block."""
+        return (shape[1], shape[0] // mxfp4.BLOCK)
+
+    def read(
+        self, read: Read, shape: Shape, dim: int, start: int, stop: int | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the slice; of a slice of rows, all blocks that contain one are read."""
+        start, stop, _ = slice(start, stop).indices(shape[dim])
+        if dim == 1 or (start, stop) == (0, shape[0]):
+            rows = (0, start, stop) if dim == 1 else (0, 0, None)
+            found = mxfp4.dequantize(read("_blocks", *rows), read("_scales", *rows)).t()
+            return found if out is None else out.copy_(found)
+        first, last = start // mxfp4.BLOCK, -(-stop // mxfp4.BLOCK)
+        found = mxfp4.dequantize(read("_blocks", 1, first, last), read("_scales", 1, first, last)).t()
+        return found[start - first * mxfp4.BLOCK :][: stop - start]
+
+
 BLOCK_FP8 = BlockFP8()
-FORMATS: tuple[type[Format], ...] = (BlockFP8, ChannelFP8, PackedInt4)
+FORMATS: tuple[type[Format], ...] = (BlockFP8, ChannelFP8, PackedInt4, MXFP4)
 
 
 def quantization_settings(config: HFConfig) -> Any:
@@ -184,6 +217,8 @@ def declared_format(config: HFConfig) -> Format | None:
 def without_quantization(config: HFConfig) -> HFConfig:
     """Return the config of the dequantized model."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if len(plain) < len(config) and not (plain.get("dtype") or plain.get("torch_dtype")):
+        plain["torch_dtype"] = "bfloat16"  # which the quantization implied
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = without_quantization(plain["text_config"])
     return plain

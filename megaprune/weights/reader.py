@@ -102,8 +102,9 @@ class TensorFiles:
             tensor = Buffer().tensor((count, *shape[1:]), dtype)
             _fill(found.part(start * row, count * row), tensor, place)
             return tensor
-        rows, columns = shape
-        tensor = Buffer().tensor((rows, count), dtype)
+        rows, columns, *rest = shape
+        tensor = Buffer().tensor((rows, count, *rest), dtype)
+        item *= math.prod(rest)
         view, width = as_bytes(tensor), count * item
         for number in range(rows if width else 0):
             part = found.part((number * columns + start) * item, width)

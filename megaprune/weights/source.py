@@ -59,7 +59,10 @@ class HFSource(TensorSource):
 
     def _arrange(self) -> None:
         """Give the stored tensors the names of the families' tables."""
-        self.layout = StoredLayout.of(self.stored_files, self.family.ties(self.config), self.family.prefix)
+        family = self.family
+        self.layout = StoredLayout.of(
+            self.stored_files, family.ties(self.config), family.prefix, family.stacks_whole_experts
+        )
         if self.layout == PLAIN:
             self._name_packed()
             return
@@ -78,11 +81,12 @@ class HFSource(TensorSource):
 
     def _name_packed(self) -> None:
         """Give the main tensors of quantized weights the names of the weights."""
-        end = f".weight{self.format.main}"
-        for stored in [stored for stored in self._files if self.format.main and stored.endswith(end)]:
-            name = stored.removesuffix(self.format.main)
+        main = self.format.main
+        for stored in [stored for stored in self._files if main and stored.endswith(main)]:
+            name = stored.removesuffix(main)
             if name in self._files:
-                raise MegapruneError(f"{self.folder} holds both {stored} and {name}, which are the same tensor")
+                both = f"{self.place(stored).stored} and {self.place(name).stored}"
+                raise MegapruneError(f"{self.folder} holds both {both}, which are the same tensor")
             self._files[name] = self._files.pop(stored)
             self._places = {**self._places, name: self.place(stored)}
 

@@ -113,7 +113,8 @@ class TensorSource(Protocol):
 
     def is_quantized(self, name: str) -> bool:
         """Return whether a tensor is stored quantized."""
-        return self.stored_dtype_name(name) == self.format.dtype
+        format = self.format
+        return self.stored_dtype_name(name) == format.dtype and not name.endswith(tuple(format.companions))
 
     def dtype_name(self, name: str) -> str:
         """Return the dtype in which `read` returns a tensor, by its safetensors name. It is bf16 for quantized weights,

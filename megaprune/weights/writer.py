@@ -253,7 +253,7 @@ def join_shards(folder: Path, shards: list[WrittenShard], file: str) -> None:
             if name in parts:
                 raise MegapruneError(f"{name} was exported twice")
             parts[name] = folder / shard.file
-    _write_joined(folder / file, {name: [name] for name in parts}, parts, stacked=())
+    _write_joined(folder / file, {name: [name] for name in parts}, parts, {})
     for shard in shards:
         (folder / shard.file).unlink()
 
@@ -280,8 +280,8 @@ def _stack_experts(
     made: list[WrittenShard] = []
     for run in _runs(layout.groups(parts), sizes, max_shard_bytes):
         file = f"stacked-{len(made):05d}.safetensors"
-        stacked = [stored for stored, names in run.items() if layout.stack_of(names[0])]
-        _write_joined(folder / file, run, parts, stacked)
+        of_expert = {stored: layout.parts_of_expert(stored) for stored in run if layout.stack_of(run[stored][0])}
+        _write_joined(folder / file, run, parts, of_expert)
         made.append(WrittenShard(file, sorted(run), sum(sizes[name] for names in run.values() for name in names)))
     for shard in shards:
         (folder / shard.file).unlink()
@@ -303,14 +303,14 @@ def _runs(groups: Mapping[str, list[str]], sizes: Mapping[str, int], max_bytes: 
 
 
 def _write_joined(
-    path: Path, groups: Mapping[str, list[str]], parts: Mapping[str, Path], stacked: Sequence[str]
+    path: Path, groups: Mapping[str, list[str]], parts: Mapping[str, Path], of_expert: Mapping[str, int]
 ) -> None:
     """Write a file of tensors that other files contain.
 
     Args:
         groups: the tensors of the file, each with the tensors that it is concatenated from, in order.
         parts: the file that contains each of these.
-        stacked: shapes and dtypes of the stacks of experts in the file.
+        of_expert: for each stack of experts in the file, the number of tensors of each expert.
     """
     files = TensorFiles()
     names = [name for members in groups.values() for name in members]
@@ -318,28 +318,27 @@ def _write_joined(
     for name in names:
         dtype, shape = files.describe(parts[name], name)
         shapes[name] = shape, dtype
-    held = {
-        stored: stacked_shape(stored, [shapes[name] for name in members]) if stored in stacked else shapes[members[0]]
-        for stored, members in groups.items()
-    }
+    held = {stored: shapes[members[0]] for stored, members in groups.items()}
+    for stored, number in of_expert.items():
+        held[stored] = stacked_shape(stored, [shapes[name] for name in groups[stored]], number)
     contents = ([files.where(parts[name], Place(name))] for name in names)
     write_safetensors(path, shapes, contents, stored=held, spaced=True)
     files.close()
 
 
-def stacked_shape(name: str, parts: Sequence[Described]) -> Described:
-    """Return shape [experts, rows, columns] and dtype of a stack of experts' matrices.
+def stacked_shape(name: str, parts: Sequence[Described], of_expert: int) -> Described:
+    """Return shape [experts, rows, columns] and dtype of a stack of experts' matrices, or biases.
 
     Args:
         name: the name of the stack.
         parts: its matrices in order, gate before up of each expert.
+        of_expert: number of matrices of each expert.
 
     Raises:
         MegapruneError: the matrices can't be stacked.
     """
     if len({(dtype, tuple(shape[1:])) for shape, dtype in parts}) > 1:
         raise MegapruneError(f"the experts of {name} have several dtypes or shapes: one tensor can't hold them")
-    of_expert = 2 if name.endswith("gate_up_proj") else 1
     (first, dtype), rows = parts[0], sum(shape[0] for shape, _ in parts[:of_expert])
     shape = [len(parts) // of_expert, rows, *first[1:]]
     if math.prod(shape) != sum(math.prod(part) for part, _ in parts):

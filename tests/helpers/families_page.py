@@ -51,6 +51,8 @@ ROWS = (
     Row("glm-4.5-air", 8, 2, 16),
     Row("glm-4.7-flash", 4, 2, 8, "latent attention, list of MLP types"),
     Row("glm-5", 8, 8, 8, "sequences of up to 2,048 tokens (`index_topk`); the indexer is carried"),
+    Row("gpt-oss-20b", 2, 2, 8, "sinks, windows in every second layer; LoRA of attention only"),
+    Row("gpt-oss-120b", 4, 2, 8),
     Row("minimax-m2", 8, 4, 16, "q/k norm over all heads, RoPE on half of each head"),
     Row("deepseek-r1", 8, 8, 8),
     Row("deepseek-v3.2", 8, 8, 8, "sequences of up to 2,048 tokens (`index_topk`); the indexer is carried"),
@@ -64,6 +66,7 @@ _SOURCES = {
     "glm4_moe": "bf16, FP8 by rows",
     "glm4_moe_lite": "bf16, FP8 by rows",
     "glm_moe_dsa": "bf16, FP8 in blocks",
+    "gpt_oss": "bf16, MXFP4",
     "kimi_k2": "bf16, FP8 in blocks, INT4",
 }
 _HEAD = """# Families
@@ -78,12 +81,12 @@ checked at full size: exact parameters, and each tensor covered once before and 
 
 Tensor, pipeline and sequence parallelism, LoRA and every method work with every family; expert parallelism with \
 every family that has experts. Sources may be in bf16, fp16 or fp32; the table names quantized formats that are \
-released. Any family may be stored in any of them.
+released. Any family may be stored in any of them but MXFP4, which is GPT-OSS's. In GPT-OSS, experts are not split \
+(`--expert-tensor-parallel-size` is 1) and have no LoRA adapters.
 
 A key of config.json that is not known and switches something on is refused, as is a value that can't be expressed. \
 `mistral3` (Mistral Small 3.1 and later, Ministral 3) and `kimi_k25` are multimodal models: their language model is \
-pruned, and the other parts are copied. gpt-oss (`gpt_oss`) is refused: attention sinks, biases of experts and MXFP4 \
-are missing.
+pruned, and the other parts are copied.
 
 | model | `model_type` | layers | parameters | active | MTP | sources | particular |
 | --- | --- | --- | --- | --- | --- | --- | --- |

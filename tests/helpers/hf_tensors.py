@@ -129,6 +129,18 @@ def _mixtral(config, layer):
     return tensors
 
 
+def _gpt_oss(config, layer):
+    hidden, experts, columns = config["hidden_size"], config["num_local_experts"], config["intermediate_size"]
+    tensors = _gqa(config) | _two_norms(config) | {"self_attn.sinks": (config["num_attention_heads"],)}
+    tensors |= {f"self_attn.{x}_proj.bias": tensors[f"self_attn.{x}_proj.weight"][:1] for x in "qkvo"}
+    tensors |= {"mlp.router.weight": (experts, hidden), "mlp.router.bias": (experts,)}
+    for expert in range(experts):  # parts of stacks
+        shapes = {"gate_up_proj": (hidden, 2 * columns), "gate_up_proj_bias": (2 * columns,)}
+        shapes |= {"down_proj": (columns, hidden), "down_proj_bias": (hidden,)}
+        tensors |= {f"mlp.experts.{expert}.{name}": shape for name, shape in shapes.items()}
+    return tensors
+
+
 def _minimax_m2(config, layer):
     bias = {"block_sparse_moe.e_score_correction_bias": (config["num_local_experts"],)}
     return _mixtral(config, layer) | _norms_over_heads(config) | bias
@@ -176,6 +188,7 @@ _LAYERS = {
     "glm4_moe": _glm4_moe,
     "mixtral": _mixtral,
     "minimax_m2": _minimax_m2,
+    "gpt_oss": _gpt_oss,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,

@@ -212,7 +212,52 @@ MIXTRAL_8X7B = COMMON | {
     "sliding_window": None,
     "vocab_size": 32000,
 }
+_GPT_OSS = {key: value for key, value in COMMON.items() if key != "torch_dtype"} | {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 8,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+GPT_OSS_20B = _GPT_OSS | {"layer_types": _ALTERNATING * 12, "num_hidden_layers": 24, "num_local_experts": 32}
+GPT_OSS_120B = _GPT_OSS | {"layer_types": _ALTERNATING * 18, "num_hidden_layers": 36, "num_local_experts": 128}
 NEWER_MOE = {
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-120b": GPT_OSS_120B,
     "glm-4.5": GLM_4_5,
     "glm-4.5-air": GLM_4_5_AIR,
     "glm-4.7-flash": GLM_4_7_FLASH,

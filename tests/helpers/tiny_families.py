@@ -263,5 +263,17 @@ MOE_FAMILIES |= {
             ),
         ),
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        _COMMON
+        | _BLOCK_SPARSE
+        | dict(
+            intermediate_size=96,
+            head_dim=16,
+            sliding_window=24,
+            swiglu_limit=1.5,
+            rope_parameters=_YARN | dict(mscale=None, mscale_all_dim=None, truncate=False),
+        ),
+    ),
     "mixtral": ("mixtral", _COMMON | _BLOCK_SPARSE | dict(head_dim=16, sliding_window=40)),
 }

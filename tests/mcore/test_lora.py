@@ -209,6 +209,19 @@ def test_refused_are_targets_that_the_model_does_not_have(tiny_model, tiny_data,
     assert options.lora == LoRAOptions(4, 8.0, ("linear_qkv",))
 
 
+def test_refused_are_experts_whose_matrices_peft_holds_otherwise(tiny_model, tiny_data, tmp_path):
+    argv = tiny.prune_argv(tiny_model("gpt_oss"), tiny_data, tmp_path / "run", "--lora-rank", "4")
+    options, _ = open_run(parse_config(argv), 1)
+    assert options.lora.targets == ("linear_qkv", "linear_proj")
+    for target in ("linear_fc1", "linear_fc2"):
+        with pytest.raises(
+            UsageError, match=f"{target} is not supported in the family gpt_oss.*linear_qkv linear_proj"
+        ):
+            open_run(parse_config([*argv, "--lora-target-modules", target]), 1)
+    with pytest.raises(UsageError, match="--expert-tensor-parallel-size 2: .* biases: choose 1"):
+        open_run(parse_config([*argv, "--expert-tensor-parallel-size", "2"]), 2)
+
+
 def test_adapters_stand_where_they_were_asked_for(tiny_model):
     layers = adapted_layers(build(HFSource(tiny_model("qwen3")), targets=("linear_qkv",)))
     assert {name.rpartition(".")[2] for name in layers} == {"linear_qkv"}

@@ -64,6 +64,16 @@ CASES = {
         [0, 3, 4, 7],
         dict(layer_types=[_SLIDING, _FULL, _SLIDING, _FULL]),
     ),
+    "every second layer without a window": (
+        config("gpt_oss", num_local_experts=4, head_dim=16),
+        [0, 3, 4],
+        dict(layer_types=None),
+    ),
+    "every second layer with a window, unlike its rule": (
+        config("gpt_oss", num_local_experts=4, head_dim=16),
+        [1, 2],
+        dict(layer_types=[_FULL, _SLIDING]),
+    ),
     "every sixth layer without a window": (
         config("gemma3_text", sliding_window_pattern=3, head_dim=16),
         [1, 2, 3],
@@ -153,6 +163,9 @@ def test_settings_follow_their_layers(name):
         (config("llama", layer_types=[_SLIDING] * 6), "sliding-window attention is not supported"),
         (config("gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 is not supported"),
         (config("minimax_m2", qk_norm_type="per_head"), "qk_norm_type 'per_head' is not supported"),
+        (config("gpt_oss", num_local_experts=4, num_experts_per_tok=1), "num_experts_per_tok 1 can't be expressed"),
+        (config("gpt_oss", num_local_experts=4, experts_per_token=2), "contradicts num_experts_per_tok 4"),
+        (config("gpt_oss", num_local_experts=2), "num_experts_per_tok 4 is more than the 2 experts"),
         (config("PanguEmbedded", bias=True, attention_bias=False), "are one setting"),
         (config("PanguEmbedded"), "lacks the key 'bias'"),
         (config("phi3", partial_rotary_factor=0.35), "an even number"),

@@ -40,6 +40,8 @@ PARAMETERS = {
     "deepseek-v3.2": 671_877_944_064,
     "kimi-k2-thinking": 1_026_408_232_448,
     "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 NEWER = NEWER_DENSE | NEWER_MOE
 # num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, kv_channels, layernorm_epsilon

@@ -55,9 +55,11 @@ HIDDEN_LAYOUTS = {
 # Families whose layers are built of other modules, with full recomputation.
 FULL_TRAINING = {
     f"{family}-{layout}": (family, sizes)
-    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe")
+    for family in ("llama_biased", "ministral3", "olmo3", "gemma3", "minimax_m2", "glm4_moe", "gpt_oss")
     for layout, sizes in (("tp2_sp", TP2 | SP), ("pp2", PP2))
 }
+# biases of experts, which tensor-parallel ranks share or divide
+FULL_TRAINING["gpt_oss-tp2_sp_ep2"] = ("gpt_oss", MOE_LAYOUTS["tp2_sp_ep2"][1])
 MTP_LAYOUTS = {
     "tp2_sp": (2, TP2 | SP, [5], [3], "full"),
     "ep2": (2, _EP2, [5], [3], None),
@@ -113,6 +115,7 @@ LOAD_LAYOUTS = {
     "moe_tp2_sp_ep2": ("deepseek_v3", TP2 | SP | _EP2),
     "moe_etp2": ("qwen3_moe", TP2 | {"expert_tensor": 2}),
     "moe_pp2": ("pangu_ultra_moe", PP2),
+    "moe_biases_tp2_sp_ep2": ("gpt_oss", TP2 | SP | _EP2),
 }
 MOE_RUN_LAYOUTS = {
     "moe_ep2": (

@@ -56,7 +56,7 @@ class _Export:
         parts = [self._shapes[name] for name in self._groups[stored]]
         if self._source.layout.stack_of(self._groups[stored][0]) is None:
             return parts[0]
-        return stacked_shape(stored, parts)
+        return stacked_shape(stored, parts, self._source.layout.parts_of_expert(stored))
 
     def plan(self) -> dict[str, Any]:
         """Return the input that the parts depend on."""

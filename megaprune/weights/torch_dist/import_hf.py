@@ -99,7 +99,7 @@ class _Import:
 
     def _is_moved(self, piece: Piece) -> bool:
         final = self._final_dtype(piece)
-        return all(self._source.stored_dtype_name(name) == final for name in piece.hf)
+        return not piece.kind.scatters and all(self._source.stored_dtype_name(name) == final for name in piece.hf)
 
     def plan(self) -> dict[str, Any]:
         """Return the input that the parts depend on."""

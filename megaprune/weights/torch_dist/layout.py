@@ -32,6 +32,7 @@ class Piece:
 
     Args:
         kind: the arrangement of the HF tensors in the chunk.
+        front: number of dimensions of size 1 in front of those of the parameter.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Piece:
     shape: tuple[int, ...]
     hf: tuple[str, ...]
     kind: ShardKind = COPY
+    front: int = 0
 
     def runs(self, number: int, arch: Architecture, item_bytes: int) -> list[tuple[int, int]]:
         """Return the byte runs of one HF tensor in the chunk, in the tensor's order: first byte and length."""
@@ -50,8 +52,8 @@ class Piece:
         return self.kind.fuse(tensors, arch).reshape(self.shape)
 
     def split(self, chunk: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
-        """Return the HF tensors in the chunk, with their own shapes except for a leading expert dimension."""
-        return self.kind.merge([chunk], arch)
+        """Return the HF tensors in the chunk."""
+        return self.kind.merge([chunk.reshape(self.shape[self.front :])], arch)
 
 
 def pieces(family: Family, config: HFConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
@@ -100,12 +102,12 @@ def _of_rule(rule: WeightRule, key: str, shapes: Mapping[str, tuple[int, ...]], 
     # experts are stacked along a dimension in front
     front, at = ((arch.num_experts,), (expert[1],)) if expert else ((), ())
     own = [shapes[name] for name in rule.hf]
-    rows, rest = sum(shape[0] for shape in own), own[0][1:]
-    ones, zeros, size = (1,) * len(front), (0,) * len(rest), (*front, rows, *rest)
+    fused = rule.shard.fused_shape(own)
+    ones, zeros, size = (1,) * len(front), (0,) * (len(fused) - 1), (*front, *fused)
     if rule.shard.interleaves:
-        yield Piece(key, size, (0, *zeros), size, rule.hf, rule.shard)
+        yield Piece(key, size, (*at, 0, *zeros), (*ones, *fused), rule.hf, rule.shard, len(front))
         return
     row = 0
     for name, shape in zip(rule.hf, own, strict=True):
-        yield Piece(key, size, (*at, row, *zeros), (*ones, *shape), (name,))
+        yield Piece(key, size, (*at, row, *zeros), (*ones, *shape), (name,), front=len(front))
         row += shape[0]

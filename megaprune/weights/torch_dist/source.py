@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megaprune.models import family_of
 from megaprune.models.shapes import hf_shapes
+from megaprune.models.shards import COPY
 from megaprune.utils.errors import MegapruneError
 from megaprune.weights.byte_ranges import Buffer, Range
 from megaprune.weights.dtypes import ITEM_BYTES
@@ -82,13 +83,14 @@ class CheckpointSource(TensorSource):
 
     def lies_in_one_chunk(self, name: str) -> bool:
         """Return whether a tensor's bytes can be copied from one chunk."""
-        return self._found_in(self._pieces[name][0]) is not None
+        piece = self._pieces[name][0]
+        return not piece.kind.scatters and self._found_in(piece) is not None
 
     def ranges_of(self, reader: ChunkReader, name: str) -> list[Range] | None:
         """Return the tensor's byte ranges as `ranges` does, in files that the given reader has open."""
         piece, number = self._pieces[name]
         found, dtype = self._found_in(piece), self._stored[piece.key].dtype
-        if found is None:
+        if found is None or piece.kind.scatters:
             return None
         whole = reader.where(found[0], dtype, math.prod(piece.shape), found[1])
         return [whole.part(*run) for run in piece.runs(number, self._arch, ITEM_BYTES[dtype])]
@@ -137,12 +139,12 @@ class CheckpointSource(TensorSource):
             if self._fused[0] != piece.key:
                 self._fused = piece.key, piece.split(self._read_piece(piece, self._reader, Buffer()), self._arch)
             return self._fused[1][number]
-        return self._read_piece(piece, self._reader, Buffer()).reshape(self._shapes[name])
+        return piece.split(self._read_piece(piece, self._reader, Buffer()), self._arch)[0].reshape(self._shapes[name])
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor. If it has its own chunk, only these rows are read."""
         piece, _ = self._pieces[name]
-        if len(piece.hf) > 1:
+        if piece.kind is not COPY:
             return self._whole(name)[start:stop]
         row = len(piece.shape) - len(self._shapes[name])  # after the dimension of the experts
         offset, shape = list(piece.offset), list(piece.shape)

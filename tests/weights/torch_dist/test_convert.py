@@ -202,7 +202,7 @@ def test_chunks_of_any_layout_are_put_together(models, tmp_path):
     assert_same_model(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_tied"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_tied", "phi3", "gpt_oss"])
 def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
     done("import", "--hf-model", models(name), "--megatron-path", tmp_path / "m")
     source, original = CheckpointSource(tmp_path / "m"), HFSource(models(name))
@@ -213,6 +213,7 @@ def test_slices_are_those_of_the_hf_folder(models, name, tmp_path):
         for dim in range(len(shape)):
             part = (tensor, dim, shape[dim] // 4, shape[dim] // 2)
             assert torch.equal(source.read(*part), original.read(*part)), part
+            assert torch.equal(source.read(tensor), original.read(tensor)), tensor
 
 
 @pytest.mark.parametrize("kernel_can", [True, False])
