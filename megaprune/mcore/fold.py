@@ -14,8 +14,11 @@ from megaprune import device
 from megaprune.mcore.pipeline_model import PipelineModel
 
 # The MLP's last projection: of a dense layer, of routed and shared experts, and of Transformer Engine's grouped
-# experts. The rows of each are the hidden size, whole on every rank.
-_LAST_PROJECTION = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.(.+\.)?linear_fc2\.weight\d*$")
+# experts. The rows of each are the hidden size, whole on every rank. The core adds the biases of routed experts to the
+# MLP's output, and the bias of a dense layer behind it.
+_LAST_PROJECTION = re.compile(
+    r"^decoder\.layers\.(\d+)\.mlp\.((.+\.)?linear_fc2\.weight|experts\.(.+\.)?linear_fc2\.bias)\d*$"
+)
 
 
 @torch.no_grad()
@@ -23,7 +26,8 @@ def fold(model: PipelineModel, maps: Mapping[int, Tensor]) -> None:
     """Apply linear maps to the MLP outputs of layers by changing the weights on this rank.
 
     The MLP's output is linear in its last projection, that of a layer with experts in the projections of all of them:
-    x W' = (x W) T for W' = W T. A layer's expert weights are multiplied on each rank that holds them.
+    x W' = (x W) T for W' = W T. A layer's expert weights are multiplied on each rank that holds them, and so are their
+    biases.
 
     Args:
         maps: T - 1 by the layer's number in the model, [h, h] each, for row vectors: y -> y + y (T - 1).
