@@ -22,7 +22,8 @@ def _windows(budget: Budget, protected: Set[int], tokens: int, seq_length: int, 
     gradients=lambda _: "mask",
     windows=_windows,
     heals=True,
-    description="the best of several cheap methods and of swaps, compared on held-out text",
+    description="recommended: the best of several cheap methods and of swaps, compared on held-out text and with their "
+    "stitch",
 )
 def auto(
     evaluator: "Evaluator",
