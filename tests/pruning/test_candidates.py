@@ -86,7 +86,7 @@ def test_the_best_candidate_goes_on(tiny_model, tiny_data, tmp_path):
     assert not (save / "candidates").exists()
 
     alone = tmp_path / "alone"
-    argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, alone, "manual")
+    argv = tiny.select_argv(tiny_model("qwen3_tied"), tiny_data, alone, "manual", "--stitch", "none")
     at = argv.index("--num-layers-to-prune")
     argv[at : at + 2] = ["--prune-layers", ",".join(map(str, report["pruned_layers"]))]
     tiny.run_here([*argv, "--train-iters", str(ITERS - HEAL), "--lr", "3e-3"])
