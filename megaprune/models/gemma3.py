@@ -26,7 +26,7 @@ from megaprune.models.tables import (
     mlp_norm_rule,
     refuse_true,
 )
-from megaprune.models.windows import FULL, SLIDING, windows_by_type
+from megaprune.models.windows import FULL, SLIDING, full_every, windows_by_type
 from megaprune.utils.errors import MegapruneError
 
 _POST_NORM_RULES = (
@@ -37,8 +37,7 @@ _PATTERN = "sliding_window_pattern"
 
 
 def _types(config: HFConfig) -> list[str]:
-    pattern = config.get(_PATTERN) or 6
-    return [SLIDING if (layer + 1) % pattern else FULL for layer in range(config["num_hidden_layers"])]
+    return full_every(config.get(_PATTERN) or 6, config)
 
 
 _RULE = LayerRule("layer_types", _types, (_PATTERN, f"_{_PATTERN}"))

@@ -101,14 +101,13 @@ def _after_full_layers(config: HFConfig) -> list[str]:
 
 
 QWEN_RULE = LayerRule("layer_types", _after_full_layers)
-EVERY_SECOND_FULL = LayerRule(
-    "layer_types",
-    lambda config: [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
-)
-EVERY_FOURTH_FULL = LayerRule(
-    "layer_types",
-    lambda config: [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(config["num_hidden_layers"])],
-)
+EVERY_SECOND_FULL = LayerRule("layer_types", lambda config: full_every(2, config))
+EVERY_FOURTH_FULL = LayerRule("layer_types", lambda config: full_every(4, config))
+
+
+def full_every(number: int, config: HFConfig) -> list[str]:
+    """Return the types of layers of which every second, every fourth, ... one has no window."""
+    return [SLIDING if (layer + 1) % number else FULL for layer in range(config["num_hidden_layers"])]
 
 
 def windows_if_used(config: HFConfig) -> dict[str, Any]:

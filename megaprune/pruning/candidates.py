@@ -17,7 +17,6 @@ from megaprune.importance.measures import mean_loss
 from megaprune.mcore import checkpoint, parallel
 from megaprune.pruning.context import RunContext
 from megaprune.pruning.options import RunOptions, SelectionOptions
-from megaprune.pruning.progress import Progress
 from megaprune.pruning.train import begin_recovery, heal
 from megaprune.report.metrics import read_metrics
 from megaprune.utils.disk import one_line
@@ -77,7 +76,7 @@ def choose_healed(run: RunContext, teacher: Teacher | None) -> Teacher | None:
         if teacher is None and shared:
             teacher = run.models.teacher(None)
         for number, kept in enumerate(progress.contenders):
-            entry = _entry(progress, kept)
+            entry = progress.candidate(kept)
             if "healed_loss" not in entry:
                 entry["healed_loss"] = _healed_loss(run, number, teacher)
                 run.save_state()
@@ -119,11 +118,9 @@ def _healed_loss(run: RunContext, number: int, teacher: Teacher | None) -> float
 def _go_on_with_best(run: RunContext) -> None:
     """Turn the run into that of the best contender, with the others' iterations and time added, and save it."""
     progress, others = run.progress, (len(run.progress.contenders) - 1) * run.options.selection.heal_iters
-    losses = [_entry(progress, kept)["healed_loss"] for kept in progress.contenders]
+    losses = [progress.candidate(kept)["healed_loss"] for kept in progress.contenders]
     best = losses.index(min(losses))
-    for candidate in progress.candidates:
-        candidate["chosen"] = False
-    _entry(progress, progress.contenders[best])["chosen"] = True
+    progress.choose(progress.contenders[best])
     for number in range(len(progress.contenders)):
         _add_stages(run, number, number == best)
     with closing(_branch(run, best)) as branch:
@@ -156,11 +153,6 @@ def take_files(run: RunContext, folder: Path) -> None:
     with one_line(folder):
         if (folder / name).exists():
             shutil.copyfile(folder / name, run.options.output.run_dir.path / name)
-
-
-def _entry(progress: Progress, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the candidate with these layers; of several methods' equal ones, the first."""
-    return next(candidate for candidate in progress.candidates if candidate["kept_layers"] == kept)
 
 
 def _discard(options: RunOptions) -> None:

@@ -1,7 +1,7 @@
 """Progress of a run: the part of a checkpoint besides weights and optimizer."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +42,16 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         return asdict(self)
+
+    def candidate(self, kept: Sequence[int]) -> dict[str, Any]:
+        """Return the candidate with these layers; of several methods' equal ones, the first."""
+        return next(candidate for candidate in self.candidates if candidate.get("kept_layers") == kept)
+
+    def choose(self, kept: Sequence[int]) -> None:
+        """Mark the candidate with these layers as the only one that is chosen."""
+        for candidate in self.candidates:
+            candidate["chosen"] = False
+        self.candidate(kept)["chosen"] = True
 
     def spend(self, stage: str, seconds: float, tokens: int = 0) -> None:
         """Add time and tokens to a stage."""

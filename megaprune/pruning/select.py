@@ -133,7 +133,8 @@ def _needs_original(run: RunContext) -> bool:
 
 def _measure_original(run: RunContext, original: PipelineModel) -> None:
     """Measure the model's validation loss and, if they are needed, its layers' scores."""
-    options, progress, selection, compared = run.options, run.progress, run.options.selection, frozenset[Cut]()
+    options, progress, selection = run.options, run.progress, run.options.selection
+    compared: frozenset[Cut] = frozenset()
     model = in_half_precision(original, options.engine)
     if run.origin is None:
         run.validate("teacher", model)

@@ -53,7 +53,7 @@ def fit_stitch(run: RunContext, model: PipelineModel, compared: Set[Cut] = froze
         say(f"stitch: layers {first} to {last}, folded into layer {first - 1}; held-out error x {share:.3f}")
 
     def write() -> None:
-        maps = {layer: change for path in found for layer, change in read_maps(path).items()}
+        maps = {layer: change for path in found for layer, change in read_numbered(path).items()}
         _write(run.options.output.run_dir.stitch, maps)
 
     parallel.on_rank0(write)
@@ -125,7 +125,7 @@ class UnfinishedSums:
 
     def load(self) -> tuple[int, list[Tensor]] | None:
         """Return the finished steps and the sums; None unless all ranks have them."""
-        found = read_maps(self._path) if self._path.exists() else {}
+        found = read_numbered(self._path) if self._path.exists() else {}
         steps = int(found.pop(_STEPS)) if found else None
         if any(other != steps for other in parallel.all_gather_objects(steps)) or steps is None:
             return None
@@ -156,7 +156,7 @@ def fold_stitch(run: RunContext, student: Trainer) -> None:
     if not (first_time or adapters):
         return
     kept = run.kept_layers
-    maps = {kept.index(layer): change for layer, change in read_maps(run.options.output.run_dir.stitch).items()}
+    maps = {kept.index(layer): change for layer, change in read_numbered(run.options.output.run_dir.stitch).items()}
     fold(student.model, maps)
     if not adapters:
         student.optimizer.reload_model_params()  # the optimizer's own copies in fp32
@@ -172,8 +172,8 @@ def _write(path: Path, tensors: dict[int, Tensor]) -> None:
         write_safetensors(aside, shapes, tensors.values())
 
 
-def read_maps(path: Path) -> dict[int, Tensor]:
-    """Return the maps of a file by the layer that each is folded into."""
+def read_numbered(path: Path) -> dict[int, Tensor]:
+    """Return the tensors of a file by their numbers: the maps of cuts by the layer that each is folded into."""
     files = TensorFiles()
     files.check(path)
     names = files.names(path)

@@ -13,7 +13,7 @@ from megaprune.importance.evaluator import LayerEvaluator
 from megaprune.mcore.fold import folded
 from megaprune.mcore.pipeline_model import PipelineModel
 from megaprune.pruning.context import RunContext
-from megaprune.pruning.stitch import Cut, fit_cut, read_maps
+from megaprune.pruning.stitch import Cut, fit_cut, read_numbered
 from megaprune.selection.segments import cuts
 from megaprune.utils.progress import say
 
@@ -38,15 +38,15 @@ def choose_stitched(run: RunContext, model: PipelineModel, evaluator: Callable[[
     progress, close = run.progress, _close(run.progress.candidates)
     if len(close) < 2:
         return frozenset()
-    compared: dict[Cut, None] = {}
+    compared: set[Cut] = set()
     losses = []
     for kept in close:
-        mine = [cut for cut in cuts(kept, run.options.model.arch.num_layers) if cut[0] > 0]
         maps: dict[int, Tensor] = {}
-        for cut in mine:
-            path, _ = fit_cut(run, model, cut, "importance", counted=cut not in compared)
-            compared[cut] = None
-            maps |= read_maps(path)
+        for cut in cuts(kept, run.options.model.arch.num_layers):
+            if cut[0] > 0:
+                path, _ = fit_cut(run, model, cut, "importance", counted=cut not in compared)
+                compared.add(cut)
+                maps |= read_numbered(path)
         measuring = evaluator()
 
         def measure() -> list[float]:
@@ -57,12 +57,11 @@ def choose_stitched(run: RunContext, model: PipelineModel, evaluator: Callable[[
             key = f"stitched {','.join(map(str, kept))}"
             [loss] = run.records.once(key, measure, "while it compares stitched layers")
         losses.append(loss)
-    best = close[losses.index(min(losses))]
-    for entry in progress.candidates:
-        if entry["kept_layers"] in close:
-            entry["stitched_loss"] = losses[close.index(entry["kept_layers"])]
-    _choose(progress.candidates, best)
-    progress.kept_layers = best
+    for candidate in progress.candidates:
+        if candidate.get("kept_layers") in close:
+            candidate["stitched_loss"] = losses[close.index(candidate["kept_layers"])]
+    progress.kept_layers = close[losses.index(min(losses))]
+    progress.choose(progress.kept_layers)
     say(f"stitched: {', '.join(f'{loss:.4f}' for loss in losses)} for the best {len(close)} masks by KL")
     return frozenset(compared)
 
@@ -76,11 +75,3 @@ def _close(candidates: Sequence[dict[str, Any]]) -> list[list[int]]:
         if candidate["kl"] <= CLOSE * ranked[0]["kl"] and candidate["kept_layers"] not in found:
             found.append(candidate["kept_layers"])
     return found[:MOST]
-
-
-def _choose(candidates: Sequence[dict[str, Any]], kept: list[int]) -> None:
-    """Mark the first candidate with these layers, unless one of them is marked, and no other."""
-    same = [entry for entry in candidates if entry["kept_layers"] == kept]
-    chosen = next((entry for entry in same if entry["chosen"]), same[0])
-    for entry in candidates:
-        entry["chosen"] = entry is chosen

@@ -22,6 +22,13 @@ def done(*words):
     assert convert(*words) == (0, None)
 
 
+def through_megatron(model, folder):
+    """Import a model and export it again within a folder; return its tensors."""
+    done("import", "--hf-model", model, "--megatron-path", folder / "megatron")
+    done("export", "--megatron-path", folder / "megatron", "--hf-path", folder / "hf")
+    return tiny.read_tensors(folder / "hf")
+
+
 def write(out, config, tensors):
     out.mkdir()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from megaprune.weights import mxfp4
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers import tiny
-from tests.helpers.converting import done
+from tests.helpers.converting import through_megatron
 
 
 def _bits(tensor):
@@ -86,9 +86,7 @@ def test_layers_are_removed_and_config_says_no_quantization(quantized, tmp_path)
 
 def test_an_import_streams_the_same_numbers(quantized, tmp_path):
     folder, expected = quantized
-    done("import", "--hf-model", folder, "--megatron-path", tmp_path / "megatron")
-    done("export", "--megatron-path", tmp_path / "megatron", "--hf-path", tmp_path / "hf")
-    found = tiny.read_tensors(tmp_path / "hf")
+    found = through_megatron(folder, tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -12,7 +12,7 @@ from megaprune.weights.quantized import FORMATS, declared_format
 from megaprune.weights.source import HFSource
 from megaprune.weights.surgery import write_pruned_config, write_pruned_weights
 from tests.helpers import tiny
-from tests.helpers.converting import done
+from tests.helpers.converting import through_megatron
 from tests.helpers.newer_moe_configs import BLOCK_FP8, INT4
 
 GROUP = 16
@@ -121,9 +121,7 @@ def test_layers_are_removed_and_config_says_no_quantization(folders, tmp_path):
 
 def test_an_import_streams_the_same_numbers(folders, tmp_path):
     folder, expected, _ = folders
-    done("import", "--hf-model", folder, "--megatron-path", tmp_path / "megatron")
-    done("export", "--megatron-path", tmp_path / "megatron", "--hf-path", tmp_path / "hf")
-    found = tiny.read_tensors(tmp_path / "hf")
+    found = through_megatron(folder, tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -20,7 +20,7 @@ from megaprune.weights.torch_dist.chunks import Chunk, ChunkReader, StoredTensor
 from megaprune.weights.torch_dist.metadata import read_metadata, write_metadata
 from megaprune.weights.torch_dist.source import CheckpointSource
 from tests.helpers import pangu, tiny
-from tests.helpers.converting import KEY, assert_same_model, contents, convert, done, edited, raising
+from tests.helpers.converting import KEY, assert_same_model, contents, convert, done, edited, raising, through_megatron
 from tests.helpers.launch import torchrun
 from tests.weights.torch_dist import kill_worker
 
@@ -105,9 +105,7 @@ def fp8(models, tmp_path_factory):
 
 def test_fp8_becomes_bf16(fp8, tmp_path):
     model, expected = fp8
-    done("import", "--hf-model", model, "--megatron-path", tmp_path / "m")
-    done("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "hf")
-    found = tiny.read_tensors(tmp_path / "hf")
+    found = through_megatron(model, tmp_path)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
